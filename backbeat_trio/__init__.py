@@ -1,0 +1,55 @@
+"""Budgets, beats and claims for Trio, on one metronome for a whole cluster.
+
+Layers, from the bottom up; imports point downwards only:
+
+====  =================================================  ==================================
+0     `_errors`, `_wire`                                 errors; the wire contract
+1     `_timeline`, `_operations`, `_config`              pure: arithmetic, phases, settings
+2     `_clock`, `_transport`                             beats for tasks; the in-process bus
+3     `_nats`, `_services`, `_metronome`                 NATS; what a session runs; the leader
+4     `_session`                                         the nursery, start-up and shutdown
+5     `testing`                                          for tests of what uses this
+6     `_demo`, `_cli`, `__main__`                        the command line
+====  =================================================  ==================================
+"""
+
+from ._clock import Beat as Beat, Beats as Beats, BeatScope as BeatScope
+from ._config import BackbeatConfig as BackbeatConfig
+from ._errors import (
+    AuthenticationFailed as AuthenticationFailed,
+    BackbeatError as BackbeatError,
+    BeatBudgetExceeded as BeatBudgetExceeded,
+    ConfigError as ConfigError,
+    InvalidTransition as InvalidTransition,
+    MetronomeUnavailable as MetronomeUnavailable,
+    NoResponders as NoResponders,
+    OperationExists as OperationExists,
+    OperationNotFound as OperationNotFound,
+    SessionClosed as SessionClosed,
+    TempoRefused as TempoRefused,
+    TLSFailed as TLSFailed,
+    TransportBroken as TransportBroken,
+    TransportClosed as TransportClosed,
+    TransportError as TransportError,
+)
+from ._metronome import Metronome as Metronome, MetronomeStatistics as MetronomeStatistics
+from ._operations import Operation as Operation, Phase as Phase
+from ._services import Logger as Logger
+from ._session import (
+    Health as Health,
+    Session as Session,
+    SessionStatistics as SessionStatistics,
+    current_session as current_session,
+    session as session,
+)
+from ._transport import (
+    MemoryBus as MemoryBus,
+    MemoryTransport as MemoryTransport,
+    Message as Message,
+    Reply as Reply,
+    Transport as Transport,
+    TransportStatistics as TransportStatistics,
+)
+from ._wire import Segment as Segment, StatusClaim as StatusClaim
+
+__version__ = "0.1.0"

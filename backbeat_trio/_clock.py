@@ -1,0 +1,588 @@
+"""The beat clock that tasks wait on, and the cancel scopes whose deadline is a beat.
+
+Scopes are ordered on an axis of the clock's own, in beats: the position less a shift that changes
+only when the position moves to another grid. A change of tempo, a slew or a change of grid leaves
+every key on the axis as it is, so one heap and one armed Trio timer serve any number of scopes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from types import TracebackType
+from typing import Final, NoReturn, final
+
+import trio
+from msgspec import Struct
+from trio import current_time
+from trio.lowlevel import current_task
+
+from ._errors import BeatBudgetExceeded, SessionClosed
+from ._timeline import Steering, Timeline, beat_ns
+from ._wire import BeatPhase, Segment, beat_phase, window_id
+
+# How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
+_AT_ONCE: Final = 1000
+_ENDED: Final = "the beat budget ran out"
+_CLOSED: Final = "the session was closed"
+
+
+def check_beats(name: str, value: float) -> float:
+    """Refuse what is no amount of beats, naming the parameter."""
+    try:
+        good = value >= 0
+    except TypeError:
+        good = None
+    if good is None or isinstance(value, str):
+        raise TypeError(f"`{name}` must be a number of beats, not {value!r}")
+    if not good:
+        nan = value != value  # noqa: PLR0124 - NaN is what differs from itself
+        raise ValueError(f"`{name}` must {'not be NaN' if nan else 'be non-negative'}")
+    return value
+
+
+def check_position(name: str, value: float) -> float:
+    """Refuse what is no position, naming the parameter."""
+    try:
+        nan = math.isnan(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be a position in beats, not {value!r}") from None
+    if nan:
+        raise ValueError(f"`{name}` must not be NaN")
+    return value
+
+
+class Beat(Struct, frozen=True):
+    """One beat, as the iterators of a session give it."""
+
+    index: int
+    """The beat's index: sequential over the life of the cluster."""
+    downbeat: bool
+    """Whether it is the first of its bar."""
+    phase: BeatPhase
+    """``"downbeat"`` or ``"upbeat"``."""
+    tempo_bpm: float
+    """Beats per minute in force."""
+    window_id: str
+    """The name of its bar."""
+    skipped: int
+    """How many the consumer missed since the last one it got, because it was busy."""
+
+
+@final
+class BeatScope:
+    """A cancel scope whose deadline is a position of the grid.
+
+    It is used as `trio.CancelScope` is, and behaves as that does, with beats in the place of
+    seconds. It is made by the methods of a session.
+    """
+
+    # Entering and leaving happens as often as with Trio's own scopes. So there are no slots but
+    # defaults here, which cost nothing to set, and the two methods call as little as they can.
+    _clock: BeatClock
+    _scope: trio.CancelScope
+    _key = math.inf
+    _relative: float | None = None
+    _fail = False
+    _entry: tuple[float, int, BeatScope] | None = None
+    _task: trio.lowlevel.Task | None = None
+
+    def __init__(self) -> None:
+        raise TypeError("beat scopes are made by the methods of a session")
+
+    @trio.lowlevel.enable_ki_protection
+    def __enter__(self) -> BeatScope:
+        clock = self._clock
+        if clock.closed:
+            clock.raise_closed()
+        self._scope.__enter__()
+        now = current_time()
+        if clock._line_from <= now < clock._line_until:
+            now = (now - clock._line_base) / clock._line_beat_s + clock._line_beat
+        else:
+            now = clock._axis_now()
+        relative = self._relative
+        if relative is None:
+            key = self._key
+        else:
+            key = self._key = now + relative
+            self._relative = None
+        if not clock._enforcing:
+            pass
+        elif key <= now:
+            self._scope.cancel(_ENDED)
+        else:
+            self._task = current_task()
+            entry = self._entry = (key, next(clock._order), self)
+            heappush(clock._heap, entry)
+            if key < clock._armed:
+                clock._arm()
+        return self
+
+    @trio.lowlevel.enable_ki_protection
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        entry = self._entry
+        if entry is not None:
+            self._entry = None
+            clock = self._clock
+            heap = clock._heap
+            if heap[-1] is entry:
+                heap.pop()
+            elif len(heap) > clock._prune_at:
+                clock._prune()
+        self._task = None
+        if not self._fail:
+            return self._scope.__exit__(exc_type, exc, traceback)
+        handled = self._scope.__exit__(exc_type, exc, traceback)
+        if self._scope.cancelled_caught:
+            clock = self._clock
+            raise BeatBudgetExceeded(
+                _CLOSED if clock.closed else f"{_ENDED} at beat {self._key + clock._shift:g}"
+            ) from None
+        return handled
+
+    @property
+    def deadline(self) -> float:
+        """The position, in beats, at which the scope is cancelled; settable, ``inf`` for never.
+
+        Raises:
+          RuntimeError: where the scope was made with a relative deadline and is not yet entered.
+          ValueError: for NaN.
+
+        """
+        if self._relative is not None:
+            raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
+        return self._key + self._clock._shift
+
+    @deadline.setter
+    def deadline(self, position: float) -> None:
+        check_position("deadline", position)
+        if self._relative is not None:
+            raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
+        self._move(position - self._clock._shift)
+
+    @property
+    def relative_deadline(self) -> float:
+        """The beats that remain until the deadline, negative once it is past; settable.
+
+        Before entering it is what the deadline will be set to, counted from the entry.
+
+        Raises:
+          RuntimeError: where the scope was made with an absolute deadline and is not yet entered.
+          ValueError: for NaN and for a negative value.
+
+        """
+        if self._relative is not None:
+            return self._relative
+        if self.is_relative is False and self._key != math.inf:
+            raise RuntimeError("unentered absolute beat scope does not have a relative deadline")
+        return self._key - self._clock._axis_now()
+
+    @relative_deadline.setter
+    def relative_deadline(self, beats: float) -> None:
+        check_beats("relative_deadline", beats)
+        if self._relative is None and self.is_relative is None:
+            self._move(self._clock._axis_now() + beats)
+        elif self._relative is None and self._key != math.inf:
+            raise RuntimeError("unentered absolute beat scope does not have a relative deadline")
+        else:
+            self._relative = beats
+
+    @property
+    def is_relative(self) -> bool | None:
+        """Whether the deadline counts from the entry; None once the scope was entered."""
+        if self._scope.is_relative is None:
+            return None
+        return self._relative is not None
+
+    @property
+    def beats_left(self) -> float:
+        """The beats that remain until the deadline; 0.0 once it is past, ``inf`` without one."""
+        if self._relative is not None:
+            return self._relative
+        return max(0.0, self._key - self._clock._axis_now())
+
+    @property
+    def shield(self) -> bool:
+        """Whether cancellations from outside are kept out; settable."""
+        return self._scope.shield
+
+    @shield.setter
+    def shield(self, shield: bool) -> None:
+        self._scope.shield = shield
+
+    @property
+    def cancel_called(self) -> bool:
+        """Whether cancellation was requested, by `cancel` or because the deadline has passed."""
+        if (
+            not self._scope.cancel_called
+            and self._entry is not None
+            and self._clock._due(self._key)
+        ):
+            self._scope.cancel(_ENDED)
+        return self._scope.cancel_called
+
+    @property
+    def cancelled_caught(self) -> bool:
+        """Whether this scope caught a `trio.Cancelled` of its own when it was left."""
+        return self._scope.cancelled_caught
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Cancel the scope at once. Not a checkpoint; doing it again changes nothing.
+
+        Args:
+          reason: attached to the `trio.Cancelled` that results.
+
+        """
+        self._scope.cancel(reason)
+
+    def _move(self, key: float) -> None:
+        self._key = key
+        self._entry = None
+        clock = self._clock
+        if self._task is not None and clock._enforcing and not self._scope.cancel_called:
+            entry = self._entry = (key, next(clock._order), self)
+            heappush(clock._heap, entry)
+            if key < clock._armed:
+                clock._arm()
+
+    def __repr__(self) -> str:
+        if self._relative is not None:
+            state = f"{self._relative:g} beats from entry"
+        else:
+            state = f"deadline at beat {self._key + self._clock._shift:g}"
+        return f"<BeatScope at {id(self):#x}, {state}, {self._scope!r}>"
+
+
+@final
+class Beats:
+    """An async iterator of beats, or of downbeats, with no queue behind it.
+
+    However slow its consumer is, it costs the others nothing: the next `Beat` is the newest, and
+    its ``skipped`` tells how many were missed. Each step is a checkpoint.
+
+    Raises:
+      SessionClosed: when the session is closed.
+
+    """
+
+    __slots__ = ("_bars", "_clock", "_last")
+
+    def __init__(self, clock: BeatClock, *, bars: bool) -> None:
+        self._clock = clock
+        self._bars = bars
+        self._last = clock.index() - clock._index_shift
+
+    def __aiter__(self) -> Beats:
+        return self
+
+    async def __anext__(self) -> Beat:
+        clock = self._clock
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waited = False
+        while True:
+            if clock.closed:
+                clock.raise_closed()
+            index = clock.index()
+            step = clock.beats_per_bar if self._bars else 1
+            newest = index - index % step
+            if newest - clock._index_shift > self._last:
+                break
+            waited = True
+            await clock._lot.park()
+        if not waited:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        last = self._last + clock._index_shift
+        self._last = newest - clock._index_shift
+        return clock.beat(newest, skipped=newest // step - last // step - 1)
+
+
+@final
+class BeatClock:
+    """The position of an agent on the grid, the timer that follows it, and who waits for it."""
+
+    def __init__(
+        self, timeline: Timeline, steering: Steering, beats_per_bar: int, *, enforcing: bool = True
+    ) -> None:
+        self.timeline = timeline
+        self.steering = steering
+        self.beats_per_bar = beats_per_bar
+        self.closed = False
+        self.on_rebase: Callable[[int], None] = lambda beats: None
+        self._enforcing = enforcing
+        self._shift = 0.0
+        self._index_shift = 0
+        self._heap: list[tuple[float, int, BeatScope]] = []
+        self._order = itertools.count()
+        self._prune_at = 1000
+        self._timer: trio.CancelScope | None = None
+        self._armed = math.inf
+        self._lot = trio.lowlevel.ParkingLot()
+        self._next_index = self.index() + 1
+        self._redraw()
+
+    @classmethod
+    def local(cls, milli: int, beats_per_bar: int, *, enforcing: bool = True) -> BeatClock:
+        """Make a clock on a grid of its own, that begins now with beat 0."""
+        timeline = Timeline.of(Segment(0, 0, 0, 0, milli))
+        return cls(timeline, Steering(-local_ns()), beats_per_bar, enforcing=enforcing)
+
+    # Reading.
+
+    def cluster_ns(self) -> int:
+        """Return the present cluster time."""
+        return self.steering.cluster_at(local_ns())
+
+    def index(self) -> int:
+        """Return the index of the present beat."""
+        return self.timeline.index_at(self.cluster_ns())
+
+    def position(self) -> float:
+        """Return the present position in beats."""
+        return self.timeline.position_at(self.cluster_ns())
+
+    def segment(self) -> Segment:
+        """Return the segment in force."""
+        return self.timeline.segment_at(self.cluster_ns())
+
+    def deadline_of(self, position: float) -> float:
+        """Return when a position will be reached, in seconds of Trio's clock, as things stand."""
+        if math.isinf(position):
+            return position
+        return self.steering.local_at(self.timeline.time_of(position)) / 1e9
+
+    def beat(self, index: int, *, skipped: int = 0) -> Beat:
+        """Describe a beat."""
+        bar = self.beats_per_bar
+        return Beat(
+            index=index,
+            downbeat=index % bar == 0,
+            phase=beat_phase(index, bar),
+            tempo_bpm=self.segment().milli_bpm / 1000,
+            window_id=window_id(index, bar),
+            skipped=skipped,
+        )
+
+    @property
+    def live_scopes(self) -> int:
+        """How many scopes wait for their deadline."""
+        return sum(entry[2]._entry is entry for entry in self._heap)
+
+    def raise_closed(self) -> NoReturn:
+        """Raise the error of a session that was left."""
+        raise SessionClosed("the session has been closed")
+
+    # Making.
+
+    def scope(self, beats: float | None, at: float, shield: bool, fail: bool) -> BeatScope:
+        """Make a scope that ends after some beats from its entry, or at a position."""
+        scope = BeatScope.__new__(BeatScope)
+        scope._clock = self
+        scope._scope = trio.CancelScope(shield=True) if shield else trio.CancelScope()
+        if beats is None:
+            scope._key = at - self._shift
+        else:
+            scope._relative = beats
+        if fail:
+            scope._fail = True
+        return scope
+
+    async def sleep_until(self, position: float) -> None:
+        """Wait until a position is reached; always a checkpoint."""
+        with self.scope(None, position, False, False) as scope:
+            if not self._enforcing:
+                await self._sleep_inert(scope)
+            else:
+                await trio.sleep_forever()
+        if self.closed:
+            self.raise_closed()
+
+    async def sleep(self, beats: float) -> None:
+        """Wait for some beats; always a checkpoint."""
+        await self.sleep_until(self.position() + beats)
+
+    async def _sleep_inert(self, scope: BeatScope) -> None:
+        # Nothing is enforced in an inert session, but what sleeps must wake.
+        await trio.sleep_until(self.deadline_of(scope.deadline))
+
+    # Moving.
+
+    def adopt(self, timeline: Timeline) -> None:
+        """Follow another course of the same grid, without a jump of the position.
+
+        A change that was announced ahead leaves no difference. Where the difference is found
+        afterwards, cluster time starts from the present position and is steered to where it
+        belongs: it never runs back.
+        """
+        now = local_ns()
+        cluster = self.steering.cluster_at(now)
+        before = self.timeline.position_at(cluster)
+        after = timeline.position_at(cluster)
+        self.timeline = timeline
+        if abs(after - before) * beat_ns(timeline.segment_at(cluster).milli_bpm) > 1:
+            truth = self.steering.offset_ns
+            self.steering.step(timeline.time_of(before) - now)
+            self.steer(truth)
+        else:
+            self._changed()
+
+    def steer(self, offset_ns: int) -> None:
+        """Move cluster time towards a measured offset."""
+        now = local_ns()
+        self.steering.correct(now, offset_ns, beat_ns=beat_ns(self.segment().milli_bpm))
+        self._changed()
+
+    def rebase(self, timeline: Timeline, offset_ns: int, beats_per_bar: int) -> None:
+        """Move to another grid; deadlines keep the beats they have left."""
+        position, index = self.position(), self.index()
+        self.timeline = timeline
+        self.steering.step(offset_ns)
+        self.beats_per_bar = beats_per_bar
+        self._shift += self.position() - position
+        moved = self.index() - index
+        self._index_shift += moved
+        self._next_index = self.index() + 1
+        self.on_rebase(moved)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._redraw()
+        self._arm()
+
+    def close(self) -> None:
+        """Cancel the scopes that are still open, and fail whoever waits."""
+        self.closed = True
+        for entry in self._heap:
+            scope = entry[2]
+            if scope._entry is entry:
+                scope._entry = None
+                scope._scope.cancel(_CLOSED)
+        self._heap.clear()
+        self._lot.unpark_all()
+
+    # The axis. It is read on every entry of a scope, so the straight line that holds at present is
+    # kept as (base, slope) with the span of local time in which it does.
+
+    def _redraw(self) -> None:
+        now = local_ns()
+        steering, timeline = self.steering, self.timeline
+        segment = timeline.segment_at(steering.cluster_at(now))
+        self._line_base = (segment.t0_ns - steering.offset_ns) / 1e9
+        self._line_beat_s = 60_000 / segment.milli_bpm
+        self._line_beat = segment.beat0 - self._shift
+        self._line_from = max(now, steering.settled_ns) / 1e9
+        later = [other.t0_ns for other in timeline.segments if other.t0_ns > segment.t0_ns]
+        self._line_until = steering.local_at(min(later)) / 1e9 if later else math.inf
+
+    def _axis_now(self) -> float:
+        if current_time() >= self._line_until:
+            self._redraw()
+        return self.position() - self._shift
+
+    # The heap and its timer.
+
+    def _due_ns(self, key: float) -> int:
+        return self.steering.local_at(self.timeline.time_of(key + self._shift))
+
+    def _due(self, key: float) -> bool:
+        return key != math.inf and (key == -math.inf or self._due_ns(key) <= local_ns())
+
+    def _prune(self) -> None:
+        # In place: the list is also held by whoever is just entering or leaving a scope.
+        heap = self._heap
+        heap[:] = [entry for entry in heap if entry[2]._entry is entry]
+        heapify(heap)
+        self._prune_at = 1000 + 2 * len(heap)
+
+    def _first(self) -> float:
+        heap = self._heap
+        while heap and heap[0][2]._entry is not heap[0]:
+            heappop(heap)
+        return heap[0][0] if heap else math.inf
+
+    def _arm(self) -> None:
+        if self._timer is None:
+            return
+        first, edge = self._first(), self._next_index - self._shift
+        self._armed = min(first, edge)
+        if first == -math.inf:
+            self._timer.deadline = -math.inf
+            return
+        due = self.steering.local_at(self.timeline.time_of(self._next_index))
+        if first < edge:
+            due = min(due, self._due_ns(first))
+        self._timer.deadline = due / 1e9
+
+    def _expire(self, now: int) -> bool:
+        # Returns whether some that are due remain.
+        limit = self.timeline.position_at(self.steering.cluster_at(now)) - self._shift
+        for _ in range(_AT_ONCE):
+            key = self._first()
+            if key > limit and (key == math.inf or self._due_ns(key) > now):
+                return False
+            _, _, scope = heappop(self._heap)
+            scope._entry = None
+            scope._scope.cancel(_ENDED)
+        return True
+
+    def _timer_fired(self, _: object) -> trio.lowlevel.Abort:
+        # Trio calls this while it expires its deadlines, before any task of that turn runs: a beat
+        # scope is cancelled at the same point of the loop at which a scope of Trio's would be.
+        self._expire(local_ns())
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Cancel scopes as they fall due and wake whoever waits for a beat, until cancelled."""
+        task_status.started()
+        while True:
+            with trio.CancelScope() as self._timer:
+                self._arm()
+                await trio.lowlevel.wait_task_rescheduled(self._timer_fired)
+            self._timer = None
+            while self._expire(local_ns()):
+                await trio.lowlevel.checkpoint()
+            index = self.index()
+            if index >= self._next_index:
+                self._next_index = index + 1
+                self._lot.unpark_all()
+
+    def effective_deadline(self) -> float:
+        """Return the position at which the current task will be cancelled, as things stand."""
+        # Only Trio knows which scopes the task is in and what shields it. So the scopes that may
+        # enclose it are given their deadline in seconds for the length of this question.
+        ancestors = set()
+        task: trio.lowlevel.Task | None = current_task()
+        while task is not None:
+            ancestors.add(task)
+            task = None if task.parent_nursery is None else task.parent_nursery.parent_task
+        scopes = [entry[2] for entry in self._heap if entry[2]._task in ancestors]
+        asked = [
+            (scope, self.deadline_of(scope.deadline))
+            for scope in scopes
+            if scope._entry is not None
+        ]
+        try:
+            for scope, seconds in asked:
+                scope._scope.deadline = seconds
+            answer = trio.current_effective_deadline()
+        finally:
+            for scope, _ in asked:
+                scope._scope.deadline = math.inf
+        for scope, seconds in asked:
+            if seconds == answer:
+                return scope.deadline
+        if math.isinf(answer):
+            return answer
+        return self.timeline.position_at(self.steering.cluster_at(round(answer * 1e9)))
+
+
+def local_ns() -> int:
+    """Return Trio's clock in whole nanoseconds: the local time of everything here."""
+    return round(trio.current_time() * 1e9)

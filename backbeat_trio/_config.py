@@ -1,0 +1,259 @@
+"""Settings: frozen, checked before anything connects, and read from a mapping of variables."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import socket
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+from urllib.parse import SplitResult, unquote, urlsplit
+
+import msgspec
+
+from ._errors import ConfigError
+from ._timeline import milli_bpm
+from ._wire import is_token
+
+PREFIX: Final = "CHORUS_BACKBEAT_"
+
+_TRUE: Final = frozenset({"1", "t", "true", "y", "yes", "on"})
+_FALSE: Final = frozenset({"0", "f", "false", "n", "no", "off"})
+_SECRET: Final = frozenset({"password", "token"})
+
+
+class Server(NamedTuple):
+    """One server of a URL: where it is, and what the URL said of how to log in."""
+
+    scheme: str
+    host: str
+    port: int
+    user: str | None
+    password: str | None
+
+    @property
+    def url(self) -> str:
+        """The address without the secrets."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def _default_node_id() -> str:
+    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:48] or "node"
+    return f"{host}-{secrets.token_hex(4)}"
+
+
+class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of a session. Each field may come from ``CHORUS_BACKBEAT_<FIELD>``.
+
+    Raises:
+      ConfigError: for a value that cannot work; the text names the field (or the variable) and
+        the value, and never a secret.
+
+    """
+
+    enabled: bool = True
+    """False makes a session inert: everything runs, nothing is emitted or enforced."""
+    cluster_id: str = "chorus-production"
+    """The cluster; a subject token, ``[A-Za-z0-9_-]{1,128}``."""
+    agent_id: str = ""
+    """This agent; a subject token, by default ``chorus-<node_id>``."""
+    node_id: str = msgspec.field(default_factory=_default_node_id)
+    """The node, as the notes of claims name it; by default the host's name and a random part."""
+    nats_url: str = "nats://backbeat-nats:4222"
+    """``nats://`` or ``tls://``, several separated by commas, or ``memory://<name>``."""
+    tempo_bpm: float = 2.0
+    """Tempo of the local grid, and of a grid that this session begins; 0.1 to 6,000 BPM."""
+    beats_per_bar: int = 8
+    """Bar length of the local grid, and of a grid that this session begins."""
+    lock_timeout: float = 2.0
+    """Seconds that start-up waits for the cluster's grid before it goes on without."""
+    connect_timeout: float = 2.0
+    """Seconds after which an attempt to connect to one server is given up."""
+    grace_period: float = 2.0
+    """Seconds that leaving the session waits for terminal claims to reach the server."""
+    require_connection: bool = False
+    """True makes a failed first connection an error, instead of a degraded session."""
+    health_beats: int = 8
+    """Every how many beats a health claim is emitted."""
+    user: str | None = None
+    password: str | None = None
+    token: str | None = None
+    creds: str | None = None
+    """Path of a credentials file (a JWT and its seed); needs the ``nkeys`` extra."""
+    nkey: str | None = None
+    """Path of a file with an nkey seed; needs the ``nkeys`` extra."""
+    tls_ca: str | None = None
+    """Path of the certificates to trust in place of the system's."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_first: bool = False
+    """True begins TLS before the server has said a word."""
+    inbox_prefix: str = "_INBOX"
+    """First tokens of the subjects on which replies come."""
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(self):
+            _check_type(field, getattr(self, field.name))
+        if not self.agent_id:
+            msgspec.structs.force_setattr(self, "agent_id", f"chorus-{self.node_id}")
+            if not is_token(self.agent_id):
+                raise _refused(
+                    "node_id", self.node_id, "gives no subject token; name an `agent_id`"
+                )
+        for name in ("cluster_id", "agent_id"):
+            if not is_token(getattr(self, name)):
+                raise _refused(name, getattr(self, name), "must be 1 to 128 of A-Z a-z 0-9 _ -")
+        if not self.node_id or not self.node_id.isprintable():
+            raise _refused("node_id", self.node_id, "must be printable and not empty")
+        try:
+            milli_bpm("tempo_bpm", self.tempo_bpm)
+        except ValueError:
+            raise _refused("tempo_bpm", self.tempo_bpm, "must be from 0.1 to 6000") from None
+        for name, limit in (("beats_per_bar", 1_000_000), ("health_beats", 1_000_000)):
+            if not 1 <= getattr(self, name) <= limit:
+                raise _refused(name, getattr(self, name), f"must be from 1 to {limit}")
+        for name in ("lock_timeout", "connect_timeout", "grace_period"):
+            # NaN fails every comparison.
+            if not 0 <= getattr(self, name) < math.inf:
+                raise _refused(name, getattr(self, name), "must be seconds, 0 or more")
+        if not all(map(is_token, self.inbox_prefix.split("."))):
+            raise _refused("inbox_prefix", self.inbox_prefix, "must be subject tokens")
+        if (self.password is None) is not (self.user is None):
+            raise _refused("user", self.user, "and `password` go together")
+        if self.tls_key is not None and self.tls_cert is None:
+            raise _refused("tls_key", self.tls_key, "needs `tls_cert`")
+        if self.memory_name is None:
+            self.servers  # noqa: B018 - for its checks
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ, **overrides: Any) -> BackbeatConfig:
+        """Read the settings from variables named ``CHORUS_BACKBEAT_<FIELD>``.
+
+        An empty variable counts as absent, and one that names no field is not looked at.
+
+        Args:
+          env: the variables, by default those of the process.
+          **overrides: fields that take precedence over the variables.
+
+        Raises:
+          ConfigError: naming the variable and its value.
+
+        """
+        fields = {field.encode_name: field for field in msgspec.structs.fields(cls)}
+        values: dict[str, Any] = {}
+        for variable, text in env.items():
+            if not variable.startswith(PREFIX) or not text:
+                continue
+            name = variable.removeprefix(PREFIX).lower()
+            if name in overrides or name not in fields:
+                continue
+            try:
+                values[name] = _parse(fields[name].type, text)
+            except ValueError as error:
+                shown = "***" if name in _SECRET else repr(text)
+                raise ConfigError(f"{variable}={shown}: {error}") from None
+        try:
+            return cls(**values, **overrides)
+        except ConfigError as error:
+            field = str(error).partition("=")[0]
+            if field not in values:
+                raise
+            raise ConfigError(f"{PREFIX}{field.upper()}{str(error).removeprefix(field)}") from None
+
+    @property
+    def memory_name(self) -> str | None:
+        """The name of the in-process bus, or None where the URL is of NATS."""
+        url = self.nats_url.strip()
+        if not url.startswith("memory:"):
+            return None
+        name = url.removeprefix("memory://")
+        if not is_token(name):
+            raise _refused("nats_url", url, "must be memory://<name>, the name a subject token")
+        return name
+
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """The servers that `nats_url` names, in its order."""
+        shown = redact_url(self.nats_url)
+        return tuple(_server(part.strip(), shown) for part in self.nats_url.split(","))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{name}={_redacted(name, getattr(self, name))}" for name in self.__struct_fields__
+        )
+        return f"BackbeatConfig({shown})"
+
+
+def redact_url(url: str) -> str:
+    """Return a URL, or several separated by commas, with what stands before an @ hidden."""
+    # A comma may belong to a password; only one that a scheme follows surely separates.
+    parts = re.split(r",\s*(?=\w+://)", url)
+    return ",".join(re.sub(r"(^|://)(?:(?!://).)*@", r"\1***@", part) for part in parts)
+
+
+def _redacted(name: str, value: object) -> str:
+    if name in _SECRET and value is not None:
+        return "'***'"
+    return repr(redact_url(value) if name == "nats_url" and isinstance(value, str) else value)
+
+
+def _refused(name: str, value: object, why: str) -> ConfigError:
+    return ConfigError(f"{name}={_redacted(name, value)}: {why}")
+
+
+def _check_type(field: msgspec.structs.FieldInfo, value: object) -> None:
+    name = field.encode_name
+    kind = field.type
+    if kind is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        good = isinstance(value, kind)
+    if not good:
+        expected = getattr(kind, "__name__", kind)
+        raise _refused(name, value, f"must be {expected}")
+
+
+def _parse(kind: Any, text: str) -> object:
+    if kind is bool:
+        word = text.strip().lower()
+        if word in _TRUE:
+            return True
+        if word in _FALSE:
+            return False
+        raise ValueError("must be true or false")
+    if kind is float or kind is int:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(
+                "must be a number" if kind is float else "must be an integer"
+            ) from None
+    return text
+
+
+def _server(url: str, shown: str) -> Server:
+    if "://" not in url:
+        url = f"nats://{url}"
+    try:
+        parts: SplitResult = urlsplit(url)
+        port = parts.port or 4222
+    except ValueError:
+        raise ConfigError(f"nats_url={shown!r}: is no URL") from None
+    if parts.scheme not in ("nats", "tls"):
+        raise ConfigError(f"nats_url={shown!r}: the scheme must be nats://, tls:// or memory://")
+    if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ConfigError(
+            f"nats_url={shown!r}: must be {parts.scheme}://[user:password@]host[:port]"
+        )
+    return Server(
+        parts.scheme,
+        parts.hostname,
+        port,
+        None if parts.username is None else unquote(parts.username),
+        None if parts.password is None else unquote(parts.password),
+    )

@@ -1,0 +1,825 @@
+"""A session: the nursery that owns the services, and what a Trio application does with them.
+
+Policy on exceptions. The services run in a nursery around the body of ``async with session()``,
+and Trio reports whatever leaves a nursery in an exception group. Which tasks there are in it is a
+detail of this module, so it takes the group apart again: what the body raised leaves as itself, and
+a group that the body raised is left whole. A service that crashes cancels the body; its exception
+then leaves as itself. Only where both raised, the two leave together in a group.
+
+Order of leaving. Each service runs in a shielded scope of its own, so that neither Ctrl-C nor a
+cancellation from outside stops it before the body has unwound: no new operations, terminal claims
+queued, flushed within the grace period, services released, transport closed.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import math
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from typing import Any, TypeVar, TypeVarTuple, final
+
+import msgspec
+import trio
+
+from ._clock import BeatClock, Beats, BeatScope, check_beats, check_position, local_ns
+from ._config import BackbeatConfig
+from ._errors import (
+    BackbeatError,
+    MetronomeUnavailable,
+    SessionClosed,
+    TempoRefused,
+    TransportBroken,
+)
+from ._metronome import Metronome
+from ._operations import Operation, Operations, Phase, check_integer
+from ._services import (
+    BeatListener,
+    ClaimEmitter,
+    Counters,
+    Logger,
+    TempoDrift,
+    tick,
+    watch_connection,
+)
+from ._timeline import beat_ns, milli_bpm
+from ._transport import MemoryTransport, Message, Transport, TransportStatistics, open_memory_bus
+from ._wire import (
+    HEALTH_TASK_ID,
+    StatusClaim,
+    TempoRequest,
+    decode_claims,
+    decode_tempo_reply,
+    encode,
+    format_bpm,
+    is_token,
+    status_subject,
+    tempo_subject,
+)
+
+T = TypeVar("T")
+PosArgs = TypeVarTuple("PosArgs")
+
+# Errors are reported for as long as two health claims are apart, and no less than this.
+_ERRORS_NS = 10_000_000_000
+_TEMPO_TIMEOUT = 2.0
+_MAKER = object()
+
+
+class Health(msgspec.Struct, frozen=True):
+    """What `Session.health` tells."""
+
+    enabled: bool
+    """Whether anything is emitted and enforced."""
+    started: bool
+    """Whether the session is open."""
+    connected: bool
+    """Whether a connection to the server stands."""
+    current_beat: int
+    """The index of the present beat."""
+    current_tempo: float
+    """Beats per minute in force."""
+    measured_bpm: float | None
+    """The tempo at which frames arrive; None before two have."""
+    tempo_drift: TempoDrift
+    """How far the measured tempo is from the announced one."""
+    reconnect_count: int
+    """How many times the connection was made again."""
+    active_operations: int
+    """How many operations live."""
+    local_degradation: bool
+    """Whether the grid is a local one or in holdover: no connection, no lock, or frames missing."""
+    errors: tuple[str, ...]
+    """What went wrong recently, newest last; it never holds a secret."""
+    node_id: str
+    """The name of the node."""
+
+
+class SessionStatistics(msgspec.Struct, frozen=True):
+    """What `Session.statistics` tells: counters since the session began."""
+
+    frames: int
+    """Beat frames that were followed."""
+    frames_undecodable: int
+    frames_foreign: int
+    """Frames of another cluster."""
+    frames_stale_epoch: int
+    """Frames and replies of an earlier term of leadership."""
+    frames_repeated: int
+    """Frames whose index was not new."""
+    pings: int
+    pings_failed: int
+    """Pings that brought no answer, or none that could be decoded."""
+    locks: int
+    """How many times the position moved to the cluster's grid."""
+    claims_sent: int
+    claims_coalesced: int
+    """Claims of live operations that a newer one took the place of."""
+    claims_pending: int
+    """Terminal claims that the server has not confirmed yet."""
+    claims_undecodable: int
+    """Messages to `Session.open_claims` that were no claims, or were of another agent."""
+    live_scopes: int
+    """Budgets that are running."""
+    transport: TransportStatistics | None
+    """The transport's counters; None where there is no transport."""
+
+
+_current: contextvars.ContextVar[Session] = contextvars.ContextVar("backbeat session")
+
+
+def current_session() -> Session:
+    """Return the session of the running task's context.
+
+    Raises:
+      RuntimeError: where no session is open.
+
+    """
+    try:
+        return _current.get()
+    except LookupError:
+        raise RuntimeError("no backbeat session is open in this context") from None
+
+
+@final
+class Session:
+    """What ``async with session()`` gives. Made by nothing else.
+
+    Beats, positions and budgets are those of the cluster's grid, or of a local one while there is
+    no other. Methods raise `SessionClosed` once the block has been left.
+    """
+
+    def __init__(
+        self, maker: object, config: BackbeatConfig, transport: Transport | None, logger: Logger
+    ) -> None:
+        if maker is not _MAKER:
+            raise TypeError("sessions are made by `backbeat_trio.session`")
+        self._config = config
+        self._logger = logger
+        self._transport = transport
+        self._counters = Counters()
+        self._started = False
+        self._closing = False
+        self._clock = BeatClock.local(
+            milli_bpm("tempo_bpm", config.tempo_bpm),
+            config.beats_per_bar,
+            enforcing=config.enabled,
+        )
+        self._operations = Operations(config.agent_id, config.node_id)
+        self._clock.on_rebase = self._operations.rebase
+        self._listener: BeatListener | None = None
+        self._emitter: ClaimEmitter | None = None
+        if transport is not None:
+            self._listener = BeatListener(
+                self._clock,
+                transport,
+                cluster_id=config.cluster_id,
+                agent_id=config.agent_id,
+                logger=logger,
+                counters=self._counters,
+            )
+            self._emitter = ClaimEmitter(
+                self._clock,
+                transport,
+                self._operations,
+                agent_id=config.agent_id,
+                counters=self._counters,
+            )
+
+    @property
+    def config(self) -> BackbeatConfig:
+        """The settings that the session was opened with."""
+        return self._config
+
+    # Budgets.
+
+    def move_on_after(self, beats: float, *, shield: bool = False) -> BeatScope:
+        """Make a cancel scope whose deadline is some beats after it is entered.
+
+        The deadline follows the grid: it falls when so many beats have passed, whatever they last.
+
+        Args:
+          beats: 0 or more; fractions are fine, and ``inf`` is no limit.
+          shield: whether cancellations from outside are kept out.
+
+        Raises:
+          TypeError: where ``beats`` is no number.
+          ValueError: where ``beats`` is negative or NaN.
+          SessionClosed: where the session was left.
+
+        """
+        try:
+            if beats >= 0:
+                return self._clock.scope(beats, math.inf, shield, False)
+        except TypeError:
+            pass
+        check_beats("beats", beats)
+        raise AssertionError("unreachable")  # pragma: no cover
+
+    def move_on_at(self, beat: float, *, shield: bool = False) -> BeatScope:
+        """Make a cancel scope whose deadline is a position of the grid.
+
+        Args:
+          beat: a beat's index, or a position between beats; one that is past cancels at once.
+          shield: whether cancellations from outside are kept out.
+
+        Raises:
+          TypeError: where ``beat`` is no number.
+          ValueError: where ``beat`` is NaN.
+          SessionClosed: on entering, where the session was left.
+
+        """
+        return self._clock.scope(None, check_position("beat", beat), shield, False)
+
+    def fail_after(self, beats: float, *, shield: bool = False) -> BeatScope:
+        """Make a scope as `move_on_after` does, that raises `BeatBudgetExceeded` when it has ended.
+
+        Args:
+          beats: 0 or more; fractions are fine, and ``inf`` is no limit.
+          shield: whether cancellations from outside are kept out.
+
+        Raises:
+          BeatBudgetExceeded: on leaving, where the scope caught a cancellation of its own.
+          TypeError: where ``beats`` is no number.
+          ValueError: where ``beats`` is negative or NaN.
+
+        """
+        return self._clock.scope(check_beats("beats", beats), math.inf, shield, True)
+
+    def fail_at(self, beat: float, *, shield: bool = False) -> BeatScope:
+        """Make a scope as `move_on_at` does, that raises `BeatBudgetExceeded` when it has ended.
+
+        Args:
+          beat: a beat's index, or a position between beats.
+          shield: whether cancellations from outside are kept out.
+
+        Raises:
+          BeatBudgetExceeded: on leaving, where the scope caught a cancellation of its own.
+          TypeError: where ``beat`` is no number.
+          ValueError: where ``beat`` is NaN.
+
+        """
+        return self._clock.scope(None, check_position("beat", beat), shield, True)
+
+    async def execute_with_beat_budget(
+        self, beats: float, async_fn: Callable[[*PosArgs], Awaitable[T]], *args: *PosArgs
+    ) -> T:
+        """Call an async function, and cancel it when its budget of beats runs out.
+
+        Args:
+          beats: 0 or more.
+          async_fn: what to call; it is a checkpoint where that is one.
+          *args: passed to it.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          BeatBudgetExceeded: where the budget ran out first.
+          TypeError: where ``beats`` is no number.
+          ValueError: where ``beats`` is negative or NaN.
+
+        """
+        with self.fail_after(beats):
+            return await async_fn(*args)
+
+    def current_effective_deadline(self) -> float:
+        """Return the position at which the current task will be cancelled, as things stand.
+
+        It is the earliest deadline of the scopes around the current task that are visible to it,
+        those of Trio included, at the present tempo: ``inf`` without any, ``-inf`` where the task
+        is cancelled already. Compare `trio.current_effective_deadline`.
+        """
+        return self._clock.effective_deadline()
+
+    # Time.
+
+    def current_position(self) -> float:
+        """Return the position: the index of the present beat, and how much of it has passed."""
+        return self._clock.position()
+
+    def current_beat(self) -> int:
+        """Return the index of the present beat."""
+        return self._clock.index()
+
+    def current_bar(self) -> int:
+        """Return the number of the present bar: the beat's index // beats per bar."""
+        return self._clock.index() // self._clock.beats_per_bar
+
+    @property
+    def tempo_bpm(self) -> float:
+        """The tempo in force, in beats per minute."""
+        return self._clock.segment().milli_bpm / 1000
+
+    async def sleep(self, beats: float) -> None:
+        """Sleep for some beats. Always a checkpoint.
+
+        Args:
+          beats: 0 or more.
+
+        Raises:
+          TypeError: where ``beats`` is no number.
+          ValueError: where ``beats`` is negative or NaN.
+          SessionClosed: where the session is or gets closed.
+
+        """
+        await self._clock.sleep(check_beats("beats", beats))
+
+    async def sleep_until(self, beat: float) -> None:
+        """Sleep until a position of the grid is reached; not at all where it is past. A checkpoint.
+
+        Args:
+          beat: a beat's index, or a position between beats.
+
+        Raises:
+          TypeError: where ``beat`` is no number.
+          ValueError: where ``beat`` is NaN.
+          SessionClosed: where the session is or gets closed.
+
+        """
+        await self._clock.sleep_until(check_position("beat", beat))
+
+    def beats(self) -> Beats:
+        """Return an async iterator of beats, from the next one on.
+
+        Beats are made locally: a frame that is late or lost loses none. A consumer that was busy
+        gets the newest beat only, with the number of those it missed; each call gives an iterator
+        of its own, and there is no queue behind it.
+
+        Raises:
+          SessionClosed: where the session is closed; so does the iterator.
+
+        """
+        self._check_open()
+        return Beats(self._clock, bars=False)
+
+    def downbeats(self) -> Beats:
+        """Return an async iterator of the first beats of bars; as `beats` in everything else.
+
+        Raises:
+          SessionClosed: where the session is closed; so does the iterator.
+
+        """
+        self._check_open()
+        return Beats(self._clock, bars=True)
+
+    async def set_tempo(self, bpm: float, *, at_beat: int | None = None) -> int:
+        """Ask the metronome's leader for another tempo, for the whole cluster. A checkpoint.
+
+        Args:
+          bpm: beats per minute, 0.1 to 6,000; exact to a thousandth.
+          at_beat: the index of the beat at which to change; None is the next downbeat that is at
+            least max(2 beats, 250 ms) ahead.
+
+        Returns:
+          The index of the beat at which the change takes effect.
+
+        Raises:
+          TypeError: where ``bpm`` or ``at_beat`` is of the wrong type.
+          ValueError: where ``bpm`` is out of range or NaN, or ``at_beat`` negative.
+          TempoRefused: where the leader refuses: the beat is past or too soon.
+          MetronomeUnavailable: where no leader can be reached.
+          SessionClosed: where the session was left.
+
+        """
+        milli = milli_bpm("bpm", bpm)
+        if at_beat is not None:
+            at_beat = check_integer("at_beat", at_beat, 0)
+        self._check_open()
+        if self._transport is None:
+            raise MetronomeUnavailable("the session is disabled")
+        request = encode(TempoRequest(self._config.cluster_id, milli / 1000, at_beat))
+        subject = tempo_subject(self._config.cluster_id)
+        try:
+            answer = await self._transport.request(subject, request, timeout=_TEMPO_TIMEOUT)
+            reply = decode_tempo_reply(answer.data)
+        except TransportBroken as error:
+            raise MetronomeUnavailable(f"no metronome took the request: {error}") from error
+        except msgspec.DecodeError as error:
+            raise MetronomeUnavailable(f"the metronome's answer is not readable: {error}") from None
+        if not reply.ok or reply.effective_beat is None:
+            raise TempoRefused(reply.error or "the metronome refused without a reason")
+        return reply.effective_beat
+
+    # Operations.
+
+    @asynccontextmanager
+    async def operation(
+        self,
+        type: str,
+        *,
+        id: str | None = None,
+        beats: int | None = None,
+        data: Any = None,
+        enforce: bool = False,
+    ) -> AsyncGenerator[Operation, None]:
+        """Run a block as an operation: leaving it completes the operation, an exception fails it.
+
+        An operation that was ended in the block stays as it is. Entering is a checkpoint, leaving
+        is not.
+
+        Args:
+          type: one of the known types (``"election"``, ``"dht_store"``, ...) or any other name.
+          id: unique among the live operations of the session; by default made up.
+          beats: the estimate, in whole beats, 1 or more; by default the type's maximum.
+          data: kept with the operation, in this process.
+          enforce: whether the block is cancelled at the end of its budget.
+
+        Raises:
+          OperationExists: where an operation with the id is live.
+          TypeError, ValueError: for what is no type, id or estimate; the text names it.
+          BeatBudgetExceeded: with ``enforce``, where the budget ran out.
+          SessionClosed: where the session was left.
+
+        """
+        await trio.lowlevel.checkpoint()
+        operation = self.start_operation(type, id=id, beats=beats, data=data)
+        try:
+            with self.fail_after(operation.beats) if enforce else nullcontext():
+                yield operation
+        except BaseException as error:
+            if not operation.phase.final:
+                operation.fail(_reason(error))
+            raise
+        if not operation.phase.final:
+            operation.complete()
+
+    def start_operation(
+        self, type: str, *, id: str | None = None, beats: int | None = None, data: Any = None
+    ) -> Operation:
+        """Start an operation that has no block of its own, and queue its first claim.
+
+        Not a checkpoint. An operation that is live when the session is left fails then.
+
+        Args:
+          type: one of the known types or any other name.
+          id: unique among the live operations of the session; by default made up.
+          beats: the estimate, in whole beats, 1 or more; by default the type's maximum.
+          data: kept with the operation, in this process.
+
+        Raises:
+          OperationExists: where an operation with the id is live.
+          TypeError, ValueError: for what is no type, id or estimate; the text names it.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_open()
+        operation, claim = self._operations.start(
+            self,
+            type,
+            id=f"{type}-{secrets.token_hex(6)}" if id is None else id,
+            beats=beats,
+            data=data,
+            beat=self._clock.index(),
+        )
+        self._emit(claim)
+        return operation
+
+    def advance_operation(self, id: str, phase: Phase, *, peers: int | None = None) -> None:
+        """Take an operation on to a later phase, and queue a claim. Not a checkpoint.
+
+        Args:
+          id: of a live operation.
+          phase: up to `Phase.EXECUTING`; skipping some is fine, going back is not.
+          peers: how many take part; None leaves the count as it was.
+
+        Raises:
+          OperationNotFound: where no such operation is live.
+          InvalidTransition: for an earlier phase, and for the two final ones.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_open()
+        self._emit(self._operations.advance(id, phase, peers=peers, beat=self._clock.index()))
+
+    def complete_operation(self, id: str, *, peers: int | None = None) -> None:
+        """End an operation well, and queue its terminal claim. Not a checkpoint.
+
+        Args:
+          id: of a live operation.
+          peers: how many took part; None leaves the count as it was.
+
+        Raises:
+          OperationNotFound: where no such operation is live.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_open()
+        claim = self._operations.complete(id, peers=peers, beat=self._clock.index())
+        self._emit(claim, terminal=True)
+
+    def fail_operation(self, id: str, reason: str) -> None:
+        """End an operation as failed, and queue its terminal claim. Not a checkpoint.
+
+        Args:
+          id: of a live operation.
+          reason: goes into the claim's notes.
+
+        Raises:
+          OperationNotFound: where no such operation is live.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_open()
+        claim = self._operations.fail(id, reason, beat=self._clock.index())
+        self._emit(claim, terminal=True)
+
+    # Observation.
+
+    def health(self) -> Health:
+        """Return how the session is doing. Not a checkpoint; fine at any time, also afterwards."""
+        listener, transport = self._listener, self._transport
+        connected = transport is not None and transport.connected and not self._clock.closed
+        degraded = self._config.enabled and (
+            not connected
+            or listener is None
+            or not listener.locked.is_set()
+            or listener.in_holdover
+        )
+        counters = None if transport is None else transport.statistics()
+        return Health(
+            enabled=self._config.enabled,
+            started=self._started,
+            connected=connected,
+            current_beat=self._clock.index(),
+            current_tempo=self.tempo_bpm,
+            measured_bpm=None if listener is None else listener.measured_bpm,
+            tempo_drift="unknown" if listener is None else listener.tempo_drift,
+            reconnect_count=0 if counters is None else max(0, counters.connects - 1),
+            active_operations=len(self._operations),
+            local_degradation=degraded,
+            errors=() if counters is None else self._recent(counters),
+            node_id=self._config.node_id,
+        )
+
+    def _recent(self, counters: TransportStatistics) -> tuple[str, ...]:
+        beats = 2 * self._config.health_beats
+        age = max(_ERRORS_NS, beats * beat_ns(self._clock.segment().milli_bpm))
+        since = local_ns() - age
+        recent = [text for when, text in counters.recent_errors if when >= since]
+        if counters.last_error is not None and counters.last_error not in recent:
+            recent.append(counters.last_error)
+        return tuple(recent)
+
+    def statistics(self) -> SessionStatistics:
+        """Return the counters. Not a checkpoint; fine at any time."""
+        counters, emitter, transport = self._counters, self._emitter, self._transport
+        return SessionStatistics(
+            **vars(counters),
+            claims_pending=0 if emitter is None else emitter.pending,
+            live_scopes=self._clock.live_scopes,
+            transport=None if transport is None else transport.statistics(),
+        )
+
+    @asynccontextmanager
+    async def open_claims(
+        self, agent_id: str = "*"
+    ) -> AsyncGenerator[AsyncIterator[StatusClaim], None]:
+        """Listen to the claims of agents for the length of a block.
+
+        The iterator gives one claim after the other, of operations and of health. What does not
+        decode, or speaks for another agent than its subject does, is counted and dropped; so are
+        the newest messages where the consumer falls far behind. Entering and each step are
+        checkpoints; leaving is not.
+
+        Args:
+          agent_id: the agent to listen to; ``"*"`` is all of them.
+
+        Raises:
+          ValueError: where ``agent_id`` is no subject token.
+          TransportClosed: by the iterator, when the session is closed.
+          SessionClosed: where the session was left.
+
+        """
+        if agent_id != "*" and not is_token(agent_id):
+            raise ValueError(f"`agent_id` must be a subject token or '*', not {agent_id!r}")
+        self._check_open()
+        if self._transport is None:
+            raise BackbeatError("there are no claims to hear: the session is disabled")
+        async with self._transport.open_subscription(status_subject(agent_id)) as messages:
+            yield self._read_claims(messages)
+
+    async def _read_claims(
+        self, messages: AsyncIterator[Message]
+    ) -> AsyncGenerator[StatusClaim, None]:
+        async for message in messages:
+            speaker = message.subject.rpartition(".")[2]
+            try:
+                claims = decode_claims(message.data)
+            except msgspec.DecodeError:
+                self._counters.claims_undecodable += 1
+                continue
+            for claim in claims:
+                if claim.agent_id == speaker:
+                    yield claim
+                else:
+                    self._counters.claims_undecodable += 1
+
+    # The inside.
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise SessionClosed("the session has been closed")
+
+    def _emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
+        if self._emitter is not None:
+            self._emitter.emit(claim, terminal=terminal)
+
+    def _on_beat(self, index: int, skipped: int) -> None:
+        if self._emitter is None:
+            return
+        if len(self._operations):
+            self._emitter.beat()
+        every = self._config.health_beats
+        if index // every != (index - skipped - 1) // every:
+            self._emitter.emit(self._health_claim(index))
+
+    def _health_claim(self, index: int) -> StatusClaim:
+        health = self.health()
+        tempo = format_bpm(self._clock.segment().milli_bpm)
+        return StatusClaim(
+            self._config.agent_id,
+            HEALTH_TASK_ID,
+            index,
+            "failed" if health.errors else "executing" if health.active_operations else "waiting",
+            0,
+            1.0,
+            f"CHORUS P2P {'unhealthy' if health.errors else 'healthy'}: "
+            f"connected={str(health.connected).lower()}, operations={health.active_operations}, "
+            f"tempo={tempo} BPM, node={health.node_id}",
+        )
+
+    async def _start(self, services: _Services, metronome: Metronome | None) -> None:
+        clock, logger, transport = self._clock, self._logger, self._transport
+        await services.start(clock.run)
+        if transport is not None and self._listener is not None and self._emitter is not None:
+            await services.start(transport.run)
+            if self._config.require_connection:
+                await transport.first_attempt()
+            await services.start(watch_connection, transport, logger)
+            await services.start(self._listener.run)
+            if metronome is not None:
+                await services.start(metronome.run)
+            with trio.move_on_after(self._config.lock_timeout):
+                await self._listener.locked.wait()
+            await services.start(self._emitter.run)
+        await services.start(tick, clock, logger, self._on_beat)
+        self._started = True
+        logger.info(
+            "🎵 CHORUS BACKBEAT integration started - cluster=%s agent=%s",
+            self._config.cluster_id,
+            self._config.agent_id,
+        )
+
+    @trio.lowlevel.enable_ki_protection
+    async def _stop(self, services: _Services) -> None:
+        self._closing = True
+        try:
+            for operation in self._operations.live():
+                claim = self._operations.fail(
+                    operation.id, "the session was closed", beat=self._clock.index()
+                )
+                self._emit(claim, terminal=True)
+            if self._emitter is not None:
+                await self._flush(services, self._emitter)
+        finally:
+            services.cancel()
+            self._clock.close()
+            if self._started:
+                self._started = False
+                self._logger.info("🎵 CHORUS BACKBEAT integration stopped")
+
+    async def _flush(self, services: _Services, emitter: ClaimEmitter) -> None:
+        services.cancel(emitter.run)
+        with trio.move_on_after(self._config.grace_period, shield=True) as grace:
+            await emitter.drain()
+        if grace.cancelled_caught and emitter.pending:
+            self._logger.warning(
+                "%d terminal claims were not delivered within %g s",
+                emitter.pending,
+                self._config.grace_period,
+            )
+
+
+@final
+class _Services:
+    """The tasks of a session, each shielded until it is released."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._scopes: dict[object, trio.CancelScope] = {}
+
+    async def start(self, async_fn: Callable[..., Awaitable[None]], *args: Any) -> None:
+        await self._nursery.start(self._run, async_fn, args, name=async_fn)
+
+    @trio.lowlevel.enable_ki_protection
+    async def _run(
+        self,
+        async_fn: Callable[..., Awaitable[None]],
+        args: tuple[Any, ...],
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        with trio.CancelScope(shield=True) as scope:
+            self._scopes[async_fn] = scope
+            await async_fn(*args, task_status=task_status)
+
+    def cancel(self, async_fn: Callable[..., Awaitable[None]] | None = None) -> None:
+        for name, scope in self._scopes.items():
+            if async_fn is None or async_fn == name:
+                scope.cancel()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, trio.Cancelled):
+        return "cancelled"
+    text = str(error).encode(errors="replace").decode()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    # The nursery's group, taken apart as the module's text says.
+    if len(group.exceptions) == 1:
+        return group.exceptions[0]
+    return group
+
+
+@asynccontextmanager
+async def session(
+    config: BackbeatConfig | None = None,
+    /,
+    *,
+    transport: Transport | None = None,
+    logger: Logger | None = None,
+    **overrides: Any,
+) -> AsyncGenerator[Session, None]:
+    """Open a session: this task is part of the cluster for the length of the block.
+
+    Without a server the session starts all the same, on a local grid, and locks to the cluster's
+    when it can. Entering waits for the lock for `BackbeatConfig.lock_timeout` at most. Leaving
+    waits for the terminal claims to reach the server, for `BackbeatConfig.grace_period` at most.
+    What the body raises leaves as itself. Entering and leaving are checkpoints.
+
+    Args:
+      config: the settings; by default those of the environment, `BackbeatConfig.from_env`.
+      transport: used in place of the one that ``nats_url`` names; the session runs and closes it.
+      logger: by default ``logging.getLogger("backbeat_trio")``.
+      **overrides: fields of `BackbeatConfig` that take precedence.
+
+    Raises:
+      ConfigError: where a setting cannot work.
+      TransportBroken: with ``require_connection``, where the first connection cannot be made; or
+        its subclasses `AuthenticationFailed` and `TLSFailed`.
+
+    """
+    if config is None:
+        config = BackbeatConfig.from_env(**overrides)
+    elif overrides:
+        config = msgspec.structs.replace(config, **overrides)
+    if logger is None:
+        logger = logging.getLogger("backbeat_trio")
+    failure: BaseException | None = None
+    async with AsyncExitStack() as stack:
+        metronome = None
+        if not config.enabled:
+            transport = None
+        elif transport is None and config.memory_name is not None:
+            bus = await stack.enter_async_context(open_memory_bus(config.memory_name))
+            transport = MemoryTransport(bus)
+            metronome = Metronome(
+                transport,
+                cluster_id=config.cluster_id,
+                leader_id=config.agent_id,
+                tempo_bpm=config.tempo_bpm,
+                beats_per_bar=config.beats_per_bar,
+                bus=bus,
+            )
+        elif transport is None:
+            # Imported on use: asyncio, anyio and nats-py cost more than all the rest.
+            from ._nats import NatsTransport
+
+            transport = NatsTransport(config)
+        self = Session(_MAKER, config, transport, logger)
+        try:
+            async with trio.open_nursery() as nursery:
+                services = _Services(nursery)
+                try:
+                    await self._start(services, metronome)
+                    token = _current.set(self)
+                    try:
+                        yield self
+                    finally:
+                        _current.reset(token)
+                finally:
+                    await self._stop(services)
+        except BaseExceptionGroup as group:
+            failure = _only(group)
+    # Outside of the handler, so that the exception does not get the group for its context.
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            # Its traceback holds this frame, and this frame would hold it.
+            del failure

@@ -1,0 +1,251 @@
+"""The wire contract, version 1: structs, subjects and codecs.
+
+Every message is JSON and carries ``type``. Unknown fields are ignored, so that a later version may
+add some; a message that does not decode raises `msgspec.DecodeError` here and is counted and
+dropped by whoever received it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+MIN_MILLI_BPM: Final = 100
+MAX_MILLI_BPM: Final = 6_000_000
+
+# Bounds are part of the types: an integer that a float cannot hold exactly would make positions
+# differ between agents, and an unbounded one is a way to stall the arithmetic.
+Index: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+Nanoseconds: TypeAlias = Annotated[int, Meta(ge=-(2**62), le=2**62)]
+MilliBPM: TypeAlias = Annotated[int, Meta(ge=MIN_MILLI_BPM, le=MAX_MILLI_BPM)]
+BeatsPerBar: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+ClaimState: TypeAlias = Literal["executing", "done", "failed", "waiting"]
+BeatPhase: TypeAlias = Literal["downbeat", "upbeat"]
+
+HEALTH_TASK_ID: Final = "chorus-p2p-health"
+
+TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+
+
+class Segment(Struct, frozen=True, gc=False):
+    """A straight piece of the grid: from ``beat0`` on, one tempo.
+
+    ``t0_ns`` is the cluster time of ``beat0`` in nanoseconds, ``milli_bpm`` the tempo in
+    thousandths of a beat a minute.
+    """
+
+    epoch: Index
+    seq: Index
+    beat0: Index
+    t0_ns: Nanoseconds
+    milli_bpm: MilliBPM
+
+
+class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v1"):
+    """What the metronome's leader publishes once a beat."""
+
+    cluster_id: str
+    beat_index: Index
+    downbeat: bool
+    phase: BeatPhase
+    tempo_bpm: float
+    beats_per_bar: BeatsPerBar
+    window_id: str
+    epoch: Index
+    leader_id: str
+    segment: Segment
+    next_segment: Segment | None = None
+
+    def __post_init__(self) -> None:
+        if self.segment.beat0 > self.beat_index:
+            raise ValueError("`segment.beat0` lies behind `beat_index`")
+
+
+class StatusClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat.statusclaim.v1"):
+    """A status message of one operation, or of an agent's health.
+
+    ``beats_left`` is in beats, ``progress`` from 0.0 to 1.0.
+    """
+
+    agent_id: str
+    task_id: str
+    beat_index: int
+    state: ClaimState
+    beats_left: int
+    progress: float
+    notes: str
+
+
+class SyncRequest(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
+    """A ping by which an agent measures its offset to cluster time."""
+
+    cluster_id: str
+    agent_id: str
+
+
+class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
+    """The leader's answer: the grid, and when the ping came and the answer left in cluster time."""
+
+    cluster_id: str
+    epoch: Index
+    leader_id: str
+    received_ns: Nanoseconds
+    sent_ns: Nanoseconds
+    beats_per_bar: BeatsPerBar
+    segment: Segment
+    next_segment: Segment | None = None
+
+
+class TempoRequest(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1"):
+    """An operator's request; ``at_beat`` None means the next downbeat that can be kept."""
+
+    cluster_id: str
+    tempo_bpm: float
+    at_beat: Index | None = None
+
+
+class TempoReply(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1"):
+    """The leader's answer: the segment that was committed, or the reason for which none was."""
+
+    cluster_id: str
+    ok: bool
+    error: str | None = None
+    epoch: Index | None = None
+    effective_beat: Index | None = None
+    segment: Segment | None = None
+
+
+class _Other(Struct, tag_field="type", tag=""):
+    # A second member makes a tagged union of each decoder's type: only then does msgspec insist
+    # that `type` is there at all.
+    pass
+
+
+T = TypeVar("T", bound=Struct)
+
+encode: Final[Callable[[Any], bytes]] = msgspec.json.Encoder().encode
+
+
+def _decoder(kind: type[T]) -> Callable[[bytes], T]:
+    union: Any = kind | _Other
+    decode = msgspec.json.Decoder(union).decode
+
+    def decode_kind(data: bytes) -> T:
+        message = decode(data)
+        if not isinstance(message, kind):
+            raise msgspec.ValidationError("Invalid value '' - at `$.type`")
+        return message
+
+    return decode_kind
+
+
+# Each raises `msgspec.DecodeError` for what is not such a message.
+decode_frame: Final = _decoder(BeatFrame)
+decode_sync_request: Final = _decoder(SyncRequest)
+decode_sync_reply: Final = _decoder(SyncReply)
+decode_tempo_request: Final = _decoder(TempoRequest)
+decode_tempo_reply: Final = _decoder(TempoReply)
+_decode_claim: Final = _decoder(StatusClaim)
+_claim_arrays: Final = msgspec.json.Decoder(list[StatusClaim | _Other]).decode
+
+
+def decode_claims(data: bytes) -> list[StatusClaim]:
+    """Decode one claim, or an array of them; raise `msgspec.DecodeError` where it is neither."""
+    if not data.lstrip().startswith(b"["):
+        return [_decode_claim(data)]
+    claims = _claim_arrays(data)
+    known = [claim for claim in claims if isinstance(claim, StatusClaim)]
+    if len(known) != len(claims):
+        raise msgspec.ValidationError("Invalid value '' - at `$[...].type`")
+    return known
+
+
+def beat_subject(cluster_id: str) -> str:
+    """Return the subject on which the leader publishes frames."""
+    return f"backbeat.beat.{cluster_id}"
+
+
+def status_subject(agent_id: str) -> str:
+    """Return the subject on which an agent publishes claims; ``*`` stands for every agent."""
+    return f"backbeat.status.{agent_id}"
+
+
+def sync_subject(cluster_id: str) -> str:
+    """Return the subject on which the leader answers pings."""
+    return f"backbeat.sync.{cluster_id}"
+
+
+def tempo_subject(cluster_id: str) -> str:
+    """Return the subject on which the leader takes tempo requests."""
+    return f"backbeat.tempo.{cluster_id}"
+
+
+def is_token(text: str) -> bool:
+    """Tell whether ``text`` may stand as one token of a subject."""
+    return TOKEN.fullmatch(text) is not None
+
+
+def window_id(index: int, beats_per_bar: int) -> str:
+    """Return the name of the window (the bar) that a beat lies in."""
+    return f"w-{index // beats_per_bar}"
+
+
+def beat_phase(index: int, beats_per_bar: int) -> BeatPhase:
+    """Return ``"downbeat"`` for the first beat of a bar, ``"upbeat"`` for the others."""
+    return "upbeat" if index % beats_per_bar else "downbeat"
+
+
+def format_bpm(milli_bpm: int) -> str:
+    """Write a tempo as people do: ``2`` and not ``2.0``, ``120.5``, at most three decimals."""
+    return f"{milli_bpm / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def encode_claim(claim: StatusClaim, limit: int) -> bytes:
+    """Encode one claim in at most ``limit`` bytes, shortening its notes where it must."""
+    data = encode(claim)
+    if len(data) <= limit:
+        return data
+    # An escape of JSON is six bytes at most, and the mark of omission is three.
+    room = max(0, (limit - (len(data) - len(encode(claim.notes))) - 5) // 6)
+    return encode(
+        msgspec.structs.replace(claim, notes=claim.notes[:room] + "\N{HORIZONTAL ELLIPSIS}")
+    )
+
+
+class ClaimArrays:
+    """Gather claims into JSON arrays of at most ``limit`` bytes, as few as the limit allows."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._pieces: list[bytes] = []
+        self._size = 2
+
+    def add(self, claims: Sequence[StatusClaim]) -> list[bytes]:
+        """Take in some claims, and return the arrays that became full by it."""
+        piece = encode(claims)[1:-1]
+        if len(piece) + 2 > self._limit:
+            if len(claims) == 1:
+                piece = encode_claim(claims[0], self._limit - 2)
+            else:
+                middle = len(claims) // 2
+                return self.add(claims[:middle]) + self.add(claims[middle:])
+        full = []
+        if self._size + len(piece) > self._limit:
+            full.append(self.take())
+        self._pieces.append(piece)
+        self._size += len(piece) + 1
+        return full
+
+    def take(self) -> bytes:
+        """Return what has been gathered and begin anew; empty bytes where nothing was."""
+        if not self._pieces:
+            return b""
+        array = b"[" + b",".join(self._pieces) + b"]"
+        self._pieces.clear()
+        self._size = 2
+        return array
