@@ -4,7 +4,7 @@ Layers, from the bottom up; imports point downwards only:
 
 ====  =================================================  ==================================
 0     `_errors`, `_wire`                                 errors; the wire contract
-1     `_timeline`, `_operations`, `_config`              pure: arithmetic, phases, settings
+1     `_timeline`, `_operations`, `_config`, `_server`   pure: arithmetic, phases, settings
 2     `_clock`, `_transport`                             beats for tasks; the in-process bus
 3     `_nats`, `_services`, `_metronome`                 NATS; what a session runs; the leader
 4     `_session`                                         the nursery, start-up and shutdown

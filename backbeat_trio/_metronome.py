@@ -52,7 +52,7 @@ class MetronomeStatistics(NamedTuple):
     """Sync requests answered."""
     tempo_changes: int
     refused: int
-    """Tempo requests refused."""
+    """Tempo changes refused."""
     undecodable: int
     """Requests dropped because they could not be decoded, or were for another cluster."""
 
@@ -230,7 +230,7 @@ class Metronome:
                 self._sent = index
                 self._keep()
                 self._publish(self.frame(index))
-            await trio.sleep_until((self._timeline.time_of(index + 1) + self._origin_ns) / 1e9)
+            await trio.sleep_until(self.next_beat_time())
 
     def frame(self, index: int) -> BeatFrame:
         """Make the frame of a beat of the present segments."""
@@ -271,6 +271,50 @@ class Metronome:
                 with contextlib.suppress(TransportBroken, ValueError):
                     self._transport.publish_nowait(request.reply, encode(reply))
 
+    def current_beat(self) -> int:
+        """Return the index of the present beat."""
+        return self._timeline.index_at(self._cluster_ns())
+
+    def next_beat_time(self) -> float:
+        """Return when the next beat begins, in seconds of Trio's clock."""
+        edge_ns = self._timeline.time_of(self.current_beat() + 1)
+        return (edge_ns + self._origin_ns) / 1e9
+
+    def change_tempo(self, bpm: float, *, at_beat: int | None = None) -> int:
+        """Commit a change of tempo; it rides in every frame until it takes effect.
+
+        Args:
+          bpm: beats per minute, 0.1 to 6,000.
+          at_beat: the beat at which to change; None is the next downbeat that is at least
+            max(2 beats, 250 ms) ahead.
+
+        Returns:
+          The index of the beat at which it takes effect.
+
+        Raises:
+          TempoRefused: where ``at_beat`` is past or too soon.
+          ValueError: where ``bpm`` is out of range or NaN.
+        """
+        try:
+            milli = milli_bpm("tempo_bpm", bpm)
+            timeline = propose(
+                self._timeline,
+                self._cluster_ns(),
+                milli,
+                at_beat,
+                beats_per_bar=self._beats_per_bar,
+                epoch=self._epoch,
+            )
+        except (TempoRefused, ValueError):
+            self._refused += 1
+            raise
+        self._timeline = timeline
+        self._keep()
+        self._changes += 1
+        beat = timeline.segments[-1].beat0
+        self._logger.info("metronome changes tempo - tempo=%g from beat=%d", milli / 1000, beat)
+        return beat
+
     def _own(self, cluster_id: str) -> None:
         if cluster_id != self._cluster_id:
             raise msgspec.ValidationError("a request for another cluster")
@@ -295,31 +339,15 @@ class Metronome:
         wanted = decode_tempo_request(request.data)
         self._own(wanted.cluster_id)
         try:
-            milli = milli_bpm("tempo_bpm", wanted.tempo_bpm)
-            timeline = propose(
-                self._timeline,
-                self._cluster_ns(),
-                milli,
-                wanted.at_beat,
-                beats_per_bar=self._beats_per_bar,
-                epoch=self._epoch,
-            )
+            beat = self.change_tempo(wanted.tempo_bpm, at_beat=wanted.at_beat)
         except (TempoRefused, ValueError) as error:
-            self._refused += 1
             return TempoReply(self._cluster_id, ok=False, error=str(error), epoch=self._epoch)
-        self._timeline = timeline
-        self._keep()
-        self._changes += 1
-        segment = timeline.segments[-1]
-        self._logger.info(
-            "metronome changes tempo - tempo=%g from beat=%d", milli / 1000, segment.beat0
-        )
         return TempoReply(
             self._cluster_id,
             ok=True,
             epoch=self._epoch,
-            effective_beat=segment.beat0,
-            segment=segment,
+            effective_beat=beat,
+            segment=self._timeline.segments[-1],
         )
 
 
