@@ -2,9 +2,9 @@
 
 Policy on exceptions. The services run in a nursery around the body of ``async with session()``,
 and Trio reports whatever leaves a nursery in an exception group. Which tasks there are in it is a
-detail of this module, so it takes the group apart again: what the body raised leaves as itself, and
-a group that the body raised is left whole. A service that crashes cancels the body; its exception
-then leaves as itself. Only where both raised, the two leave together in a group.
+detail of this module. So what the body raised never enters the nursery, and leaves as itself. A
+service that crashes cancels the body, and its exception is taken out of the nursery's group again.
+Only where the body answers that with an exception of its own, the two leave together in a group.
 
 Order of leaving. Each service runs in a shielded scope of its own, so that neither Ctrl-C nor a
 cancellation from outside stops it before the body has unwound: no new operations, terminal claims
@@ -17,7 +17,7 @@ import contextvars
 import logging
 import math
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from typing import Any, TypeVar, TypeVarTuple, final
 
@@ -685,15 +685,26 @@ class Session:
             if self._emitter is not None:
                 await self._flush(services, self._emitter)
         finally:
-            services.cancel()
-            self._clock.close()
-            if self._started:
-                self._started = False
-                self._logger.info("🎵 CHORUS BACKBEAT integration stopped")
+            # What uses the transport is released before it, and the clock last.
+            try:
+                await services.release(keep=self._foundations)
+            finally:
+                self._clock.close()
+                services.cancel()
+                if self._started:
+                    self._started = False
+                    self._logger.info("🎵 CHORUS BACKBEAT integration stopped")
+
+    @property
+    def _foundations(self) -> set[object]:
+        foundations: set[object] = {self._clock.run}
+        if self._transport is not None:
+            foundations.add(self._transport.run)
+        return foundations
 
     async def _flush(self, services: _Services, emitter: ClaimEmitter) -> None:
-        services.cancel(emitter.run)
         with trio.move_on_after(self._config.grace_period, shield=True) as grace:
+            await services.release(emitter.run)
             await emitter.drain()
         if grace.cancelled_caught and emitter.pending:
             self._logger.warning(
@@ -704,32 +715,65 @@ class Session:
 
 
 @final
+class _Service(trio.TaskStatus[None]):
+    """One task of a session: the scope that shields it, and what has become of it."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope(shield=True)
+        self.has_started = trio.Event()
+        self.has_ended = trio.Event()
+
+    def started(self, value: None = None) -> None:
+        """Let whoever started the service go on."""
+        self.has_started.set()
+
+
+@final
 class _Services:
     """The tasks of a session, each shielded until it is released."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._scopes: dict[object, trio.CancelScope] = {}
+        self.crashed = False
+        self._running: dict[object, _Service] = {}
 
     async def start(self, async_fn: Callable[..., Awaitable[None]], *args: Any) -> None:
-        await self._nursery.start(self._run, async_fn, args, name=async_fn)
+        """Start a service, and wait until it says that it has started. A checkpoint."""
+        # Not by `trio.Nursery.start`: where that is cancelled it waits for the task to end, which
+        # a shielded one does not do.
+        service = self._running[async_fn] = _Service()
+        self._nursery.start_soon(self._run, service, async_fn, args, name=async_fn)
+        await service.has_started.wait()
 
     @trio.lowlevel.enable_ki_protection
     async def _run(
         self,
+        service: _Service,
         async_fn: Callable[..., Awaitable[None]],
         args: tuple[Any, ...],
-        *,
-        task_status: trio.TaskStatus[None],
     ) -> None:
-        with trio.CancelScope(shield=True) as scope:
-            self._scopes[async_fn] = scope
-            await async_fn(*args, task_status=task_status)
+        try:
+            with service.scope:
+                await async_fn(*args, task_status=service)
+        except BaseException:
+            self.crashed = True
+            raise
+        finally:
+            service.has_ended.set()
 
-    def cancel(self, async_fn: Callable[..., Awaitable[None]] | None = None) -> None:
-        for name, scope in self._scopes.items():
-            if async_fn is None or async_fn == name:
-                scope.cancel()
+    def cancel(self, *names: object) -> list[trio.Event]:
+        """Cancel the named services, or all of them; return what tells that they have ended."""
+        chosen = [self._running[name] for name in names or self._running if name in self._running]
+        for service in chosen:
+            service.scope.cancel()
+        return [service.has_ended for service in chosen]
+
+    async def release(self, *names: object, keep: Collection[object] = ()) -> None:
+        """Cancel the named services, or all but some, and wait until they have unwound."""
+        chosen = names or [name for name in self._running if name not in keep]
+        with trio.CancelScope(shield=True):
+            for ended in self.cancel(*chosen) if chosen else ():
+                await ended.wait()
 
 
 def _reason(error: BaseException) -> str:
@@ -812,8 +856,14 @@ async def session(
                         yield self
                     finally:
                         _current.reset(token)
-                finally:
-                    await self._stop(services)
+                except BaseException as error:  # noqa: BLE001 - it is raised again, further down
+                    failure = error
+                await self._stop(services)
+                # All are told to end by now, and none takes long to.
+                nursery.cancel_scope.shield = True
+                if failure is not None and services.crashed:
+                    # It may be the cancellation by which the nursery answers a crash.
+                    raise failure
         except BaseExceptionGroup as group:
             failure = _only(group)
     # Outside of the handler, so that the exception does not get the group for its context.

@@ -1,0 +1,219 @@
+"""The wire contract: what is sent, to the letter, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, strategies as st
+
+from backbeat_trio import _wire as wire
+
+SEGMENT = wire.Segment(7, 3, 12000, 903_000_000_000, 2000)
+FRAME = wire.BeatFrame(
+    cluster_id="chorus-production",
+    beat_index=12344,
+    downbeat=True,
+    phase="downbeat",
+    tempo_bpm=2.0,
+    beats_per_bar=8,
+    window_id="w-1543",
+    epoch=7,
+    leader_id="pulse-a",
+    segment=SEGMENT,
+)
+FRAME_JSON = (
+    '{"type":"backbeat.beatframe.v1","cluster_id":"chorus-production","beat_index":12344,'
+    '"downbeat":true,"phase":"downbeat","tempo_bpm":2.0,"beats_per_bar":8,"window_id":"w-1543",'
+    '"epoch":7,"leader_id":"pulse-a","segment":{"epoch":7,"seq":3,"beat0":12000,'
+    '"t0_ns":903000000000,"milli_bpm":2000},"next_segment":null}'
+)
+CLAIM = wire.StatusClaim(
+    "chorus-agent-42",
+    "election-leader-2025",
+    12345,
+    "executing",
+    5,
+    0.0,
+    "P2P election: started (peers: 0, node: 12D3KooW)",
+)
+CLAIM_JSON = (
+    '{"type":"backbeat.statusclaim.v1","agent_id":"chorus-agent-42",'
+    '"task_id":"election-leader-2025","beat_index":12345,"state":"executing","beats_left":5,'
+    '"progress":0.0,"notes":"P2P election: started (peers: 0, node: 12D3KooW)"}'
+)
+
+
+def test_a_frame_to_the_letter() -> None:
+    assert wire.encode(FRAME).decode() == FRAME_JSON
+    assert wire.decode_frame(FRAME_JSON.encode()) == FRAME
+
+
+def test_a_claim_to_the_letter() -> None:
+    assert wire.encode(CLAIM).decode() == CLAIM_JSON
+    assert wire.decode_claims(CLAIM_JSON.encode()) == [CLAIM]
+    assert wire.decode_claims(f" [{CLAIM_JSON},{CLAIM_JSON}]".encode()) == [CLAIM, CLAIM]
+    assert wire.decode_claims(b"[]") == []
+
+
+def test_unknown_fields_are_ignored() -> None:
+    value = json.loads(FRAME_JSON) | {"weather": {"rain": True}}
+    assert wire.decode_frame(json.dumps(value).encode()) == FRAME
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"type": None},
+        {"type": "backbeat.beatframe.v2"},
+        {"type": ""},
+        {"beat_index": "12344"},
+        {"beat_index": -1},
+        {"beat_index": 2**53 + 1},
+        {"beat_index": 11999},
+        {"beat_index": 1.5},
+        {"phase": "offbeat"},
+        {"epoch": -1},
+        {"beats_per_bar": 0},
+        {"segment": None},
+        {"segment": {"epoch": 7, "seq": 3, "beat0": 12000, "t0_ns": 2**63, "milli_bpm": 2000}},
+        {"segment": {"epoch": 7, "seq": 3, "beat0": 12000, "t0_ns": 0, "milli_bpm": 99}},
+        {"segment": {"epoch": 7, "seq": 3, "beat0": 12000, "t0_ns": 0, "milli_bpm": 6_000_001}},
+    ],
+)
+def test_a_frame_that_is_none(change: dict[str, Any]) -> None:
+    value = json.loads(FRAME_JSON) | change
+    if change == {"type": None}:
+        del value["type"]
+    with pytest.raises(msgspec.DecodeError):
+        wire.decode_frame(json.dumps(value).encode())
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        wire.decode_frame,
+        wire.decode_claims,
+        wire.decode_sync_request,
+        wire.decode_sync_reply,
+        wire.decode_tempo_request,
+        wire.decode_tempo_reply,
+    ],
+)
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[",
+        b"null",
+        b"12",
+        b'"x"',
+        b"{}",
+        b"[1]",
+        b"[{}]",
+        b'[{"type":""}]',
+        b'{"type":""}',
+        b'{"type":"backbeat.other.v1"}',
+        b"\xff\xfe",
+        FRAME_JSON[:-9].encode(),
+        b'{"type":"backbeat.statusclaim.v1","agent_id":1}',
+    ],
+)
+def test_what_is_no_message_is_a_decode_error(decode: Callable[[bytes], Any], data: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode(data)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_raise_anything_else(data: bytes) -> None:
+    for decode in (wire.decode_frame, wire.decode_claims, wire.decode_tempo_request):
+        with contextlib.suppress(msgspec.DecodeError):
+            decode(data)
+
+
+def test_subjects() -> None:
+    assert wire.beat_subject("c") == "backbeat.beat.c"
+    assert wire.status_subject("a") == "backbeat.status.a"
+    assert wire.sync_subject("c") == "backbeat.sync.c"
+    assert wire.tempo_subject("c") == "backbeat.tempo.c"
+
+
+@pytest.mark.parametrize("text", ["a", "A-z_9", "x" * 128])
+def test_tokens(text: str) -> None:
+    assert wire.is_token(text)
+
+
+@pytest.mark.parametrize("text", ["", "a.b", "a b", "*", ">", "é", "x" * 129, "a\n", "٣"])
+def test_no_tokens(text: str) -> None:
+    assert not wire.is_token(text)
+
+
+@pytest.mark.parametrize(
+    ("milli", "text"), [(2000, "2"), (120_500, "120.5"), (100, "0.1"), (1_234_567, "1234.567")]
+)
+def test_format_bpm(milli: int, text: str) -> None:
+    assert wire.format_bpm(milli) == text
+
+
+def test_windows_and_phases() -> None:
+    assert wire.window_id(12344, 8) == "w-1543"
+    assert wire.beat_phase(12344, 8) == "downbeat"
+    assert wire.beat_phase(12345, 8) == "upbeat"
+
+
+claims = st.builds(
+    wire.StatusClaim,
+    st.just("agent"),
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
+    st.integers(0, 10**6),
+    st.sampled_from(["executing", "done", "failed", "waiting"]),
+    st.integers(0, 100),
+    st.floats(0, 1),
+    st.text(st.characters(codec="utf-8"), max_size=400),
+)
+
+
+@given(st.lists(st.lists(claims, min_size=1, max_size=8), max_size=6), st.integers(600, 4000))
+def test_arrays_hold_all_claims_and_the_limit(
+    batches: list[list[wire.StatusClaim]], limit: int
+) -> None:
+    arrays = wire.ClaimArrays(limit)
+    messages = [array for batch in batches for array in arrays.add(batch)]
+    if last := arrays.take():
+        messages.append(last)
+    assert all(len(message) <= limit for message in messages)
+    sent = [claim for batch in batches for claim in batch]
+    heard = [claim for message in messages for claim in wire.decode_claims(message)]
+    assert [claim.task_id for claim in heard] == [claim.task_id for claim in sent]
+    for before, after in zip(sent, heard, strict=True):
+        shortened = after.notes.endswith("…") and before.notes.startswith(after.notes[:-1])
+        assert after == before or shortened
+
+
+def test_arrays_are_as_few_as_the_limit_allows() -> None:
+    arrays = wire.ClaimArrays(1024 * 1024)
+    for _ in range(10):
+        assert arrays.add([CLAIM] * 100) == []
+    assert len(wire.decode_claims(arrays.take())) == 1000
+    assert arrays.take() == b""
+
+
+@pytest.mark.parametrize(
+    "notes", ["x" * 2_000_000, "\x00" * 500_000, "\N{GRINNING FACE}" * 400_000]
+)
+def test_notes_that_no_message_can_hold_are_shortened(notes: str) -> None:
+    claim = msgspec.structs.replace(CLAIM, notes=notes)
+    data = wire.encode_claim(claim, 1024 * 1024)
+    assert len(data) <= 1024 * 1024
+    (heard,) = wire.decode_claims(data)
+    assert heard.notes[:-1] == notes[: len(heard.notes) - 1]
+    assert heard.notes.endswith("…")
+
+
+def test_notes_that_fit_stay() -> None:
+    assert wire.encode_claim(CLAIM, 1024) == wire.encode(CLAIM)
