@@ -11,7 +11,7 @@ import trio
 from trio_util import AsyncBool
 
 from ._clock import BeatClock, Beats, local_ns
-from ._errors import NoResponders, TransportBroken
+from ._errors import TransportBroken
 from ._operations import Operations
 from ._timeline import MIN_STEP_NS, Ping, Timeline, beat_ns, best_ping
 from ._transport import Transport
@@ -220,10 +220,12 @@ class BeatListener:
                     sync_subject(self._cluster_id), self._request, timeout=_PING_TIMEOUT
                 )
                 reply = decode_sync_reply(answer.data)
-            except (TransportBroken, msgspec.DecodeError) as error:
+            except TransportBroken:
+                # Whoever does not answer one ping will hardly answer the next ones of the burst.
                 self._counters.pings_failed += 1
-                if isinstance(error, NoResponders) or not self._transport.connected:
-                    break
+                break
+            except msgspec.DecodeError:
+                self._counters.pings_failed += 1
                 continue
             if reply.cluster_id == self._cluster_id:
                 ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)

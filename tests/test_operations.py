@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -178,11 +179,12 @@ def test_refused_transitions_change_nothing() -> None:
 
 def test_unknown_ids() -> None:
     owner = Owner()
-    for call in (
+    calls: list[Callable[[], None]] = [
         lambda: owner.advance_operation("x", Phase.EXECUTING),
         lambda: owner.complete_operation("x"),
         lambda: owner.fail_operation("x", "why"),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(OperationNotFound, match="'x'"):
             call()
 

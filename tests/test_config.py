@@ -1,0 +1,188 @@
+"""Settings: what is taken, what is refused, and that no secret is shown."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from backbeat_trio import BackbeatConfig, ConfigError
+from backbeat_trio._config import redact_url
+
+
+def test_defaults() -> None:
+    config = BackbeatConfig.from_env({})
+    assert config.enabled
+    assert config.cluster_id == "chorus-production"
+    assert config.agent_id == f"chorus-{config.node_id}"
+    assert config.nats_url == "nats://backbeat-nats:4222"
+    assert config.tempo_bpm == 2.0
+    assert config.beats_per_bar == 8
+    assert BackbeatConfig.from_env({}).node_id != config.node_id
+
+
+def test_variables() -> None:
+    config = BackbeatConfig.from_env(
+        {
+            "CHORUS_BACKBEAT_ENABLED": "off",
+            "CHORUS_BACKBEAT_CLUSTER_ID": "dev",
+            "CHORUS_BACKBEAT_AGENT_ID": "agent-42",
+            "CHORUS_BACKBEAT_NATS_URL": "tls://a:1, nats://b,c:3",
+            "CHORUS_BACKBEAT_TEMPO_BPM": "120.5",
+            "CHORUS_BACKBEAT_BEATS_PER_BAR": "4",
+            "CHORUS_BACKBEAT_NODE_ID": "",
+            "CHORUS_BACKBEAT_SOMETHING_ELSE": "of another program",
+            "ELSE": "x",
+        }
+    )
+    assert not config.enabled
+    assert (config.cluster_id, config.agent_id) == ("dev", "agent-42")
+    assert (config.tempo_bpm, config.beats_per_bar) == (120.5, 4)
+    assert [server.url for server in config.servers] == ["tls://a:1", "nats://b:4222", "nats://c:3"]
+
+
+def test_overrides_come_first_and_are_not_read_from_the_environment() -> None:
+    env = {"CHORUS_BACKBEAT_ENABLED": "perhaps", "CHORUS_BACKBEAT_NODE_ID": "n"}
+    config = BackbeatConfig.from_env(env, enabled=True)
+    assert config.enabled
+    assert config.agent_id == "chorus-n"
+
+
+@pytest.mark.parametrize("text", ["1", "t", "TRUE", "yes", "On"])
+def test_true(text: str) -> None:
+    assert BackbeatConfig.from_env({"CHORUS_BACKBEAT_ENABLED": text}).enabled
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("ENABLED", "maybe"),
+        ("ENABLED", "2"),
+        ("CLUSTER_ID", "a.b"),
+        ("CLUSTER_ID", "a b"),
+        ("CLUSTER_ID", ">"),
+        ("CLUSTER_ID", "x" * 129),
+        ("AGENT_ID", "*"),
+        ("NODE_ID", "12D3\n"),
+        ("NATS_URL", "http://localhost"),
+        ("NATS_URL", "nats://"),
+        ("NATS_URL", "nats://host:99999"),
+        ("NATS_URL", "nats://host/path"),
+        ("NATS_URL", "memory://"),
+        ("NATS_URL", "memory://a/b"),
+        ("NATS_URL", "memory:x"),
+        ("TEMPO_BPM", "nan"),
+        ("TEMPO_BPM", "0"),
+        ("TEMPO_BPM", "6001"),
+        ("TEMPO_BPM", "fast"),
+        ("BEATS_PER_BAR", "0"),
+        ("BEATS_PER_BAR", "4.5"),
+        ("HEALTH_BEATS", "-1"),
+        ("LOCK_TIMEOUT", "-1"),
+        ("LOCK_TIMEOUT", "inf"),
+        ("GRACE_PERIOD", "nan"),
+        ("INBOX_PREFIX", "a..b"),
+        ("TLS_KEY", "key.pem"),
+        ("USER", "somebody"),
+    ],
+)
+def test_refused_variables_are_named_with_their_value(variable: str, text: str) -> None:
+    name = f"CHORUS_BACKBEAT_{variable}"
+    with pytest.raises(ConfigError) as caught:
+        BackbeatConfig.from_env({name: text})
+    assert isinstance(caught.value, ValueError)
+    if variable == "NODE_ID":
+        assert "node_id" in str(caught.value).lower()
+    else:
+        assert str(caught.value).startswith(f"{name}=")
+    assert repr(text)[1:-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("enabled", "true"),
+        ("enabled", None),
+        ("cluster_id", 5),
+        ("tempo_bpm", "120"),
+        ("tempo_bpm", True),
+        ("tempo_bpm", math.nan),
+        ("beats_per_bar", 4.0),
+        ("beats_per_bar", True),
+        ("password", 5),
+        ("node_id", ""),
+    ],
+)
+def test_refused_fields_are_named(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}="):
+        BackbeatConfig(**{field: value})
+
+
+def test_misspelt_fields_are_refused() -> None:
+    with pytest.raises(TypeError, match="clusterid"):
+        BackbeatConfig(clusterid="x")  # type: ignore[call-arg]
+
+
+def test_a_node_whose_name_is_no_token_needs_an_agent_id() -> None:
+    with pytest.raises(ConfigError, match="node_id='12D3 KooW'"):
+        BackbeatConfig(node_id="12D3 KooW")
+    assert BackbeatConfig(node_id="12D3 KooW", agent_id="a").node_id == "12D3 KooW"
+
+
+def test_memory() -> None:
+    assert BackbeatConfig(nats_url="memory://x").memory_name == "x"
+    assert BackbeatConfig().memory_name is None
+
+
+def test_logins_in_urls_are_decoded() -> None:
+    one, two, six = BackbeatConfig(
+        nats_url="nats://us%40er:p%2Fw@a,nats://token@b,nats://[::1]:5"
+    ).servers
+    assert (one.user, one.password, one.url) == ("us@er", "p/w", "nats://a:4222")
+    assert (two.user, two.password) == ("token", None)
+    assert six.url == "nats://[::1]:5"
+
+
+SECRET = "s3cr3t"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"nats_url": f"nats://me:{SECRET}@host"},
+        {"nats_url": f"nats://{SECRET}@host,tls://me:{SECRET}@other"},
+        {"nats_url": f"nats://me:{SECRET},{SECRET}@host"},
+        {"nats_url": f"nats://me:{SECRET}@@host/path"},
+        {"nats_url": f"http://me:{SECRET}@host"},
+        {"nats_url": f"me:{SECRET}@host:99999"},
+        {"nats_url": f"memory://me:{SECRET}@host"},
+        {"user": "me", "password": SECRET},
+        {"password": SECRET},
+        {"token": SECRET},
+        {"user": "me", "password": SECRET, "cluster_id": "a.b"},
+    ],
+)
+def test_secrets_are_not_shown(fields: dict[str, str]) -> None:
+    try:
+        config = BackbeatConfig(**fields)  # type: ignore[arg-type]
+    except ConfigError as error:
+        assert SECRET not in str(error)
+    else:
+        assert SECRET not in repr(config)
+        assert SECRET not in str(config)
+    variables = {f"CHORUS_BACKBEAT_{name.upper()}": value for name, value in fields.items()}
+    try:
+        assert SECRET not in repr(BackbeatConfig.from_env(variables))
+    except ConfigError as error:
+        assert SECRET not in str(error)
+
+
+def test_redact_url() -> None:
+    assert redact_url("nats://a:b@h:1,tls://c@d") == "nats://***@h:1,tls://***@d"
+    assert redact_url("nats://h:4222") == "nats://h:4222"
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        BackbeatConfig().enabled = False  # type: ignore[misc]

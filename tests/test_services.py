@@ -1,0 +1,336 @@
+"""What a session makes of frames and of claims, with the other side played by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+import backbeat_trio as backbeat
+from backbeat_trio._clock import local_ns
+from backbeat_trio._wire import (
+    BeatFrame,
+    Segment,
+    SyncReply,
+    beat_phase,
+    encode,
+    window_id,
+)
+from backbeat_trio.testing import CLUSTER_ID, open_session
+
+Clock = trio.testing.MockClock
+SECOND = 1_000_000_000
+
+
+class Leader:
+    """A leader of which a test decides every message."""
+
+    def __init__(self, transport: backbeat.MemoryTransport) -> None:
+        self.transport = transport
+        self.epoch = 5
+        self.segment = Segment(5, 0, 0, 0, 60_000)
+        self.next_segment: Segment | None = None
+        self.offset_ns = 1000 * SECOND - local_ns()
+        self.answering = True
+        self.lie_ns = 0
+        self.bar = 4
+
+    def cluster_ns(self) -> int:
+        return local_ns() + self.offset_ns
+
+    def index(self) -> int:
+        beats = (self.cluster_ns() - self.segment.t0_ns) * self.segment.milli_bpm
+        return self.segment.beat0 + beats // (60_000 * SECOND)
+
+    def frame(self, **changes: Any) -> BeatFrame:
+        index = changes.get("beat_index", self.index())
+        fields: dict[str, Any] = {
+            "cluster_id": CLUSTER_ID,
+            "beat_index": index,
+            "downbeat": index % self.bar == 0,
+            "phase": beat_phase(index, self.bar),
+            "tempo_bpm": self.segment.milli_bpm / 1000,
+            "beats_per_bar": self.bar,
+            "window_id": window_id(index, self.bar),
+            "epoch": self.epoch,
+            "leader_id": "by-hand",
+            "segment": self.segment,
+            "next_segment": self.next_segment,
+        }
+        return BeatFrame(**(fields | changes))
+
+    def send(self, **changes: Any) -> None:
+        self.send_raw(encode(self.frame(**changes)))
+
+    def send_raw(self, data: bytes) -> None:
+        self.transport.publish_nowait(f"backbeat.beat.{CLUSTER_ID}", data)
+
+    async def beat(self, beats: int = 1) -> None:
+        for _ in range(beats):
+            edge = (self.index() + 1 - self.segment.beat0) * SECOND * 60_000
+            edge = edge // self.segment.milli_bpm + self.segment.t0_ns
+            await trio.sleep_until((edge - self.offset_ns) / 1e9)
+            self.send()
+            await trio.testing.wait_all_tasks_blocked()
+
+    async def answer(self, task_status: trio.TaskStatus[None]) -> None:
+        async with self.transport.open_subscription(f"backbeat.sync.{CLUSTER_ID}") as requests:
+            task_status.started()
+            async for request in requests:
+                if not self.answering:
+                    continue
+                now = self.cluster_ns() + self.lie_ns
+                reply = SyncReply(
+                    *(CLUSTER_ID, self.epoch, "by-hand", now, now, self.bar),
+                    *(self.segment, self.next_segment),
+                )
+                self.transport.publish_nowait(request.reply, encode(reply))
+
+
+@asynccontextmanager
+async def leading(
+    *, answer: bool = True, **overrides: Any
+) -> AsyncGenerator[tuple[Leader, backbeat.Session], None]:
+    bus = backbeat.MemoryBus()
+    transport = backbeat.MemoryTransport(bus)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        leader = Leader(transport)
+        if answer:
+            await nursery.start(leader.answer)
+        options: dict[str, Any] = {"tempo_bpm": 60.0, "lock_timeout": 0.0} | overrides
+        async with open_session(bus, **options) as bb:
+            await trio.testing.wait_all_tasks_blocked()
+            yield leader, bb
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_session_locks_by_pings_and_follows_frames(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        assert bb.current_beat() == 1000
+        assert not bb.health().local_degradation
+        assert (await anext(bb.downbeats())).index == 1004
+        await leader.beat(10)
+        assert bb.statistics().frames == 10
+        assert bb.health().tempo_drift == "acceptable"
+        assert bb.health().measured_bpm == pytest.approx(60.0)
+
+
+async def test_frames_alone_are_enough(autojump_clock: Clock) -> None:
+    # An independent metronome that knows nothing of sync requests.
+    async with leading(answer=False) as (leader, bb):
+        assert bb.current_beat() == 0
+        with bb.move_on_after(7) as scope:
+            await trio.sleep(0.5)
+            assert bb.health().local_degradation
+            await leader.beat(3)
+            assert bb.current_beat() == leader.index()
+            assert not bb.health().local_degradation
+            assert scope.beats_left == pytest.approx(4.0)
+
+
+async def test_a_budget_keeps_what_is_left_over_the_lock(autojump_clock: Clock) -> None:
+    async with leading(answer=False) as (leader, bb):
+        operation = bb.start_operation("election", beats=9)
+        beats = bb.beats()
+        start = trio.current_time()
+        with bb.move_on_after(5) as scope:
+            await trio.sleep(1.75)
+            assert (await anext(beats)).index == 1
+            leader.offset_ns += SECOND // 2
+            leader.send(beat_index=leader.index())
+            leader.offset_ns -= SECOND // 2
+            await trio.sleep(0)
+            await trio.testing.wait_all_tasks_blocked()
+            assert bb.current_beat() >= 1000
+            assert operation.beats_left == 8
+            assert (await anext(beats)).skipped == 0
+            await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert trio.current_time() - start == pytest.approx(5.0)
+
+
+async def test_hostile_frames_are_counted_and_beats_go_on(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(3)
+        good = leader.frame()
+        before = bb.statistics()
+        hostile = itertools.cycle(
+            [
+                b"{",
+                encode(good)[:50],
+                b"x" * 1_000_000,
+                b'{"type":"backbeat.beatframe.v1","beat_index":"a"}',
+                encode(msgspec.structs.replace(good, cluster_id="other")),
+                encode(msgspec.structs.replace(good, beat_index=good.beat_index - 1)),
+                encode(good),
+                encode(msgspec.structs.replace(good, epoch=4, beat_index=good.beat_index + 5)),
+            ]
+        )
+        for _ in range(5):
+            for data in itertools.islice(hostile, 800):
+                leader.send_raw(data)
+            await trio.testing.wait_all_tasks_blocked()
+        after = bb.statistics()
+        assert after.frames == before.frames
+        assert after.frames_undecodable == before.frames_undecodable + 2000
+        assert after.frames_foreign == before.frames_foreign + 500
+        assert after.frames_repeated == before.frames_repeated + 1000
+        assert after.frames_stale_epoch == before.frames_stale_epoch + 500
+        index = bb.current_beat()
+        await leader.beat(2)
+        assert bb.current_beat() == index + 2
+        assert bb.statistics().frames == before.frames + 2
+
+
+async def test_a_tempo_change_rides_in_frames(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        leader.next_segment = Segment(5, 1, 1004, 1004 * SECOND, 120_000)
+        await leader.beat()
+        assert bb.tempo_bpm == 60.0
+        start = trio.current_time()
+        await bb.sleep_until(1008)
+        assert trio.current_time() - start == pytest.approx(3 + 4 * 0.5)
+        assert bb.tempo_bpm == 120.0
+
+
+async def test_holdover_says_so_and_beats_go_on(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.answering = False
+        await trio.sleep(2.1)
+        assert not bb.health().local_degradation
+        await trio.sleep(0.3)
+        assert bb.health().local_degradation
+        with bb.move_on_after(5):
+            await trio.sleep_forever()
+        assert bb.current_beat() == leader.index()
+        leader.answering = True
+        await leader.beat()
+        assert not bb.health().local_degradation
+
+
+async def test_a_new_leader_in_the_same_time_changes_nothing(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.epoch = 6
+        locks = bb.statistics().locks
+        await leader.beat(2)
+        assert bb.statistics().locks == locks
+        assert bb.current_beat() == leader.index()
+        # What its predecessor still has in its buffers is of no interest.
+        leader.send(epoch=5, beat_index=leader.index() + 10)
+        await trio.testing.wait_all_tasks_blocked()
+        assert bb.statistics().frames_stale_epoch == 1
+
+
+@pytest.mark.parametrize("answering", [True, False])
+async def test_a_new_incarnation_moves_the_grid_and_keeps_the_budgets(
+    answering: bool, autojump_clock: Clock
+) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        start = trio.current_time()
+        with bb.move_on_after(6) as scope:
+            await trio.sleep(1.5)
+            leader.epoch, leader.segment = 9, Segment(9, 0, 0, 0, 60_000)
+            leader.offset_ns = -local_ns()
+            leader.answering = answering
+            leader.send()
+            await trio.sleep(3)
+            assert bb.current_beat() == leader.index() == 3
+            assert bb.statistics().locks == 2
+            assert scope.beats_left == pytest.approx(1.5)
+            await trio.sleep_forever()
+        assert trio.current_time() - start == pytest.approx(6.0)
+
+
+async def test_a_leader_of_a_lower_epoch_is_followed_once_nobody_else_is_there(
+    autojump_clock: Clock,
+) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.epoch, leader.segment = 1, Segment(1, 0, 0, 0, 60_000)
+        leader.offset_ns = -local_ns()
+        leader.send()
+        await trio.testing.wait_all_tasks_blocked()
+        assert bb.current_beat() >= 1000
+        await trio.sleep(5.5)
+        leader.send()
+        await trio.testing.wait_all_tasks_blocked()
+        assert bb.current_beat() == leader.index() == 5
+
+
+async def test_replies_of_a_lower_epoch_are_not_believed(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.epoch = 4
+        leader.lie_ns = 500 * SECOND
+        await trio.sleep(1.2)
+        assert bb.current_beat() == leader.index()
+        assert bb.statistics().frames_stale_epoch >= 1
+
+
+async def test_unreadable_replies_are_counted(autojump_clock: Clock) -> None:
+    async with leading(answer=False) as (leader, bb), trio.open_nursery() as nursery:
+
+        async def babble() -> None:
+            subject = f"backbeat.sync.{CLUSTER_ID}"
+            async with leader.transport.open_subscription(subject) as requests:
+                async for request in requests:
+                    leader.transport.publish_nowait(request.reply, b"babble")
+
+        nursery.start_soon(babble)
+        await trio.sleep(3)
+        assert bb.statistics().pings_failed >= 16
+        assert bb.current_beat() == 3
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_unanswered_tempo_request(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb), trio.open_nursery() as nursery:
+        subject = f"backbeat.tempo.{CLUSTER_ID}"
+        answers: list[bytes | None] = [
+            None,
+            b"babble",
+            b'{"type":"backbeat.tempo.v1","cluster_id":"c","ok":false}',
+        ]
+
+        async def serve() -> None:
+            async with leader.transport.open_subscription(subject) as requests:
+                async for request in requests:
+                    answer = answers.pop(0)
+                    if answer is not None:
+                        leader.transport.publish_nowait(request.reply, answer)
+
+        nursery.start_soon(serve)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(backbeat.MetronomeUnavailable, match="no answer"):
+            await bb.set_tempo(60)
+        with pytest.raises(backbeat.MetronomeUnavailable, match="not readable"):
+            await bb.set_tempo(60)
+        with pytest.raises(backbeat.TempoRefused, match="without a reason"):
+            await bb.set_tempo(60)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("milli", "drift"), [(60_000, "acceptable"), (60_300, "elevated"), (66_000, "severe")]
+)
+async def test_drift_is_told(milli: int, drift: str, autojump_clock: Clock) -> None:
+    # The frames say 60 a minute, and come at another pace.
+    async with leading(answer=False) as (leader, bb):
+        for index in range(1000, 1007):
+            leader.send(beat_index=index)
+            await trio.sleep(60_000 / milli)
+        assert bb.health().tempo_drift == "unknown"
+        leader.send(beat_index=1007)
+        await trio.testing.wait_all_tasks_blocked()
+        assert bb.health().tempo_drift == drift
+        assert bb.health().measured_bpm == pytest.approx(milli / 1000, rel=1e-6)
