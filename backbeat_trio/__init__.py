@@ -2,15 +2,16 @@
 
 Layers, from the bottom up; imports point downwards only:
 
-====  =================================================  ==================================
-0     `_errors`, `_wire`                                 errors; the wire contract
-1     `_timeline`, `_operations`, `_config`, `_server`   pure: arithmetic, phases, settings
-2     `_clock`, `_transport`                             beats for tasks; the in-process bus
-3     `_nats`, `_services`, `_metronome`                 NATS; what a session runs; the leader
-4     `_session`                                         the nursery, start-up and shutdown
-5     `testing`                                          for tests of what uses this
-6     `_demo`, `_cli`, `__main__`                        the command line
-====  =================================================  ==================================
+====  =====================================  ======================================
+0     `_errors`, `_wire`                     errors; the wire contract
+1     `_timeline`, `_operations`, `_config`  pure: arithmetic, phases, settings
+1     `server`                               a nats-server of one's own
+2     `_clock`, `_transport`                 beats for tasks; the in-process bus
+3     `_nats`, `_services`, `_metronome`     NATS; what a session runs; the leader
+4     `_session`                             the nursery, start-up and shutdown
+5     `testing`                              for tests of what uses this
+6     `_demo`, `_cli`, `__main__`            the command line
+====  =====================================  ======================================
 """
 
 from ._clock import Beat as Beat, Beats as Beats, BeatScope as BeatScope

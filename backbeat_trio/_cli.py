@@ -224,6 +224,8 @@ def settings(options: argparse.Namespace, env: Mapping[str, str] = os.environ) -
             raise ConfigError(f"NATS_TIMEOUT={env['NATS_TIMEOUT']!r}: {error}") from None
     if seconds is not None:
         found |= {"connect_timeout": seconds, "lock_timeout": seconds}
+    if options.command != "exec":
+        found["health_beats"] = 0
     # A name of its own for each run: several may look at one cluster from one host.
     if "agent_id" not in own:
         found["agent_id"] = f"backbeat-{options.command}-{os.getpid()}-{os.urandom(3).hex()}"

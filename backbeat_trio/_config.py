@@ -21,6 +21,7 @@ PREFIX: Final = "CHORUS_BACKBEAT_"
 
 _TRUE: Final = frozenset({"1", "t", "true", "y", "yes", "on"})
 _FALSE: Final = frozenset({"0", "f", "false", "n", "no", "off"})
+_MAX_BEATS: Final = 1_000_000
 _SECRET: Final = frozenset({"password", "token"})
 
 
@@ -77,7 +78,7 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
     require_connection: bool = False
     """True makes a failed first connection an error, instead of a degraded session."""
     health_beats: int = 8
-    """Every how many beats a health claim is emitted."""
+    """Every how many beats a health claim is emitted; 0 is never, for those who only look on."""
     user: str | None = None
     password: str | None = None
     token: str | None = None
@@ -112,9 +113,9 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
             milli_bpm("tempo_bpm", self.tempo_bpm)
         except ValueError:
             raise _refused("tempo_bpm", self.tempo_bpm, "must be from 0.1 to 6000") from None
-        for name, limit in (("beats_per_bar", 1_000_000), ("health_beats", 1_000_000)):
-            if not 1 <= getattr(self, name) <= limit:
-                raise _refused(name, getattr(self, name), f"must be from 1 to {limit}")
+        for name, least in (("beats_per_bar", 1), ("health_beats", 0)):
+            if not least <= getattr(self, name) <= _MAX_BEATS:
+                raise _refused(name, getattr(self, name), f"must be from {least} to {_MAX_BEATS}")
         for name in ("lock_timeout", "connect_timeout", "grace_period"):
             # NaN fails every comparison.
             if not 0 <= getattr(self, name) < math.inf:

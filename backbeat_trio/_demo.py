@@ -16,9 +16,9 @@ import trio
 
 from ._errors import BeatBudgetExceeded
 from ._operations import Phase
-from ._server import NatsServer
 from ._session import Session, session
 from ._wire import HEALTH_TASK_ID, StatusClaim
+from .server import NatsServer
 
 if TYPE_CHECKING:
     from rich.table import Table

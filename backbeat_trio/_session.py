@@ -633,7 +633,7 @@ class Session:
         if len(self._operations):
             self._emitter.beat()
         every = self._config.health_beats
-        if index // every != (index - skipped - 1) // every:
+        if every and index // every != (index - skipped - 1) // every:
             self._emitter.emit(self._health_claim(index))
 
     def _health_claim(self, index: int) -> StatusClaim:

@@ -30,11 +30,11 @@ from pytest_trio import trio_fixture
 
 from ._config import BackbeatConfig
 from ._metronome import Metronome
-from ._server import NatsServer as NatsServer
 from ._services import Logger
 from ._session import Session, session
 from ._transport import MemoryBus, MemoryTransport, Transport
 from ._wire import ClaimState, StatusClaim
+from .server import NatsServer as NatsServer
 
 CLUSTER_ID: Final = "test-cluster"
 """The cluster of the kit's sessions and metronomes."""

@@ -17,7 +17,7 @@ LAYERS = {
     "_timeline": 1,
     "_operations": 1,
     "_config": 1,
-    "_server": 1,
+    "server": 1,
     "_clock": 2,
     "_transport": 2,
     "_nats": 3,

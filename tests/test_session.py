@@ -250,6 +250,20 @@ async def test_health_claims(
     assert "operations=1" in executing.notes
 
 
+async def test_health_claims_can_be_left_out(
+    backbeat_metronome: ManualMetronome,
+) -> None:
+    bus = backbeat_metronome.bus
+    async with (
+        open_session(bus, agent_id="watcher") as watcher,
+        open_session(bus, health_beats=0) as bb,
+        open_recorder(watcher) as claims,
+    ):
+        await backbeat_metronome.tick(16)
+        assert bb.health().errors == ()
+        assert {claim.agent_id for claim in claims.claims} == {"watcher"}
+
+
 async def test_errors_make_health_claims_fail(backbeat_metronome: ManualMetronome) -> None:
     bus = backbeat_metronome.bus
     transport = backbeat.MemoryTransport(bus)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from backbeat_trio import _wire as wire
+from backbeat_trio._timeline import Timeline
 
 SEGMENT = wire.Segment(7, 3, 12000, 903_000_000_000, 2000)
 FRAME = wire.BeatFrame(
@@ -217,3 +220,18 @@ def test_notes_that_no_message_can_hold_are_shortened(notes: str) -> None:
 
 def test_notes_that_fit_stay() -> None:
     assert wire.encode_claim(CLAIM, 1024) == wire.encode(CLAIM)
+
+
+def test_the_messages_of_the_documentation_are_messages() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "design.md").read_text()
+    messages = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    frame, claim, sync, sync_reply, tempo, tempo_reply = (m.encode() for m in messages)
+    assert wire.decode_frame(frame) == FRAME
+    assert wire.decode_claims(claim)[0].task_id == "election-leader-2025"
+    assert wire.decode_sync_request(sync).agent_id == "chorus-agent-42"
+    assert wire.decode_sync_reply(sync_reply).segment == SEGMENT
+    assert wire.decode_tempo_request(tempo).at_beat is None
+    changed = wire.decode_tempo_reply(tempo_reply).segment
+    assert changed is not None
+    # Its numbers are those that follow from the segment before it.
+    assert Timeline.of(SEGMENT).change(120_500, 12360, epoch=7).segments[1] == changed

@@ -1,0 +1,33 @@
+"""One agent, one operation, one budget: the smallest program that shows all three.
+
+It needs no server: the URL names a bus inside this process, with a metronome of its own.
+"""
+
+import trio
+
+import backbeat_trio as backbeat
+
+
+async def ask_for_votes(bb: backbeat.Session) -> int:
+    await bb.sleep(1)
+    return 3
+
+
+async def main() -> None:
+    async with backbeat.session(nats_url="memory://quickstart", tempo_bpm=120) as bb:
+        async with bb.operation("election", id="election-leader-2025", beats=5) as op:
+            op.advance(backbeat.Phase.CONNECTING, peers=3)
+            with bb.fail_after(2):  # two beats, whatever they last
+                votes = await ask_for_votes(bb)
+            op.advance(backbeat.Phase.EXECUTING, peers=votes)
+        # Leaving the block completed the operation; an exception would have failed it.
+
+        with bb.move_on_after(2) as scope:
+            await trio.sleep_forever()
+        print(
+            f"beat {bb.current_beat()}: {votes} votes, and the budget ended: {scope.cancelled_caught}"
+        )
+
+
+if __name__ == "__main__":
+    trio.run(main)

@@ -1,0 +1,70 @@
+"""What is run on the project: ``nox -s tests lint types bench``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PYPROJECT)
+DEFAULT = "3.11"
+
+nox.needs_version = ">=2024.10"
+nox.options.sessions = ["tests", "minimal", "lint", "types"]
+# Also on CI: a version that is not installed is passed over.
+nox.options.error_on_missing_interpreters = False
+nox.options.error_on_external_run = True
+
+
+def group(name: str) -> list[str]:
+    return list(nox.project.dependency_groups(PYPROJECT, name))
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests on the built wheel, with branch coverage."""
+    session.install(".[server,nkeys,testing]", *group("test"))
+    # The wheel is tested, and not what lies in this folder.
+    session.env["PYTHONSAFEPATH"] = "1"
+    data = Path(session.create_tmp(), "coverage").absolute()
+    session.env["COVERAGE_FILE"] = str(data)
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    if not session.posargs:
+        session.run("coverage", "combine", "--quiet")
+        session.run("coverage", "report", "--fail-under=95")
+
+
+@nox.session(python=DEFAULT)
+def minimal(session: nox.Session) -> None:
+    """Run what must work on the wheel without any extra."""
+    session.install(".")
+    session.env["PYTHONSAFEPATH"] = "1"
+    session.run("python", "-W", "error", "examples/quickstart.py")
+    session.run("backbeat", "demo", "--memory", "--beats", "8")
+
+
+@nox.session(python=DEFAULT)
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install(*group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(python=DEFAULT)
+def types(session: nox.Session) -> None:
+    """Check the types, and that all that is public has some."""
+    session.install(".[server,nkeys,testing]", *group("test"), *group("types"), "nox")
+    session.run("mypy")
+    session.run("pyright", "--verifytypes", "backbeat_trio", "--ignoreexternal")
+
+
+@nox.session(python=DEFAULT)
+def bench(session: nox.Session) -> None:
+    """Measure speed and memory, and print them beside their targets."""
+    session.install(".[server]", *group("bench"))
+    session.env["PYTHONSAFEPATH"] = "1"
+    session.run("python", os.path.join("benchmarks", "bench.py"), *session.posargs)
