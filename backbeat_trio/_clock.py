@@ -311,10 +311,10 @@ class BeatClock:
     def __init__(
         self, timeline: Timeline, steering: Steering, beats_per_bar: int, *, enforcing: bool = True
     ) -> None:
-        self.timeline = timeline
-        self.steering = steering
-        self.beats_per_bar = beats_per_bar
-        self.closed = False
+        self.timeline: Timeline = timeline
+        self.steering: Steering = steering
+        self.beats_per_bar: int = beats_per_bar
+        self.closed: bool = False
         self.on_rebase: Callable[[int], None] = lambda beats: None
         self._enforcing = enforcing
         self._shift = 0.0

@@ -165,8 +165,9 @@ class Steering:
     __slots__ = ("_from_ns", "_from_offset", "offset_ns", "settled_ns")
 
     def __init__(self, offset_ns: int = 0) -> None:
-        self.offset_ns = offset_ns
-        self._from_ns = self.settled_ns = 0
+        self.offset_ns: int = offset_ns
+        self.settled_ns: int = 0
+        self._from_ns = 0
         self._from_offset = offset_ns
 
     def cluster_at(self, local_ns: int) -> int:

@@ -320,7 +320,7 @@ class MemoryBus:
     """
 
     def __init__(self) -> None:
-        self.leadership = trio.Lock()
+        self.leadership: trio.Lock = trio.Lock()
         self.grid: Timeline | None = None
         self.origin_ns = 0
         self.beats_per_bar = 0

@@ -48,7 +48,7 @@ class NatsServer:
         self._config = config
         self._folder = tempfile.TemporaryDirectory(prefix="backbeat-nats-")
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = 0
+        self.port: int = 0
         """The port it listens on; kept from one start to the next."""
 
     @property

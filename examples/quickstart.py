@@ -24,9 +24,7 @@ async def main() -> None:
 
         with bb.move_on_after(2) as scope:
             await trio.sleep_forever()
-        print(
-            f"beat {bb.current_beat()}: {votes} votes, and the budget ended: {scope.cancelled_caught}"
-        )
+        print(f"beat {bb.current_beat()}: {votes} votes, budget ended: {scope.cancelled_caught}")
 
 
 if __name__ == "__main__":
