@@ -8,7 +8,8 @@ Layers, from the bottom up; imports point downwards only:
 1     `server`                               a nats-server of one's own
 2     `_clock`, `_transport`                 beats for tasks; the in-process bus
 3     `_nats`, `_services`, `_metronome`     NATS; what a session runs; the leader
-4     `_session`                             the nursery, start-up and shutdown
+4     `_session`                             what an application does with a session
+4     `_lifecycle`                           the nursery, start-up and shutdown
 5     `testing`                              for tests of what uses this
 6     `_demo`, `_cli`, `__main__`            the command line
 ====  =====================================  ======================================
@@ -33,6 +34,7 @@ from ._errors import (
     TransportClosed as TransportClosed,
     TransportError as TransportError,
 )
+from ._lifecycle import session as session
 from ._metronome import Metronome as Metronome, MetronomeStatistics as MetronomeStatistics
 from ._operations import Operation as Operation, Phase as Phase
 from ._services import Logger as Logger
@@ -41,7 +43,6 @@ from ._session import (
     Session as Session,
     SessionStatistics as SessionStatistics,
     current_session as current_session,
-    session as session,
 )
 from ._transport import (
     MemoryBus as MemoryBus,

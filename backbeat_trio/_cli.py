@@ -20,9 +20,10 @@ import trio
 
 from ._config import PREFIX, BackbeatConfig
 from ._errors import BackbeatError, ConfigError
+from ._lifecycle import session
 from ._metronome import Metronome, find_leader
 from ._operations import Phase
-from ._session import Session, session
+from ._session import Session
 from ._timeline import milli_bpm
 from ._wire import StatusClaim, encode, is_token
 

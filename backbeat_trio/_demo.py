@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final, Literal
 import trio
 
 from ._errors import BeatBudgetExceeded
+from ._lifecycle import session
 from ._operations import Phase
-from ._session import Session, session
+from ._session import Session
 from ._wire import HEALTH_TASK_ID, StatusClaim
 from .server import NatsServer
 

@@ -1,24 +1,13 @@
-"""A session: the nursery that owns the services, and what a Trio application does with them.
-
-Policy on exceptions. The services run in a nursery around the body of ``async with session()``,
-and Trio reports whatever leaves a nursery in an exception group. Which tasks there are in it is a
-detail of this module. So what the body raised never enters the nursery, and leaves as itself. A
-service that crashes cancels the body, and its exception is taken out of the nursery's group again.
-Only where the body answers that with an exception of its own, the two leave together in a group.
-
-Order of leaving. Each service runs in a shielded scope of its own, so that neither Ctrl-C nor a
-cancellation from outside stops it before the body has unwound: no new operations, terminal claims
-queued, flushed within the grace period, services released, transport closed.
-"""
+"""What a Trio application does with a session: budgets, time, operations, observation."""
 
 from __future__ import annotations
 
 import contextvars
-import logging
 import math
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar, TypeVarTuple, final
 
 import msgspec
@@ -33,7 +22,6 @@ from ._errors import (
     TempoRefused,
     TransportBroken,
 )
-from ._metronome import Metronome
 from ._operations import Operation, Operations, Phase, check_integer
 from ._services import (
     BeatListener,
@@ -41,11 +29,9 @@ from ._services import (
     Counters,
     Logger,
     TempoDrift,
-    tick,
-    watch_connection,
 )
 from ._timeline import beat_ns, milli_bpm
-from ._transport import MemoryTransport, Message, Transport, TransportStatistics, open_memory_bus
+from ._transport import Message, Transport, TransportStatistics
 from ._wire import (
     HEALTH_TASK_ID,
     StatusClaim,
@@ -65,7 +51,8 @@ PosArgs = TypeVarTuple("PosArgs")
 # Errors are reported for as long as two health claims are apart, and no less than this.
 _ERRORS_NS = 10_000_000_000
 _TEMPO_TIMEOUT = 2.0
-_MAKER = object()
+# What `_lifecycle` shows to be let to make a session.
+MAKER = object()
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -127,7 +114,7 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     """The transport's counters; None where there is no transport."""
 
 
-_current: contextvars.ContextVar[Session] = contextvars.ContextVar("backbeat session")
+current: contextvars.ContextVar[Session] = contextvars.ContextVar("backbeat session")
 
 
 def current_session() -> Session:
@@ -138,7 +125,7 @@ def current_session() -> Session:
 
     """
     try:
-        return _current.get()
+        return current.get()
     except LookupError:
         raise RuntimeError("no backbeat session is open in this context") from None
 
@@ -154,7 +141,7 @@ class Session:
     def __init__(
         self, maker: object, config: BackbeatConfig, transport: Transport | None, logger: Logger
     ) -> None:
-        if maker is not _MAKER:
+        if maker is not MAKER:
             raise TypeError("sessions are made by `backbeat_trio.session`")
         self._config = config
         self._logger = logger
@@ -599,23 +586,7 @@ class Session:
         if self._transport is None:
             raise BackbeatError("there are no claims to hear: the session is disabled")
         async with self._transport.open_subscription(status_subject(agent_id)) as messages:
-            yield self._read_claims(messages)
-
-    async def _read_claims(
-        self, messages: AsyncIterator[Message]
-    ) -> AsyncGenerator[StatusClaim, None]:
-        async for message in messages:
-            speaker = message.subject.rpartition(".")[2]
-            try:
-                claims = decode_claims(message.data)
-            except msgspec.DecodeError:
-                self._counters.claims_undecodable += 1
-                continue
-            for claim in claims:
-                if claim.agent_id == speaker:
-                    yield claim
-                else:
-                    self._counters.claims_undecodable += 1
+            yield _Claims(messages, self._counters)
 
     # The inside.
 
@@ -651,130 +622,6 @@ class Session:
             f"tempo={tempo} BPM, node={health.node_id}",
         )
 
-    async def _start(self, services: _Services, metronome: Metronome | None) -> None:
-        clock, logger, transport = self._clock, self._logger, self._transport
-        await services.start(clock.run)
-        if transport is not None and self._listener is not None and self._emitter is not None:
-            await services.start(transport.run)
-            if self._config.require_connection:
-                await transport.first_attempt()
-            await services.start(watch_connection, transport, logger)
-            await services.start(self._listener.run)
-            if metronome is not None:
-                await services.start(metronome.run)
-            with trio.move_on_after(self._config.lock_timeout):
-                await self._listener.locked.wait()
-            await services.start(self._emitter.run)
-        await services.start(tick, clock, logger, self._on_beat)
-        self._started = True
-        logger.info(
-            "🎵 CHORUS BACKBEAT integration started - cluster=%s agent=%s",
-            self._config.cluster_id,
-            self._config.agent_id,
-        )
-
-    @trio.lowlevel.enable_ki_protection
-    async def _stop(self, services: _Services) -> None:
-        self._closing = True
-        try:
-            for operation in self._operations.live():
-                claim = self._operations.fail(
-                    operation.id, "the session was closed", beat=self._clock.index()
-                )
-                self._emit(claim, terminal=True)
-            if self._emitter is not None:
-                await self._flush(services, self._emitter)
-        finally:
-            # What uses the transport is released before it, and the clock last.
-            try:
-                await services.release(keep=self._foundations)
-            finally:
-                self._clock.close()
-                services.cancel()
-                if self._started:
-                    self._started = False
-                    self._logger.info("🎵 CHORUS BACKBEAT integration stopped")
-
-    @property
-    def _foundations(self) -> set[object]:
-        foundations: set[object] = {self._clock.run}
-        if self._transport is not None:
-            foundations.add(self._transport.run)
-        return foundations
-
-    async def _flush(self, services: _Services, emitter: ClaimEmitter) -> None:
-        with trio.move_on_after(self._config.grace_period, shield=True) as grace:
-            await services.release(emitter.run)
-            await emitter.drain()
-        if grace.cancelled_caught and emitter.pending:
-            self._logger.warning(
-                "%d terminal claims were not delivered within %g s",
-                emitter.pending,
-                self._config.grace_period,
-            )
-
-
-@final
-class _Service(trio.TaskStatus[None]):
-    """One task of a session: the scope that shields it, and what has become of it."""
-
-    def __init__(self) -> None:
-        self.scope = trio.CancelScope(shield=True)
-        self.has_started = trio.Event()
-        self.has_ended = trio.Event()
-
-    def started(self, value: None = None) -> None:
-        """Let whoever started the service go on."""
-        self.has_started.set()
-
-
-@final
-class _Services:
-    """The tasks of a session, each shielded until it is released."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
-        self.crashed = False
-        self._running: dict[object, _Service] = {}
-
-    async def start(self, async_fn: Callable[..., Awaitable[None]], *args: Any) -> None:
-        """Start a service, and wait until it says that it has started. A checkpoint."""
-        # Not by `trio.Nursery.start`: where that is cancelled it waits for the task to end, which
-        # a shielded one does not do.
-        service = self._running[async_fn] = _Service()
-        self._nursery.start_soon(self._run, service, async_fn, args, name=async_fn)
-        await service.has_started.wait()
-
-    @trio.lowlevel.enable_ki_protection
-    async def _run(
-        self,
-        service: _Service,
-        async_fn: Callable[..., Awaitable[None]],
-        args: tuple[Any, ...],
-    ) -> None:
-        try:
-            with service.scope:
-                await async_fn(*args, task_status=service)
-        except BaseException:
-            self.crashed = True
-            raise
-        finally:
-            service.has_ended.set()
-
-    def cancel(self, *names: object) -> list[trio.Event]:
-        """Cancel the named services, or all of them; return what tells that they have ended."""
-        chosen = [self._running[name] for name in names or self._running if name in self._running]
-        for service in chosen:
-            service.scope.cancel()
-        return [service.has_ended for service in chosen]
-
-    async def release(self, *names: object, keep: Collection[object] = ()) -> None:
-        """Cancel the named services, or all but some, and wait until they have unwound."""
-        chosen = names or [name for name in self._running if name not in keep]
-        with trio.CancelScope(shield=True):
-            for ended in self.cancel(*chosen) if chosen else ():
-                await ended.wait()
-
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, trio.Cancelled):
@@ -783,93 +630,29 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    # The nursery's group, taken apart as the module's text says.
-    if len(group.exceptions) == 1:
-        return group.exceptions[0]
-    return group
+@final
+class _Claims:
+    """An async iterator of the claims in messages; no generator, so it survives cancellation."""
 
+    def __init__(self, messages: AsyncIterator[Message], counters: Counters) -> None:
+        self._messages = messages
+        self._counters = counters
+        self._waiting: deque[StatusClaim] = deque()
 
-@asynccontextmanager
-async def session(
-    config: BackbeatConfig | None = None,
-    /,
-    *,
-    transport: Transport | None = None,
-    logger: Logger | None = None,
-    **overrides: Any,
-) -> AsyncGenerator[Session, None]:
-    """Open a session: this task is part of the cluster for the length of the block.
+    def __aiter__(self) -> _Claims:
+        return self
 
-    Without a server the session starts all the same, on a local grid, and locks to the cluster's
-    when it can. Entering waits for the lock for `BackbeatConfig.lock_timeout` at most. Leaving
-    waits for the terminal claims to reach the server, for `BackbeatConfig.grace_period` at most.
-    What the body raises leaves as itself. Entering and leaving are checkpoints.
-
-    Args:
-      config: the settings; by default those of the environment, `BackbeatConfig.from_env`.
-      transport: used in place of the one that ``nats_url`` names; the session runs and closes it.
-      logger: by default ``logging.getLogger("backbeat_trio")``.
-      **overrides: fields of `BackbeatConfig` that take precedence.
-
-    Raises:
-      ConfigError: where a setting cannot work.
-      TransportBroken: with ``require_connection``, where the first connection cannot be made; or
-        its subclasses `AuthenticationFailed` and `TLSFailed`.
-
-    """
-    if config is None:
-        config = BackbeatConfig.from_env(**overrides)
-    elif overrides:
-        config = msgspec.structs.replace(config, **overrides)
-    if logger is None:
-        logger = logging.getLogger("backbeat_trio")
-    failure: BaseException | None = None
-    async with AsyncExitStack() as stack:
-        metronome = None
-        if not config.enabled:
-            transport = None
-        elif transport is None and config.memory_name is not None:
-            bus = await stack.enter_async_context(open_memory_bus(config.memory_name))
-            transport = MemoryTransport(bus)
-            metronome = Metronome(
-                transport,
-                cluster_id=config.cluster_id,
-                leader_id=config.agent_id,
-                tempo_bpm=config.tempo_bpm,
-                beats_per_bar=config.beats_per_bar,
-                bus=bus,
-            )
-        elif transport is None:
-            # Imported on use: asyncio, anyio and nats-py cost more than all the rest.
-            from ._nats import NatsTransport
-
-            transport = NatsTransport(config)
-        self = Session(_MAKER, config, transport, logger)
-        try:
-            async with trio.open_nursery() as nursery:
-                services = _Services(nursery)
-                try:
-                    await self._start(services, metronome)
-                    token = _current.set(self)
-                    try:
-                        yield self
-                    finally:
-                        _current.reset(token)
-                except BaseException as error:  # noqa: BLE001 - it is raised again, further down
-                    failure = error
-                await self._stop(services)
-                # All are told to end by now, and none takes long to.
-                nursery.cancel_scope.shield = True
-                if failure is not None and services.crashed:
-                    # It may be the cancellation by which the nursery answers a crash.
-                    raise failure
-        except BaseExceptionGroup as group:
-            failure = _only(group)
-    # Outside of the handler, so that the exception does not get the group for its context.
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            # Its traceback holds this frame, and this frame would hold it.
-            del failure
+    async def __anext__(self) -> StatusClaim:
+        if self._waiting:
+            await trio.lowlevel.checkpoint()
+        while not self._waiting:
+            message = await anext(self._messages)
+            speaker = message.subject.rpartition(".")[2]
+            try:
+                claims = decode_claims(message.data)
+            except msgspec.DecodeError:
+                self._counters.claims_undecodable += 1
+                continue
+            self._waiting.extend(claim for claim in claims if claim.agent_id == speaker)
+            self._counters.claims_undecodable += len(claims) - len(self._waiting)
+        return self._waiting.popleft()

@@ -29,9 +29,10 @@ import trio.testing
 from pytest_trio import trio_fixture
 
 from ._config import BackbeatConfig
+from ._lifecycle import session
 from ._metronome import Metronome
 from ._services import Logger
-from ._session import Session, session
+from ._session import Session
 from ._transport import MemoryBus, MemoryTransport, Transport
 from ._wire import ClaimState, StatusClaim
 from .server import NatsServer as NatsServer

@@ -24,6 +24,7 @@ LAYERS = {
     "_services": 3,
     "_metronome": 3,
     "_session": 4,
+    "_lifecycle": 4,
     "testing": 5,
     "_demo": 6,
     "_cli": 6,
@@ -31,10 +32,11 @@ LAYERS = {
 }
 # Within a layer, who may import whom.
 BESIDE = {
+    ("_config", "_timeline"),
     ("_transport", "_clock"),
+    ("_lifecycle", "_session"),
     ("_cli", "_demo"),
     ("__main__", "_cli"),
-    ("_config", "_timeline"),
 }
 PURE = {"_wire", "_timeline", "_operations", "_config"}
 

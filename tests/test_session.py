@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 import backbeat_trio as backbeat
-from backbeat_trio import Phase, _session
+from backbeat_trio import Phase, _lifecycle
 from backbeat_trio.testing import ClaimRecorder, ManualMetronome, open_recorder, open_session
 
 Clock = trio.testing.MockClock
@@ -567,7 +567,7 @@ async def test_a_service_that_crashes_cancels_the_body_and_surfaces(
         await trio.sleep(5)
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(_session, "tick", crash)
+    monkeypatch.setattr(_lifecycle, "tick", crash)
     unwound = []
     with pytest.raises(ZeroDivisionError, match="a bug"):
         async with open_session() as bb:
@@ -587,7 +587,7 @@ async def test_a_crash_and_an_error_of_the_body_leave_together(
         await trio.sleep(5)
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(_session, "tick", crash)
+    monkeypatch.setattr(_lifecycle, "tick", crash)
     with pytest.raises(ExceptionGroup) as caught:
         async with open_session():
             try:
@@ -652,6 +652,18 @@ async def test_claims_of_others_are_heard_and_forgeries_are_not(
                 async with two.open_claims("a.b"):
                     pytest.fail("not reached")  # pragma: no cover
         nursery.cancel_scope.cancel()
+
+
+async def test_the_iterator_of_claims_survives_a_cancellation(autojump_clock: Clock) -> None:
+    async with open_session(tempo_bpm=60.0) as bb, bb.open_claims() as claims:
+        with trio.move_on_after(0.5) as scope:
+            await anext(claims)
+        assert scope.cancelled_caught
+        bb.start_operation("election", id="x")
+        bb.start_operation("election", id="y")
+        assert [(await anext(claims)).task_id, (await anext(claims)).task_id] == ["x", "y"]
+        heard = [(await anext(claims)).task_id for _ in range(2)]
+        assert sorted(heard) == ["x", "y"]
 
 
 async def test_the_iterator_of_claims_ends_with_the_session(autojump_clock: Clock) -> None:
