@@ -8,7 +8,7 @@ import re
 import secrets
 import socket
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import msgspec
@@ -25,7 +25,7 @@ _MAX_BEATS: Final = 1_000_000
 _SECRET: Final = frozenset({"password", "token"})
 
 
-class Server(NamedTuple):
+class Server(msgspec.Struct, frozen=True):
     """One server of a URL: where it is, and what the URL said of how to log in."""
 
     scheme: str
@@ -39,6 +39,12 @@ class Server(NamedTuple):
         """The address without the secrets."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"Server({self.url!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("url", self.url)]
 
 
 def _default_node_id() -> str:
@@ -181,11 +187,16 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
         shown = redact_url(self.nats_url)
         return tuple(_server(part.strip(), shown) for part in self.nats_url.split(","))
 
+    def _shown(self) -> dict[str, object]:
+        return {name: _redacted(name, getattr(self, name)) for name in self.__struct_fields__}
+
     def __repr__(self) -> str:
-        shown = ", ".join(
-            f"{name}={_redacted(name, getattr(self, name))}" for name in self.__struct_fields__
-        )
+        shown = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
         return f"BackbeatConfig({shown})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        # Without it rich would show what `msgspec.Struct` tells it: everything.
+        return list(self._shown().items())
 
 
 def redact_url(url: str) -> str:
@@ -195,14 +206,14 @@ def redact_url(url: str) -> str:
     return ",".join(re.sub(r"(^|://)(?:(?!://).)*@", r"\1***@", part) for part in parts)
 
 
-def _redacted(name: str, value: object) -> str:
+def _redacted(name: str, value: object) -> object:
     if name in _SECRET and value is not None:
-        return "'***'"
-    return repr(redact_url(value) if name == "nats_url" and isinstance(value, str) else value)
+        return "***"
+    return redact_url(value) if name == "nats_url" and isinstance(value, str) else value
 
 
 def _refused(name: str, value: object, why: str) -> ConfigError:
-    return ConfigError(f"{name}={_redacted(name, value)}: {why}")
+    return ConfigError(f"{name}={_redacted(name, value)!r}: {why}")
 
 
 def _check_type(field: msgspec.structs.FieldInfo, value: object) -> None:

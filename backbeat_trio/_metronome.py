@@ -159,9 +159,10 @@ class Metronome:
         Reports itself started as soon as it leads, or has to wait.
         """
         if self._bus is None:
-            # Alone there is nothing that remembers earlier terms: the seconds of the wall clock
-            # make a later one greater, and are used for nothing else.
-            self._begin(Timeline(()), epoch=int(time.time()), sent=-1, origin_ns=local_ns())
+            # Alone there is nothing that remembers earlier terms: the milliseconds of the wall
+            # clock make a later one greater, and are used for nothing else.
+            epoch = time.time_ns() // 1_000_000
+            self._begin(Timeline(()), epoch=epoch, sent=-1, origin_ns=local_ns())
             await self._lead(task_status)
             return
         bus = self._bus

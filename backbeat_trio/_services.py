@@ -68,6 +68,7 @@ class Counters:
         self.frames_foreign = 0
         self.frames_stale_epoch = 0
         self.frames_repeated = 0
+        self.frames_unexplained = 0
         self.pings = 0
         self.pings_failed = 0
         self.locks = 0
@@ -104,6 +105,7 @@ class BeatListener:
         # A frame that the present grid does not explain, until the leader has been asked about it.
         self._unexplained: tuple[BeatFrame, int] | None = None
         self._ask = AsyncBool(False)
+        self._answered = False
         self._arrivals: deque[tuple[int, int]] = deque(maxlen=_MEASURED)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -172,21 +174,28 @@ class BeatListener:
 
     def _explains(self, frame: BeatFrame, received_ns: int) -> bool:
         # Whether a frame fits the time base that this clock is on. A new leader goes on in the same
-        # one; a new incarnation of the grid begins another.
+        # one; a new incarnation of the grid begins another. A frame of the present leader may be
+        # late, but not early.
         if not self.locked.is_set() or frame.epoch < self.epoch:
             return False
-        if frame.epoch == self.epoch:
-            return True
         sent_ns = Timeline.of(frame.segment, frame.next_segment).time_of(frame.beat_index)
-        error = abs(self._clock.steering.cluster_at(received_ns) - sent_ns)
-        return error <= max(MIN_STEP_NS, beat_ns(frame.segment.milli_bpm) // 4)
+        late = self._clock.steering.cluster_at(received_ns) - sent_ns
+        most = max(MIN_STEP_NS, beat_ns(frame.segment.milli_bpm) // 4)
+        return late >= -most and (late <= most or frame.epoch == self.epoch)
 
     def _accept(self, frame: BeatFrame, received_ns: int) -> None:
         self._counters.frames += 1
         self._last_frame_ns = received_ns
         self._last_index = frame.beat_index
         self._follow(frame)
+        if not self._answered:
+            self._clock.steer(self._offset_of(frame, received_ns))
         self._arrivals.append((frame.beat_index, received_ns))
+
+    def _offset_of(self, frame: BeatFrame, received_ns: int) -> int:
+        # What a frame alone tells, wrong by its way.
+        timeline = Timeline.of(frame.segment, frame.next_segment)
+        return timeline.time_of(frame.beat_index) - received_ns
 
     def _follow(self, told: BeatFrame | SyncReply) -> None:
         timeline = Timeline.of(told.segment, told.next_segment)
@@ -235,13 +244,15 @@ class BeatListener:
     def _steer(self, replies: list[tuple[Ping, SyncReply]]) -> None:
         unexplained, self._unexplained = self._unexplained, None
         best = best_ping(ping for ping, _ in replies)
+        self._answered = best is not None
         if best is None:
-            # A leader that beats and answers no pings: its frames tell the time, if less well.
-            if unexplained is not None:
-                frame, received_ns = unexplained
-                timeline = Timeline.of(frame.segment, frame.next_segment)
-                self._lock(frame, timeline.time_of(frame.beat_index) - received_ns)
-                self._accept(frame, received_ns)
+            # A leader that beats and answers no pings: its frames tell the time, if less well. One
+            # that contradicts what it said before is not believed as long as others are heard.
+            if unexplained is not None and (
+                not self.locked.is_set() or unexplained[0].epoch > self.epoch or self.in_holdover
+            ):
+                self._lock(unexplained[0], self._offset_of(*unexplained))
+                self._accept(*unexplained)
             return
         reply = next(reply for ping, reply in replies if ping is best)
         if not self.locked.is_set():
@@ -259,9 +270,12 @@ class BeatListener:
             else:
                 self._follow(reply)
                 self._clock.steer(best.offset_ns)
-        if unexplained is not None and unexplained[0].epoch == self.epoch:
+        if unexplained is not None:
+            # Now that the clock is right it may be plain.
             frame, received_ns = unexplained
-            if frame.beat_index > self._last_index:
+            if frame.epoch != self.epoch or not self._explains(frame, received_ns):
+                self._counters.frames_unexplained += 1
+            elif frame.beat_index > self._last_index:
                 self._accept(frame, received_ns)
 
     def _lock(self, told: BeatFrame | SyncReply, offset_ns: int) -> None:

@@ -96,6 +96,8 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     """Frames and replies of an earlier term of leadership."""
     frames_repeated: int
     """Frames whose index was not new."""
+    frames_unexplained: int
+    """Frames that the leader's own answers did not bear out."""
     pings: int
     pings_failed: int
     """Pings that brought no answer, or none that could be decoded."""

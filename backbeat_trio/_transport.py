@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import enum
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -15,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final, NamedTuple, Protocol, final, runtime_checkable
 
 import trio
-from trio_util import AsyncBool
+from trio_util import AsyncValue
 
 from ._clock import local_ns
 from ._errors import NoResponders, TransportBroken, TransportClosed
@@ -73,7 +74,11 @@ class Transport(Protocol):
         ...
 
     async def wait_connected(self, connected: bool = True, /) -> None:
-        """Wait until a connection stands, or until none does. A checkpoint."""
+        """Wait until a connection stands, or until none does. A checkpoint.
+
+        Raises:
+          TransportClosed: where it will never stand again, as the transport was closed.
+        """
         ...
 
     @property
@@ -178,11 +183,28 @@ def matches(pattern: str, subject: str) -> bool:
 
 def check_subject(subject: str) -> None:
     """Refuse what no message can be published on."""
-    if not subject or any(
-        token in ("", "*", ">") or not token.isprintable() or " " in token
-        for token in subject.split(".")
-    ):
+    if not all(map(_is_plain, subject.split("."))):
         raise ValueError(f"not a subject to publish on: {subject!r}")
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse what no subscription can be made to."""
+    *tokens, last = pattern.split(".")
+    plain = all(token == "*" or _is_plain(token) for token in tokens)
+    if not plain or not (last in ("*", ">") or _is_plain(last)):
+        raise ValueError(f"not a subject to subscribe to: {pattern!r}")
+
+
+def _is_plain(token: str) -> bool:
+    return bool(token) and token.isprintable() and not set(token) & set(" *>")
+
+
+class State(enum.Enum):
+    """What can be said of a transport's connection."""
+
+    UP = enum.auto()
+    DOWN = enum.auto()
+    CLOSED = enum.auto()
 
 
 @final
@@ -219,10 +241,9 @@ class BaseTransport(abc.ABC):
     """What both transports share: mailboxes, counters, requests, and being closed."""
 
     def __init__(self, *, inbox_prefix: str = "_INBOX") -> None:
-        self._connected = AsyncBool(False)
+        self._state: AsyncValue[State] = AsyncValue(State.DOWN)
         self.generation = 0
         self.max_payload = 1024 * 1024
-        self._closed = False
         self._inbox_prefix = inbox_prefix
         self._mailboxes: dict[int, Mailbox] = {}
         self._numbers = itertools.count(1)
@@ -233,11 +254,14 @@ class BaseTransport(abc.ABC):
     @property
     def connected(self) -> bool:
         """See `Transport.connected`."""
-        return bool(self._connected.value)
+        return bool(self._state.value is State.UP)
 
     async def wait_connected(self, connected: bool = True, /) -> None:
         """See `Transport.wait_connected`."""
-        await self._connected.wait_value(connected)
+        wanted = (State.UP,) if connected else (State.DOWN, State.CLOSED)
+        await self._state.wait_value(lambda state: state in wanted or state is State.CLOSED)
+        if connected:
+            self._check_open()
 
     @abc.abstractmethod
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -259,6 +283,7 @@ class BaseTransport(abc.ABC):
     ) -> AsyncGenerator[AsyncIterator[Message], None]:
         """See `Transport.open_subscription`."""
         self._check_open()
+        check_pattern(subject)
         number, mailbox = next(self._numbers), Mailbox(subject, capacity)
         self._mailboxes[number] = mailbox
         self._subscribe(number, mailbox)
@@ -281,22 +306,27 @@ class BaseTransport(abc.ABC):
         self._errors.append((local_ns(), error))
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._state.value is State.CLOSED:
             raise TransportClosed("the transport has been closed")
 
-    def _check_message(self, subject: str, data: bytes) -> None:
+    def _check_message(self, subject: str, data: bytes, reply: str = "") -> None:
         self._check_open()
         check_subject(subject)
+        if reply:
+            check_subject(reply)
         if len(data) > self.max_payload:
             raise ValueError(
                 f"a message of {len(data)} bytes is over the {self.max_payload} allowed"
             )
-        if not self._connected.value:
+        self._check_connected()
+
+    def _check_connected(self) -> None:
+        self._check_open()
+        if not self.connected:
             raise TransportBroken(self._last_error or "there is no connection yet")
 
     def _close(self) -> None:
-        self._closed = True
-        self._connected.value = False
+        self._state.value = State.CLOSED
         for mailbox in self._mailboxes.values():
             mailbox.close()
 
@@ -333,7 +363,7 @@ class MemoryBus:
         # Returns whether anybody is subscribed.
         reached = False
         for mailbox, owner in self._mailboxes.items():
-            if owner._connected.value and matches(mailbox.subject, message.subject):
+            if owner.connected and matches(mailbox.subject, message.subject):
                 owner._deliver(mailbox, message)
                 reached = True
         return reached
@@ -373,7 +403,7 @@ class MemoryTransport(BaseTransport):
         self.restore()
         task_status.started()
         try:
-            await trio.sleep_forever()
+            await self._state.wait_value(State.CLOSED)
         finally:
             self._close()
 
@@ -383,20 +413,21 @@ class MemoryTransport(BaseTransport):
 
     def sever(self) -> None:
         """Cut the connection, as an outage would; for tests."""
+        self._check_open()
         self._last_error = "the connection was severed"
         self.note_error(self._last_error)
-        self._connected.value = False
+        self._state.value = State.DOWN
 
     def restore(self) -> None:
         """Connect, or connect again after `sever`."""
         self._check_open()
         self.generation += 1
         self._last_error = None
-        self._connected.value = True
+        self._state.value = State.UP
 
     def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:
         """See `Transport.publish_nowait`."""
-        self._check_message(subject, data)
+        self._check_message(subject, data, reply)
         self.bus._publish(Message(subject, data, reply, local_ns()))
 
     async def publish(self, subject: str, data: bytes, *, reply: str = "") -> None:
@@ -407,9 +438,7 @@ class MemoryTransport(BaseTransport):
     async def flush(self) -> None:
         """See `Transport.flush`."""
         await trio.lowlevel.checkpoint()
-        self._check_open()
-        if not self._connected.value:
-            raise TransportBroken(self._last_error or "there is no connection yet")
+        self._check_connected()
 
     async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
         """See `Transport.request`."""

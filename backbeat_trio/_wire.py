@@ -131,12 +131,20 @@ T = TypeVar("T", bound=Struct)
 encode: Final[Callable[[Any], bytes]] = msgspec.json.Encoder().encode
 
 
+def _decode(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
+    # These two come from the depths of the decoder as they are.
+    try:
+        return decoder.decode(data)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise msgspec.DecodeError(str(error)) from None
+
+
 def _decoder(kind: type[T]) -> Callable[[bytes], T]:
     union: Any = kind | _Other
-    decode = msgspec.json.Decoder(union).decode
+    decoder = msgspec.json.Decoder(union)
 
     def decode_kind(data: bytes) -> T:
-        message = decode(data)
+        message = _decode(decoder, data)
         if not isinstance(message, kind):
             raise msgspec.ValidationError("Invalid value '' - at `$.type`")
         return message
@@ -151,14 +159,14 @@ decode_sync_reply: Final = _decoder(SyncReply)
 decode_tempo_request: Final = _decoder(TempoRequest)
 decode_tempo_reply: Final = _decoder(TempoReply)
 _decode_claim: Final = _decoder(StatusClaim)
-_claim_arrays: Final = msgspec.json.Decoder(list[StatusClaim | _Other]).decode
+_claim_arrays: Final = msgspec.json.Decoder(list[StatusClaim | _Other])
 
 
 def decode_claims(data: bytes) -> list[StatusClaim]:
     """Decode one claim, or an array of them; raise `msgspec.DecodeError` where it is neither."""
     if not data.lstrip().startswith(b"["):
         return [_decode_claim(data)]
-    claims = _claim_arrays(data)
+    claims = _decode(_claim_arrays, data)
     known = [claim for claim in claims if isinstance(claim, StatusClaim)]
     if len(known) != len(claims):
         raise msgspec.ValidationError("Invalid value '' - at `$[...].type`")
