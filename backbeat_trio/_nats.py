@@ -361,7 +361,11 @@ class _Client:
         while True:
             await asyncio.sleep(_PING_EVERY)
             pong = self._keep(client.flush(timeout=_FOREVER))
-            await asyncio.wait({pong}, timeout=_PING_PATIENCE)
+            heard = -1
+            # The answer queues behind whatever else has arrived: that is a sign of life, too.
+            while not pong.done() and heard != client.stats["in_msgs"]:
+                heard = client.stats["in_msgs"]
+                await asyncio.wait({pong}, timeout=_PING_PATIENCE)
             if not pong.done():
                 # Where it was this process that stood still, the answer is about to be read.
                 await asyncio.wait({pong}, timeout=_PING_EVERY / 2)
