@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from types import TracebackType
-from typing import Final, NoReturn, final
+from typing import Final, NoReturn, TypeAlias, final
 
 import trio
 from msgspec import Struct
-from trio import current_time
-from trio.lowlevel import current_task
+from trio import CancelScope, current_time
+from trio.lowlevel import Task, current_task
 
 from ._errors import BeatBudgetExceeded, SessionClosed
 from ._timeline import Steering, Timeline, beat_ns
@@ -27,6 +27,14 @@ from ._wire import BeatPhase, Segment, beat_phase, window_id
 _AT_ONCE: Final = 1000
 _ENDED: Final = "the beat budget ran out"
 _CLOSED: Final = "the session was closed"
+
+# The constructor of the scopes, which are made by the methods of a session.
+new_scope: Final[Callable[[type[BeatScope]], BeatScope]] = object.__new__
+
+
+# A scope's place in the heap, for as long as its own `_entry` is this very object; its task is who
+# entered it.
+_Entry: TypeAlias = "tuple[float, int, BeatScope, Task]"
 
 
 def check_beats(name: str, value: float) -> float:
@@ -79,15 +87,16 @@ class BeatScope:
     seconds. It is made by the methods of a session.
     """
 
-    # Entering and leaving happens as often as with Trio's own scopes. So there are no slots but
-    # defaults here, which cost nothing to set, and the two methods call as little as they can.
+    # Entering and leaving happens as often as with Trio's own scopes, so the two methods call as
+    # little as they can.
+    __slots__ = ("__weakref__", "_clock", "_entry", "_fail", "_key", "_relative", "_scope")
+
     _clock: BeatClock
     _scope: trio.CancelScope
-    _key = math.inf
-    _relative: float | None = None
-    _fail = False
-    _entry: tuple[float, int, BeatScope] | None = None
-    _task: trio.lowlevel.Task | None = None
+    _key: float
+    _relative: float | None
+    _fail: bool
+    _entry: _Entry | None
 
     def __init__(self) -> None:
         raise TypeError("beat scopes are made by the methods of a session")
@@ -95,14 +104,11 @@ class BeatScope:
     @trio.lowlevel.enable_ki_protection
     def __enter__(self) -> BeatScope:
         clock = self._clock
-        if clock.closed:
-            clock.raise_closed()
+        now = clock._time()
+        if now >= clock._line_until:
+            clock._check_line()
+        now = (now - clock._line_base) / clock._line_beat_s + clock._line_beat
         self._scope.__enter__()
-        now = current_time()
-        if clock._line_from <= now < clock._line_until:
-            now = (now - clock._line_base) / clock._line_beat_s + clock._line_beat
-        else:
-            now = clock._axis_now()
         relative = self._relative
         if relative is None:
             key = self._key
@@ -111,14 +117,13 @@ class BeatScope:
             self._relative = None
         if not clock._enforcing:
             pass
-        elif key <= now:
-            self._scope.cancel(_ENDED)
-        else:
-            self._task = current_task()
-            entry = self._entry = (key, next(clock._order), self)
+        elif key > now:
+            self._entry = entry = (key, next(clock._order), self, current_task())
             heappush(clock._heap, entry)
             if key < clock._armed:
                 clock._arm()
+        else:
+            self._scope.cancel(_ENDED)
         return self
 
     @trio.lowlevel.enable_ki_protection
@@ -137,7 +142,6 @@ class BeatScope:
                 heap.pop()
             elif len(heap) > clock._prune_at:
                 clock._prune()
-        self._task = None
         if not self._fail:
             return self._scope.__exit__(exc_type, exc, traceback)
         handled = self._scope.__exit__(exc_type, exc, traceback)
@@ -245,10 +249,11 @@ class BeatScope:
 
     def _move(self, key: float) -> None:
         self._key = key
-        self._entry = None
         clock = self._clock
-        if self._task is not None and clock._enforcing and not self._scope.cancel_called:
-            entry = self._entry = (key, next(clock._order), self)
+        # A scope that is running has an entry, until it is cancelled.
+        entry = self._entry
+        if entry is not None:
+            self._entry = entry = (key, next(clock._order), self, entry[3])
             heappush(clock._heap, entry)
             if key < clock._armed:
                 clock._arm()
@@ -319,7 +324,8 @@ class BeatClock:
         self._enforcing = enforcing
         self._shift = 0.0
         self._index_shift = 0
-        self._heap: list[tuple[float, int, BeatScope]] = []
+        self._heap: list[_Entry] = []
+        self._time = trio.lowlevel.current_clock().current_time
         self._order = itertools.count()
         self._prune_at = 1000
         self._timer: trio.CancelScope | None = None
@@ -383,15 +389,13 @@ class BeatClock:
 
     def scope(self, beats: float | None, at: float, shield: bool, fail: bool) -> BeatScope:
         """Make a scope that ends after some beats from its entry, or at a position."""
-        scope = BeatScope.__new__(BeatScope)
+        scope = new_scope(BeatScope)
         scope._clock = self
-        scope._scope = trio.CancelScope(shield=True) if shield else trio.CancelScope()
-        if beats is None:
-            scope._key = at - self._shift
-        else:
-            scope._relative = beats
-        if fail:
-            scope._fail = True
+        scope._scope = CancelScope(shield=True) if shield else CancelScope()
+        scope._key = at - self._shift
+        scope._relative = beats
+        scope._fail = fail
+        scope._entry = None
         return scope
 
     async def sleep_until(self, position: float) -> None:
@@ -459,6 +463,7 @@ class BeatClock:
     def close(self) -> None:
         """Cancel the scopes that are still open, and fail whoever waits."""
         self.closed = True
+        self._line_until = -math.inf
         for entry in self._heap:
             scope = entry[2]
             if scope._entry is entry:
@@ -468,18 +473,33 @@ class BeatClock:
         self._lot.unpark_all()
 
     # The axis. It is read on every entry of a scope, so the straight line that holds at present is
-    # kept as (base, slope) with the span of local time in which it does.
+    # kept as (base, slope) with the local time until which it does: for ever, until the next
+    # segment, or while slewing until that is over. Once closed it holds no more.
 
     def _redraw(self) -> None:
         now = local_ns()
         steering, timeline = self.steering, self.timeline
         segment = timeline.segment_at(steering.cluster_at(now))
-        self._line_base = (segment.t0_ns - steering.offset_ns) / 1e9
-        self._line_beat_s = 60_000 / segment.milli_bpm
-        self._line_beat = segment.beat0 - self._shift
-        self._line_from = max(now, steering.settled_ns) / 1e9
-        later = [other.t0_ns for other in timeline.segments if other.t0_ns > segment.t0_ns]
-        self._line_until = steering.local_at(min(later)) / 1e9 if later else math.inf
+        ends = [other.t0_ns for other in timeline.segments if other.t0_ns > segment.t0_ns]
+        until = [steering.local_at(min(ends))] if ends else []
+        if now < steering.settled_ns:
+            until.append(steering.settled_ns)
+            self._line_base = now / 1e9
+            self._line_beat_s = 60_000 / segment.milli_bpm / steering.rate_at(now)
+            self._line_beat = timeline.position_at(steering.cluster_at(now)) - self._shift
+        else:
+            # From the segment's own beginning, which keeps whole beats whole.
+            self._line_base = (segment.t0_ns - steering.offset_ns) / 1e9
+            self._line_beat_s = 60_000 / segment.milli_bpm
+            self._line_beat = segment.beat0 - self._shift
+        self._line_until = min(until) / 1e9 if until else math.inf
+        if self.closed:
+            self._line_until = -math.inf
+
+    def _check_line(self) -> None:
+        if self.closed:
+            self.raise_closed()
+        self._redraw()
 
     def _axis_now(self) -> float:
         if current_time() >= self._line_until:
@@ -527,15 +547,17 @@ class BeatClock:
             key = self._first()
             if key > limit and (key == math.inf or self._due_ns(key) > now):
                 return False
-            _, _, scope = heappop(self._heap)
+            scope = heappop(self._heap)[2]
             scope._entry = None
             scope._scope.cancel(_ENDED)
         return True
 
     def _timer_fired(self, _: object) -> trio.lowlevel.Abort:
         # Trio calls this while it expires its deadlines, before any task of that turn runs: a beat
-        # scope is cancelled at the same point of the loop at which a scope of Trio's would be.
+        # scope is cancelled, and who waits for a beat is woken, at the same point of the loop at
+        # which a scope of Trio's would be.
         self._expire(local_ns())
+        self._strike()
         return trio.lowlevel.Abort.SUCCEEDED
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -548,10 +570,13 @@ class BeatClock:
             self._timer = None
             while self._expire(local_ns()):
                 await trio.lowlevel.checkpoint()
-            index = self.index()
-            if index >= self._next_index:
-                self._next_index = index + 1
-                self._lot.unpark_all()
+            self._strike()
+
+    def _strike(self) -> None:
+        index = self.index()
+        if index >= self._next_index:
+            self._next_index = index + 1
+            self._lot.unpark_all()
 
     def effective_deadline(self) -> float:
         """Return the position at which the current task will be cancelled, as things stand."""
@@ -562,7 +587,7 @@ class BeatClock:
         while task is not None:
             ancestors.add(task)
             task = None if task.parent_nursery is None else task.parent_nursery.parent_task
-        scopes = [entry[2] for entry in self._heap if entry[2]._task in ancestors]
+        scopes = [entry[2] for entry in self._heap if entry[3] in ancestors]
         asked = [
             (scope, self.deadline_of(scope.deadline))
             for scope in scopes

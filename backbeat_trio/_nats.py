@@ -49,7 +49,7 @@ _BACKOFF_MAX: Final = 1.0
 _PING_EVERY: Final = 0.4
 _PING_PATIENCE: Final = 1.0
 # What may be under way to the thread before publishers wait, and until when they do.
-_HIGH_WATER: Final = 4 * 1024 * 1024
+_HIGH_WATER: Final = 2 * 1024 * 1024
 _LOW_WATER: Final = 1024 * 1024
 # What may be under way from the thread before the newest is dropped.
 _INCOMING_MESSAGES: Final = 65_536
@@ -677,6 +677,9 @@ def _options(config: BackbeatConfig, name: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "name": name,
         "allow_reconnect": False,
+        # What nats-py gathers before it writes. By default it joins megabytes into one piece of
+        # memory, and holds the GIL for as long.
+        "pending_size": 128 * 1024,
         "connect_timeout": config.connect_timeout,
         "inbox_prefix": config.inbox_prefix,
         "user": config.user,

@@ -260,8 +260,23 @@ class Operations:
 
     def claims(self, operations: Iterable[Operation], beat: int) -> list[StatusClaim]:
         """Return the beat's claims of those among ``operations`` that still live."""
-        claim = self._claim
-        return [claim(operation, beat) for operation in operations if operation.phase < 4]
+        # As `_claim` does, without a call for each: this is where a beat's time goes.
+        agent_id, since = self._agent_id, beat - self._shift
+        return [
+            StatusClaim(
+                agent_id,
+                operation.id,
+                beat,
+                "executing",
+                left,
+                (since - operation._start) / operation.beats,
+                operation._notes,
+            )
+            if (left := operation.beats - since + operation._start) > 0
+            else StatusClaim(agent_id, operation.id, beat, "executing", 0, 1.0, operation._notes)
+            for operation in operations
+            if operation.phase < 4
+        ]
 
     def _find(self, id: str) -> Operation:
         try:

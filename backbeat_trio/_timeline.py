@@ -197,6 +197,12 @@ class Steering:
             local_ns += 1
         return local_ns
 
+    def rate_at(self, local_ns: int) -> float:
+        """Return how fast cluster time runs, in terms of local time."""
+        if local_ns >= self.settled_ns or local_ns < self._from_ns:
+            return 1.0
+        return 1.0 + (self.offset_ns - self._from_offset) / (self.settled_ns - self._from_ns)
+
     def step(self, offset_ns: int) -> None:
         """Take an offset at once."""
         self.offset_ns = self._from_offset = offset_ns
