@@ -7,7 +7,8 @@ Layers, from the bottom up; imports point downwards only:
 1     `_timeline`, `_operations`, `_config`  pure: arithmetic, phases, settings
 1     `server`                               a nats-server of one's own
 2     `_clock`, `_transport`                 beats for tasks; the in-process bus
-3     `_nats`, `_services`, `_metronome`     NATS; what a session runs; the leader
+3     `_nats`, `_nats_client`                NATS: the supervisor, and one connection
+3     `_services`, `_metronome`              what a session runs; the leader
 4     `_session`                             what an application does with a session
 4     `_lifecycle`                           the nursery, start-up and shutdown
 5     `testing`                              for tests of what uses this
