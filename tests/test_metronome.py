@@ -133,7 +133,9 @@ async def test_requests_without_a_reply_subject_and_hostile_ones(autojump_clock:
         transport.publish_nowait("backbeat.tempo.c", encode(TempoRequest("c", 240.0)))
         transport.publish_nowait("backbeat.tempo.c", b'{"type":"backbeat.tempo.v1"}')
         transport.publish_nowait("backbeat.tempo.c", b"x" * 1_000_000)
-        transport.publish_nowait("backbeat.sync.c", encode(SyncRequest("c", "a")), reply="nobody.listens")
+        transport.publish_nowait(
+            "backbeat.sync.c", encode(SyncRequest("c", "a")), reply="nobody.listens"
+        )
         await trio.sleep(1)
         assert metronome.statistics().tempo_changes == 1
         assert metronome.statistics().undecodable == 2
