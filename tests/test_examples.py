@@ -119,6 +119,6 @@ async def test_the_benchmark_runs(tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
     program = str(ROOT / "benchmarks" / "bench.py")
     await run(sys.executable, program, "--quick", "--json", str(target))
-    rows = msgspec.json.decode(target.read_bytes())["results"]
+    rows = msgspec.json.decode(target.read_bytes())["figures"]
     assert len(rows) == 12
     assert all(row["measured"] > 0 for row in rows)
