@@ -35,6 +35,8 @@ from ._errors import AuthenticationFailed, TLSFailed, TransportBroken
 # The server is asked for a sign of life this often, and given up after this long without one.
 _PING_EVERY: Final = 0.4
 _PING_PATIENCE: Final = 1.0
+# More than a peer that reads nothing can have been sent: what the kernels of both sides hold.
+_SOCKET_BUFFERS: Final = 16 * 1024 * 1024
 # What may be under way to the thread before publishers wait, and until when they do.
 _HIGH_WATER: Final = 2 * 1024 * 1024
 _LOW_WATER: Final = 1024 * 1024
@@ -361,10 +363,11 @@ class Client:
         while True:
             await asyncio.sleep(_PING_EVERY)
             pong = self._keep(client.flush(timeout=_FOREVER))
-            heard = -1
-            # The answer queues behind whatever else has arrived: that is a sign of life, too.
-            while not pong.done() and heard != client.stats["in_msgs"]:
-                heard = client.stats["in_msgs"]
+            before: tuple[int, int] | None = None
+            # The answer queues behind whatever else has arrived, and the question behind what is
+            # being sent: while there is progress with these, the peer is alive.
+            while not pong.done() and before != (now := self._progress(client)):
+                before = now
                 await asyncio.wait({pong}, timeout=_PING_PATIENCE)
             if not pong.done():
                 # Where it was this process that stood still, the answer is about to be read.
@@ -373,6 +376,9 @@ class Client:
                 self._hung = True
                 await self._on_lost()
                 return
+
+    def _progress(self, client: nats.aio.client.Client) -> tuple[int, int]:
+        return client.stats["in_msgs"], self._written // _SOCKET_BUFFERS
 
     async def _pump(self, client: nats.aio.client.Client) -> None:
         assert self._wake is not None

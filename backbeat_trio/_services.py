@@ -463,4 +463,6 @@ async def watch_connection(
         await transport.wait_connected()
         logger.info("connected")
         await transport.wait_connected(False)
-        logger.warning("connection lost: %s", transport.statistics().last_error)
+        # Not the error of the present: by now there may be a connection again.
+        errors = transport.statistics().recent_errors
+        logger.warning("connection lost: %s", errors[-1][1] if errors else "closed")

@@ -7,6 +7,7 @@ input does: so it does not outlive whoever started it, however that one ended.
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -109,6 +110,11 @@ def _say(message: msgspec.Struct) -> None:
     sys.stdout.buffer.flush()
 
 
+async def _give_up() -> None:
+    # At once, though a thread waits for standard input: whoever reads from here must learn of it.
+    os._exit(1)
+
+
 def _heard(payloads: list[bytes], first: float, last: float) -> Heard:
     claims = [payload.count(b'"type":') for payload in payloads]
     return Heard(
@@ -122,14 +128,16 @@ def _heard(payloads: list[bytes], first: float, last: float) -> Heard:
 
 async def listen(url: str, subject: str) -> None:
     """Take in messages, and count what was in them once a round has ended."""
-    client = await nats.connect(url, allow_reconnect=False)
+    client = await nats.connect(url, allow_reconnect=False, closed_cb=_give_up)
     payloads: list[bytes] = []
     first = last = 0.0
 
     async def receive(message: Msg) -> None:
         nonlocal first, last
         if message.data == END:
-            _say(_heard(payloads, first, last))
+            # One that is repeated says nothing new.
+            if payloads:
+                _say(_heard(payloads, first, last))
             payloads.clear()
             return
         last = time.perf_counter()
@@ -161,7 +169,7 @@ async def publish(url: str, subject: str, count: str) -> None:
         )
         for number in range(int(count))
     ]
-    client = await nats.connect(url, allow_reconnect=False)
+    client = await nats.connect(url, allow_reconnect=False, closed_cb=_give_up)
     _say(Ready())
     while await asyncio.to_thread(sys.stdin.readline):
         for claim in encoded:

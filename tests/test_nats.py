@@ -746,6 +746,23 @@ async def test_requests_and_flushes_under_way_end_with_the_connection() -> None:
         assert not transport.connected
 
 
+@guarded
+async def test_losing_connections_leaves_no_complaint_of_asyncio(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Looked after all the time, so that each loss falls into the middle of it.
+    monkeypatch.setattr(_nats_client, "_PING_EVERY", 0.0002)
+    async with NatsServer() as server, running(server.url) as transport:
+        for _ in range(20):
+            await transport.wait_connected()
+            server.kill()
+            await transport.wait_connected(False)
+            await server.start()
+    # What nobody has looked at is told of when it is collected.
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
 # Refusals, and what is hostile.
 
 
@@ -1065,6 +1082,8 @@ async def test_thread_ends_with_the_session() -> None:
                 await until(lambda: bb.health().connected)
                 assert len(client_threads()) == 1
             assert not client_threads()
+            # To be closed is no error.
+            assert bb.health().errors == ()
         # While it is still connecting, too.
         async with open_session(nats_url=server.url, lock_timeout=0.0):
             pass
