@@ -45,7 +45,7 @@ class NatsTransport(BaseTransport):
     def __init__(self, config: BackbeatConfig, *, name: str | None = None) -> None:
         super().__init__(inbox_prefix=config.inbox_prefix)
         self.connect_timeout = config.connect_timeout
-        self.limiter = trio.CapacityLimiter(16)
+        self.limiter = trio.CapacityLimiter(64)
         self._servers = config.servers
         self._options = _options(config, name or f"backbeat {config.agent_id}")
         self._client: Client | None = None

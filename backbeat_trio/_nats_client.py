@@ -43,6 +43,8 @@ _LOW_WATER: Final = 1024 * 1024
 # What may be under way from the thread before the newest is dropped.
 _INCOMING_MESSAGES: Final = 65_536
 _INCOMING_BYTES: Final = 64 * 1024 * 1024
+# How many messages are passed on before other tasks get a turn.
+_AT_ONCE: Final = 1024
 # For letting go of a client: then it is abandoned.
 _CLOSE_PATIENCE: Final = 1.0
 # nats-py's flush must never be cut short, as that ends its read loop; so it gets for ever.
@@ -141,7 +143,9 @@ class Client:
         # Starting a thread takes well under a millisecond and cannot be undone half-way: so it is
         # not cancelled, and the portal is never lost between its making and its being kept.
         with trio.CancelScope(shield=True):
-            portal = await trio.to_thread.run_sync(self._portal_cm.__enter__)
+            portal = await trio.to_thread.run_sync(
+                self._portal_cm.__enter__, limiter=self.owner.limiter
+            )
         self._life = portal.start_task_soon(self._main)
         with trio.move_on_after(self.owner.connect_timeout):
             await self.outcome.wait()
@@ -217,10 +221,12 @@ class Client:
         dropped = self._dropped
         owner.count_dropped(dropped - self._dropped_told)
         self._dropped_told = dropped
-        for _ in range(len(incoming)):
+        for _ in range(min(len(incoming), _AT_ONCE)):
             item = incoming.popleft()
             self._passed_bytes += len(item.data)
             owner.dispatch(item, behind)
+        if incoming:
+            self._token.run_sync_soon(self._drain_incoming, idempotent=True)
 
     async def wait_room(self) -> None:
         """Wait while more is under way to the thread than it should be."""
