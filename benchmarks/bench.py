@@ -57,12 +57,12 @@ class Target(NamedTuple):
 
     what: str
     bound: Literal["≤", "≥"]
-    value: float
+    target: float
     unit: str
 
     def met(self, measured: float) -> bool:
         """Tell whether a figure keeps the promise."""
-        return measured <= self.value if self.bound == "≤" else measured >= self.value
+        return measured <= self.target if self.bound == "≤" else measured >= self.target
 
 
 TARGETS: Final = {
@@ -84,7 +84,7 @@ TARGETS: Final = {
 class Figure(NamedTuple):
     """What was measured of a target."""
 
-    target: str
+    name: str
     measured: float
     note: str
 
@@ -386,40 +386,38 @@ async def bench_beats(sizes: Sizes) -> Outcome:
     rounds: Rounds = {name: [] for name in ("backbeat_s", "trio_s", "backbeat_p99", "trio_p99")}
     async with open_session(tempo_bpm=1200.0) as bb:
         clock = bb._clock
-        ours: list[float] = []
-        theirs: list[float] = []
+        ours_now: list[float] = []
+        theirs_now: list[float] = []
 
         async def follow_beats() -> None:
             async for beat in bb.beats():
                 late = trio.current_time() - clock.deadline_of(beat.index)
-                ours.append(late)
+                ours_now.append(late)
 
         async def sleep_until_beats() -> None:
             while True:
                 instant = clock.deadline_of(clock.index() + 1)
                 await trio.sleep_until(instant)
-                theirs.append(trio.current_time() - instant)
+                theirs_now.append(trio.current_time() - instant)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(follow_beats)
             nursery.start_soon(sleep_until_beats)
             for _ in range(3):
-                ours.clear()
-                theirs.clear()
+                ours_now.clear()
+                theirs_now.clear()
                 await trio.sleep(sizes.seconds / 3)
-                rounds["backbeat_s"] += ours
-                rounds["trio_s"] += theirs
-                rounds["backbeat_p99"].append(percentile(ours, 0.99))
-                rounds["trio_p99"].append(percentile(theirs, 0.99))
+                rounds["backbeat_s"] += ours_now
+                rounds["trio_s"] += theirs_now
+                rounds["backbeat_p99"].append(percentile(ours_now, 0.99))
+                rounds["trio_p99"].append(percentile(theirs_now, 0.99))
             nursery.cancel_scope.cancel()
     rounds["ratio"] = ratios(rounds["backbeat_p99"], rounds["trio_p99"])
-    ours_ms, theirs_ms, our_median, their_median = (
-        1e3 * median(rounds[name]) for name in ("backbeat_p99", "trio_p99", "backbeat_s", "trio_s")
+    ours, theirs, our_median, their_median = (
+        f"{1e3 * median(rounds[name]):.2f}"
+        for name in ("backbeat_p99", "trio_p99", "backbeat_s", "trio_s")
     )
-    note = (
-        f"{ours_ms:.2f} ms against {theirs_ms:.2f} ms; "
-        f"medians {our_median:.2f} and {their_median:.2f} ms"
-    )
+    note = f"{ours} ms against {theirs} ms; medians {our_median} and {their_median} ms"
     return [Figure("beats", median(rounds["ratio"]), note)], rounds
 
 
@@ -545,7 +543,6 @@ def machine() -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": platform.platform(),
         "cpus": os.cpu_count(),
-        "load": os.getloadavg(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
@@ -558,31 +555,17 @@ def amount(value: float, unit: str) -> str:
 def show(figures: Iterable[Figure]) -> None:
     table = Table("what", "measured", "target", "met", "note")
     for figure in figures:
-        target = TARGETS[figure.target]
+        target = TARGETS[figure.name]
         table.add_row(
             target.what,
             amount(figure.measured, target.unit),
-            f"{target.bound} {amount(target.value, target.unit)}",
+            f"{target.bound} {amount(target.target, target.unit)}",
             "yes" if target.met(figure.measured) else "no",
             figure.note,
         )
     console = Console()
     console.width = max(console.width, 150)
     console.print(table)
-
-
-def report(figures: Iterable[Figure]) -> list[dict[str, Any]]:
-    """Return the table as what goes into JSON."""
-    return [
-        {
-            "name": figure.target,
-            **TARGETS[figure.target]._asdict(),
-            "measured": figure.measured,
-            "met": TARGETS[figure.target].met(figure.measured),
-            "note": figure.note,
-        }
-        for figure in figures
-    ]
 
 
 def main() -> None:
@@ -594,14 +577,18 @@ def main() -> None:
     # A session that ends with so many operations live has something to say about it.
     logging.getLogger("backbeat_trio").setLevel(logging.ERROR)
     sizes = QUICK if arguments.quick else FULL
-    facts = machine()
     outcomes = {name: trio.run(measure, name, sizes) for name in arguments.only}
     figures = [figure for found, _ in outcomes.values() for figure in found]
     show(figures)
     results = {
-        "machine": facts,
+        "machine": machine(),
         "quick": arguments.quick,
-        "figures": report(figures),
+        "figures": [
+            TARGETS[figure.name]._asdict()
+            | figure._asdict()
+            | {"met": TARGETS[figure.name].met(figure.measured)}
+            for figure in figures
+        ],
         "rounds": {name: rounds for name, (_, rounds) in outcomes.items()},
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
