@@ -108,7 +108,6 @@ class Client:
         self.outcome = trio.Event()
         self.lost = trio.Event()
         self.error: Exception | None = None
-        self.info: dict[str, Any] = {}
         self.max_payload = 0
         self.inbox = ""
         self.room = trio.Event()
@@ -264,13 +263,12 @@ class Client:
                 closed_cb=self._on_lost,
                 **self._secured(client),
             )
-            info: dict[str, Any] = getattr(client, "_server_info", {})
             if self.server.scheme == "tls" and not self._has_tls(client):
                 raise TLSFailed(f"{self.server.url} does not offer TLS")
             self.inbox = client.new_inbox()
             self._up = True
             await client.subscribe(f"{self.inbox}.*", cb=self._receiver(INBOX))
-            self._tell(self._on_connected, client.max_payload, info)
+            self._tell(self._on_connected, client.max_payload)
             self._keep(self._watch(client))
             pump, ended = self._keep(self._pump(client)), self._keep(self._ended.wait())
             await asyncio.wait({pump, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -365,9 +363,8 @@ class Client:
             self._wake.set()
             self._loop.call_later(_CLOSE_PATIENCE / 2, self._ended.set)
 
-    def _on_connected(self, max_payload: int, info: dict[str, Any]) -> None:
+    def _on_connected(self, max_payload: int) -> None:
         self.max_payload = max_payload
-        self.info = info
         self.outcome.set()
 
     async def _watch(self, client: nats.aio.client.Client) -> None:

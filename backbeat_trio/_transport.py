@@ -13,7 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final, NamedTuple, Protocol, final, runtime_checkable
+from typing import Final, NamedTuple, Protocol, final
 
 import trio
 from trio_util import AsyncValue
@@ -60,7 +60,6 @@ class TransportStatistics(NamedTuple):
     """The newest things that went wrong, each with when it did, in local ns."""
 
 
-@runtime_checkable
 class Transport(Protocol):
     """Publish, subscribe and request over subjects.
 

@@ -189,6 +189,26 @@ async def test_hostile_frames_are_counted_and_beats_go_on(autojump_clock: Clock)
         assert bb.statistics().frames == before.frames + 2
 
 
+async def test_a_frame_from_far_ahead_is_asked_about_and_not_believed(
+    autojump_clock: Clock,
+) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.send(beat_index=5000)
+        await trio.testing.wait_all_tasks_blocked()
+        assert bb.statistics().frames_unexplained == 1
+        frames = bb.statistics().frames
+        await leader.beat(2)
+        assert bb.statistics().frames == frames + 2
+        # Nor where nobody answers, as long as the frames go on.
+        leader.answering = False
+        leader.send(beat_index=5000)
+        await trio.sleep(0.9)
+        await leader.beat(2)
+        assert bb.current_beat() == leader.index()
+        assert not bb.health().local_degradation
+
+
 async def test_a_tempo_change_rides_in_frames(autojump_clock: Clock) -> None:
     async with leading() as (leader, bb):
         leader.next_segment = Segment(5, 1, 1004, 1004 * SECOND, 120_000)
