@@ -1020,6 +1020,8 @@ async def test_flood_is_bounded_and_counted_and_no_loss_of_the_connection() -> N
         transport.open_subscription("flood", capacity=100) as messages,
     ):
         await transport.wait_connected()
+        # The subscription is older than the connection: only now the server knows of it.
+        await transport.flush()
         # Trio's loop is stuck meanwhile.
         flood(server, "flood", 120_000)
         await until(lambda: transport.statistics().dropped >= 120_000 - 100)
