@@ -4,11 +4,13 @@ Layers, from the bottom up; imports point downwards only:
 
 ====  =====================================  ======================================
 0     `_errors`, `_wire`                     errors; the wire contract
-1     `_timeline`, `_operations`, `_config`  pure: arithmetic, phases, settings
+1     `_timeline`, `_steering`, `_drift`     pure: the grid, cluster time, punctuality
+1     `_tempo`, `_operations`, `_config`     pure: changes of the grid, phases, settings
 1     `server`                               a nats-server of one's own
-2     `_clock`, `_transport`                 beats for tasks; the in-process bus
-3     `_nats`, `_nats_client`                NATS: the supervisor, and one connection
-3     `_services`, `_metronome`              what a session runs; the leader
+2     `_clock`, `_transport`, `_ledger`      beats for tasks; the in-process bus; the record
+3     `_nats`, `_nats_client`, `_jetstream`  NATS: the supervisor, one connection, what is stored
+3     `_listener`, `_services`               what a session runs
+3     `_metronome`, `_leader`, `_standby`    the metronome: its turns, leading, standing by
 4     `_session`                             what an application does with a session
 4     `_lifecycle`                           the nursery, start-up and shutdown
 5     `testing`                              for tests of what uses this

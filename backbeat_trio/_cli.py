@@ -13,25 +13,30 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import trio
 
 from ._config import PREFIX, BackbeatConfig
-from ._errors import BackbeatError, ConfigError
+from ._errors import BackbeatError, ConfigError, TransportBroken
 from ._lifecycle import session
 from ._metronome import Metronome, find_leader
 from ._operations import Phase
 from ._session import Session
 from ._timeline import milli_bpm
-from ._wire import StatusClaim, encode, is_token
+from ._wire import StatusClaim, bucket_of, encode, is_token
+
+if TYPE_CHECKING:
+    from ._ledger import Store
+    from ._nats import NatsTransport
 
 _TIMED_OUT: Final = 124
 _FAILED: Final = 125
 _NOT_RUNNABLE: Final = 126
 _NOT_FOUND: Final = 127
 _SIGNALLED: Final = 128
+_JETSTREAM_RETRY: Final = 1.0
 
 # Field of the settings: flag, variable of the NATS command line, key of its contexts, help.
 _CONNECTION: Final = {
@@ -135,9 +140,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--bpm", type=_bpm, default=180.0, help="tempo (default %(default)g)")
     demo.add_argument("--agent", nargs=3, help=argparse.SUPPRESS)
 
-    pulse = command("pulse", _pulse, "lead a cluster as its metronome")
+    pulse = command("pulse", _pulse, "run a metronome of a cluster: it leads, or stands by")
     pulse.add_argument("--bpm", type=_bpm, default=2.0, metavar="N", help="tempo (default 2)")
     pulse.add_argument("--beats-per-bar", type=_whole, default=8, metavar="N", help="default 8")
+    pulse.add_argument(
+        "--replicas",
+        type=_whole,
+        metavar="N",
+        help="copies of the record in JetStream (default: 3 in a cluster of servers, else 1)",
+    )
     pulse.add_argument("--id", type=_token, metavar="NAME", help="the frames' leader_id")
 
     status = command("status", _status, "show the health of a connection to the cluster")
@@ -152,7 +163,17 @@ def _parser() -> argparse.ArgumentParser:
     tempo = command("tempo", _tempo, "change the tempo of the cluster")
     tempo.add_argument("bpm", type=_bpm, metavar="BPM")
     tempo.add_argument("--at-beat", type=_whole, metavar="N", help="default: a downbeat soon")
+    tempo.add_argument(
+        "--over", type=_whole, default=0, metavar="BEATS", help="in steps, as a ramp"
+    )
     tempo.add_argument("-j", "--json", action="store_true", help="as JSON")
+
+    pause = command("pause", _pause, "have the grid stand still, and every budget wait")
+    pause.add_argument("--at-beat", type=_whole, metavar="N", help="default: a beat soon")
+    pause.add_argument("-j", "--json", action="store_true", help="as JSON")
+
+    resume = command("resume", _resume, "have a grid go on that stands still")
+    resume.add_argument("-j", "--json", action="store_true", help="as JSON")
 
     run = command("exec", _exec, "run a command with a budget of beats, as timeout does in seconds")
     run.add_argument("--beats", type=_beats, required=True, metavar="N", help="0 is no limit")
@@ -253,13 +274,6 @@ async def _pulse(options: argparse.Namespace) -> int:
         raise ConfigError("a metronome of its own has nobody to lead on memory://")
     leader_id = options.id or config.agent_id
     transport = NatsTransport(config, name=f"backbeat pulse {leader_id}")
-    metronome = Metronome(
-        transport,
-        cluster_id=config.cluster_id,
-        leader_id=leader_id,
-        tempo_bpm=options.bpm,
-        beats_per_bar=options.beats_per_bar,
-    )
     logger = logging.getLogger("backbeat_trio")
     async with trio.open_nursery() as nursery:
         await nursery.start(transport.run)
@@ -267,15 +281,42 @@ async def _pulse(options: argparse.Namespace) -> int:
             await transport.first_attempt()
         except BackbeatError as error:
             logger.warning("%s; trying on", error)
-        await transport.wait_connected()
-        leader = await find_leader(transport, config.cluster_id, config.agent_id)
-        if leader is not None:
-            raise BackbeatError(
-                f"cluster {config.cluster_id} has a metronome already: {leader.leader_id}"
-            )
-        logger.info("alone: nobody takes over from this metronome")
+        store = await _open_store(transport, config, options.replicas, logger)
+        metronome = Metronome(
+            transport,
+            cluster_id=config.cluster_id,
+            leader_id=leader_id,
+            tempo_bpm=options.bpm,
+            beats_per_bar=options.beats_per_bar,
+            store=store,
+        )
+        if store is None:
+            leader = await find_leader(transport, config.cluster_id, config.agent_id)
+            if leader is not None:
+                raise BackbeatError(
+                    f"cluster {config.cluster_id} has a metronome already: {leader.leader_id}"
+                )
+            logger.warning("alone: the server has no JetStream, so nobody takes over from this one")
         await metronome.run()
     return 0
+
+
+async def _open_store(
+    transport: NatsTransport, config: BackbeatConfig, replicas: int | None, logger: logging.Logger
+) -> Store | None:
+    from ._jetstream import KeyValueStore
+
+    store = KeyValueStore(transport, bucket_of(config.cluster_id), replicas=replicas)
+    told = ""
+    while True:
+        await transport.wait_connected()
+        try:
+            return store if await store.open() else None
+        except TransportBroken as error:
+            if str(error) != told:
+                told = str(error)
+                logger.warning("JetStream does not answer; trying on: %s", error)
+            await trio.sleep(_JETSTREAM_RETRY)
 
 
 async def _status(options: argparse.Namespace) -> int:
@@ -324,11 +365,29 @@ def format_claim(claim: StatusClaim) -> str:
 
 async def _tempo(options: argparse.Namespace) -> int:
     async with session(settings(options), require_connection=True) as bb:
-        beat = await bb.set_tempo(options.bpm, at_beat=options.at_beat)
-    if options.json:
-        _print(encode({"tempo_bpm": options.bpm, "effective_beat": beat}).decode())
-    else:
-        _print(f"{options.bpm:g} BPM from beat {beat}")
+        beat = await bb.set_tempo(options.bpm, at_beat=options.at_beat, over=options.over)
+    values = {"tempo_bpm": options.bpm, "effective_beat": beat}
+    text = f"{options.bpm:g} BPM from beat {beat}"
+    if options.over:
+        values["over_beats"] = options.over
+        text += f" on, over {options.over} beats"
+    _print(encode(values).decode() if options.json else text)
+    return 0
+
+
+async def _pause(options: argparse.Namespace) -> int:
+    async with session(settings(options), require_connection=True) as bb:
+        beat = await bb.pause(at_beat=options.at_beat)
+    paused = {"paused": True, "effective_beat": beat}
+    _print(encode(paused).decode() if options.json else f"the grid stands still on beat {beat}")
+    return 0
+
+
+async def _resume(options: argparse.Namespace) -> int:
+    async with session(settings(options), require_connection=True) as bb:
+        beat = await bb.resume()
+    resumed = {"paused": False, "effective_beat": beat}
+    _print(encode(resumed).decode() if options.json else f"the grid goes on from beat {beat}")
     return 0
 
 

@@ -19,8 +19,10 @@ from msgspec import Struct
 from trio import CancelScope, current_time
 from trio.lowlevel import Task, current_task
 
+from ._drift import Punctuality
 from ._errors import BeatBudgetExceeded, SessionClosed
-from ._timeline import Steering, Timeline, beat_ns
+from ._steering import Steering
+from ._timeline import NEVER, Timeline, beat_ns
 from ._wire import BeatPhase, Segment, beat_phase, window_id
 
 # How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
@@ -320,8 +322,12 @@ class BeatClock:
         self.steering: Steering = steering
         self.beats_per_bar: int = beats_per_bar
         self.closed: bool = False
+        self.punctuality: Punctuality = Punctuality()
         self.on_rebase: Callable[[int], None] = lambda beats: None
         self._enforcing = enforcing
+        # Where a grid stands still behind this clock, which had not heard of it in time: the clock
+        # stands still, too, where it is.
+        self._floor = -math.inf
         self._shift = 0.0
         self._index_shift = 0
         self._heap: list[_Entry] = []
@@ -337,7 +343,7 @@ class BeatClock:
     @classmethod
     def local(cls, milli: int, beats_per_bar: int, *, enforcing: bool = True) -> BeatClock:
         """Make a clock on a grid of its own, that begins now with beat 0."""
-        timeline = Timeline.of(Segment(0, 0, 0, 0, milli))
+        timeline = Timeline((Segment(0, 0, 0, 0, milli),))
         return cls(timeline, Steering(-local_ns()), beats_per_bar, enforcing=enforcing)
 
     # Reading.
@@ -348,11 +354,15 @@ class BeatClock:
 
     def index(self) -> int:
         """Return the index of the present beat."""
-        return self.timeline.index_at(self.cluster_ns())
+        index = self.timeline.index_at(self.cluster_ns())
+        return index if index >= self._floor else int(self._floor)
 
     def position(self) -> float:
         """Return the present position in beats."""
-        return self.timeline.position_at(self.cluster_ns())
+        return self._position_at(self.cluster_ns())
+
+    def _position_at(self, cluster_ns: int) -> float:
+        return max(self._floor, self.timeline.position_at(cluster_ns))
 
     def segment(self) -> Segment:
         """Return the segment in force."""
@@ -362,7 +372,8 @@ class BeatClock:
         """Return when a position will be reached, in seconds of Trio's clock, as things stand."""
         if math.isinf(position):
             return position
-        return self.steering.local_at(self.timeline.time_of(position)) / 1e9
+        cluster_ns = self.timeline.time_of(position)
+        return math.inf if cluster_ns == NEVER else self.steering.local_at(cluster_ns) / 1e9
 
     def beat(self, index: int, *, skipped: int = 0) -> Beat:
         """Describe a beat."""
@@ -427,27 +438,37 @@ class BeatClock:
         """
         now = local_ns()
         cluster = self.steering.cluster_at(now)
-        before = self.timeline.position_at(cluster)
+        before = self._position_at(cluster)
         after = timeline.position_at(cluster)
+        present = timeline.segment_at(cluster)
         self.timeline = timeline
-        if abs(after - before) * beat_ns(timeline.segment_at(cluster).milli_bpm) > 1:
-            truth = self.steering.offset_ns
-            self.steering.step(timeline.time_of(before) - now)
-            self.steer(truth)
+        self._floor = -math.inf
+        if abs(after - before) * beat_ns(present.milli_bpm) <= 1:
+            self._changed()
+        elif present.milli_bpm:
+            target, frequency = self.steering.target_at(now), self.steering.frequency
+            self.steering.step(timeline.time_of(before) - now, at_ns=now)
+            self.steer(target, frequency)
         else:
+            # Cluster time cannot be moved to where this grid has another position.
+            self._floor = max(before, after)
             self._changed()
 
-    def steer(self, offset_ns: int) -> None:
-        """Move cluster time towards a measured offset."""
+    def steer(self, offset_ns: int, frequency: int = 0) -> None:
+        """Move cluster time towards a measured offset and frequency (see `Steering.correct`)."""
         now = local_ns()
-        self.steering.correct(now, offset_ns, beat_ns=beat_ns(self.segment().milli_bpm))
+        beat = beat_ns(self.segment().milli_bpm)
+        self.steering.correct(now, offset_ns, beat_ns=beat, frequency=frequency)
         self._changed()
 
-    def rebase(self, timeline: Timeline, offset_ns: int, beats_per_bar: int) -> None:
+    def rebase(
+        self, timeline: Timeline, offset_ns: int, beats_per_bar: int, frequency: int = 0
+    ) -> None:
         """Move to another grid; deadlines keep the beats they have left."""
         position, index = self.position(), self.index()
         self.timeline = timeline
-        self.steering.step(offset_ns)
+        self._floor = -math.inf
+        self.steering.step(offset_ns, at_ns=local_ns(), frequency=frequency)
         self.beats_per_bar = beats_per_bar
         self._shift += self.position() - position
         moved = self.index() - index
@@ -484,12 +505,16 @@ class BeatClock:
         until = [steering.local_at(min(ends))] if ends else []
         if now < steering.settled_ns:
             until.append(steering.settled_ns)
+        if not segment.milli_bpm:
+            self._line_base, self._line_beat_s = 0.0, math.inf
+            self._line_beat = self.position() - self._shift
+        elif now < steering.settled_ns or steering.frequency:
             self._line_base = now / 1e9
             self._line_beat_s = 60_000 / segment.milli_bpm / steering.rate_at(now)
             self._line_beat = timeline.position_at(steering.cluster_at(now)) - self._shift
         else:
             # From the segment's own beginning, which keeps whole beats whole.
-            self._line_base = (segment.t0_ns - steering.offset_ns) / 1e9
+            self._line_base = (segment.t0_ns - steering.target_at(now)) / 1e9
             self._line_beat_s = 60_000 / segment.milli_bpm
             self._line_beat = segment.beat0 - self._shift
         self._line_until = min(until) / 1e9 if until else math.inf
@@ -542,7 +567,7 @@ class BeatClock:
 
     def _expire(self, now: int) -> bool:
         # Returns whether some that are due remain.
-        limit = self.timeline.position_at(self.steering.cluster_at(now)) - self._shift
+        limit = self._position_at(self.steering.cluster_at(now)) - self._shift
         for _ in range(_AT_ONCE):
             key = self._first()
             if key > limit and (key == math.inf or self._due_ns(key) > now):
@@ -575,8 +600,20 @@ class BeatClock:
     def _strike(self) -> None:
         index = self.index()
         if index >= self._next_index:
+            self.punctuality.add(self._overdue_ns(), beat_ns(self.segment().milli_bpm))
             self._next_index = index + 1
             self._lot.unpark_all()
+
+    def _overdue_ns(self) -> int:
+        return local_ns() - self.steering.local_at(self.timeline.time_of(self._next_index))
+
+    @property
+    def loop_late(self) -> bool:
+        """Whether this task's own loop is late with its beats, or was lately."""
+        if self.punctuality.late:
+            return True
+        late = self._overdue_ns()
+        return self.punctuality.is_late(late, beat_ns(self.segment().milli_bpm))
 
     def effective_deadline(self) -> float:
         """Return the position at which the current task will be cancelled, as things stand."""
@@ -605,7 +642,7 @@ class BeatClock:
                 return scope.deadline
         if math.isinf(answer):
             return answer
-        return self.timeline.position_at(self.steering.cluster_at(round(answer * 1e9)))
+        return self._position_at(self.steering.cluster_at(round(answer * 1e9)))
 
 
 def local_ns() -> int:

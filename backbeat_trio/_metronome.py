@@ -1,44 +1,39 @@
-"""The leader's side: the grid, its frames, and the answers to sync and tempo requests.
+"""The metronome of a cluster: alone, by turns on the in-process bus, or one of several.
 
-One metronome leads a cluster. On the in-process bus the next one takes over where the last one
-stopped; over NATS it runs alone, and says so.
+With a store that they share, any number of metronomes run: one leads, and the others stand by. On
+the in-process bus the next one takes over where the last one stopped. Without either it runs alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Final, NamedTuple, final
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import NamedTuple, final
 
 import msgspec
 import trio
 
-from ._clock import local_ns
-from ._errors import TempoRefused, TransportBroken
+from ._clock import BeatClock, local_ns
+from ._errors import MetronomeUnavailable, TransportBroken
+from ._leader import Counts, Leader, Term
+from ._ledger import Ledger, Store
+from ._listener import BeatListener
+from ._services import Counters
+from ._standby import Standby
+from ._steering import Steering
 from ._timeline import Timeline, milli_bpm
 from ._transport import MemoryBus, Message, Transport
 from ._wire import (
-    BeatFrame,
     Segment,
     SyncReply,
     SyncRequest,
-    TempoReply,
-    beat_phase,
-    beat_subject,
     decode_sync_reply,
-    decode_sync_request,
-    decode_tempo_request,
     encode,
     sync_subject,
-    tempo_subject,
-    window_id,
 )
-
-# A change must reach everybody before it takes effect.
-_LEAD_BEATS: Final = 2
-_LEAD_NS: Final = 250_000_000
 
 
 class MetronomeStatistics(NamedTuple):
@@ -55,51 +50,22 @@ class MetronomeStatistics(NamedTuple):
     """Tempo changes refused."""
     undecodable: int
     """Requests dropped because they could not be decoded, or were for another cluster."""
-
-
-def propose(
-    timeline: Timeline,
-    cluster_ns: int,
-    milli: int,
-    at_beat: int | None,
-    *,
-    beats_per_bar: int,
-    epoch: int,
-) -> Timeline:
-    """Return the timeline with a change of tempo in it. Pure.
-
-    The change takes effect at ``at_beat``, or else at the next downbeat, and never sooner than
-    max(2 beats, 250 ms) from now. It replaces one that is pending, unless that one is sooner than
-    this too.
-
-    Raises:
-      TempoRefused: where ``at_beat`` is past or too soon.
-
-    """
-    after = cluster_ns + _LEAD_NS
-    index = timeline.index_at(cluster_ns)
-    earliest = max(
-        index + _LEAD_BEATS + (timeline.time_of(index) < cluster_ns),
-        timeline.index_at(after) + (timeline.time_of(timeline.index_at(after)) < after),
-    )
-    if at_beat is None:
-        at_beat = -(-earliest // beats_per_bar) * beats_per_bar
-    elif at_beat <= index:
-        raise TempoRefused(f"beat {at_beat} is past: the cluster is on beat {index}")
-    elif at_beat < earliest:
-        raise TempoRefused(f"beat {at_beat} is too soon: the first that can be kept is {earliest}")
-    settled = Timeline(
-        (
-            timeline.segments[0],
-            *(segment for segment in timeline.segments[1:] if segment.beat0 < earliest),
-        )
-    )
-    return settled.change(milli, at_beat, epoch=epoch)
+    takeovers: int
+    """Terms of leadership that were won."""
+    deposed: int
+    """Terms that ended because another metronome led."""
+    probes: int
+    """Probes sent to leaders that were late."""
+    commits: int
+    """Writings of the record."""
+    commits_failed: int
+    frames_foreign: int
+    """Frames of a higher epoch than the own one, heard while leading."""
 
 
 @final
 class Metronome:
-    """A metronome that leads a cluster while it runs.
+    """A metronome of a cluster.
 
     Args:
       transport: run by somebody else.
@@ -108,6 +74,8 @@ class Metronome:
       tempo_bpm: tempo of a grid that begins here, 0.1 to 6,000 beats per minute.
       beats_per_bar: bar length of such a grid.
       bus: the in-process bus whose grid it takes over and keeps; None where there is none.
+      store: what it shares with other metronomes of the cluster, such as a key in JetStream; None
+        where there is nothing.
       logger: where it says what it does.
 
     """
@@ -121,6 +89,7 @@ class Metronome:
         tempo_bpm: float = 2.0,
         beats_per_bar: int = 8,
         bus: MemoryBus | None = None,
+        store: Store | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
         self._transport = transport
@@ -129,43 +98,42 @@ class Metronome:
         self._milli = milli_bpm("tempo_bpm", tempo_bpm)
         self._beats_per_bar = beats_per_bar
         self._bus = bus
+        self._ledger = None if store is None else Ledger(store, cluster_id)
         self._logger = logger or logging.getLogger("backbeat_trio")
-        self._timeline = Timeline(())
-        self._origin_ns = 0
-        self._epoch = 0
-        self._sent = -1
-        self._frames = self._unsent = self._syncs = 0
-        self._changes = self._refused = self._undecodable = 0
+        self._counts = Counts()
+        self._leader: Leader | None = None
+        self._seen = -1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it leads at present."""
+        return self._leader is not None
 
     @property
     def epoch(self) -> int:
-        """The number of this term of leadership; 0 before it began."""
-        return self._epoch
+        """The number of the present term of leadership, or of the last one; 0 before there was."""
+        return max(0, self._seen)
 
     def statistics(self) -> MetronomeStatistics:
         """Return the counters."""
-        return MetronomeStatistics(
-            frames=self._frames,
-            frames_unsent=self._unsent,
-            syncs=self._syncs,
-            tempo_changes=self._changes,
-            refused=self._refused,
-            undecodable=self._undecodable,
-        )
+        return MetronomeStatistics(**vars(self._counts))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Lead until cancelled; on the in-process bus, after waiting for one's turn.
+        """Lead whenever it is this one's turn, until cancelled.
 
         Reports itself started as soon as it leads, or has to wait.
         """
-        if self._bus is None:
+        if self._bus is not None:
+            await self._run_on_bus(self._bus, task_status)
+        elif self._ledger is not None:
+            await self._run_by_turns(self._ledger, task_status)
+        else:
             # Alone there is nothing that remembers earlier terms: the milliseconds of the wall
             # clock make a later one greater, and are used for nothing else.
-            epoch = time.time_ns() // 1_000_000
-            self._begin(Timeline(()), epoch=epoch, sent=-1, origin_ns=local_ns())
-            await self._lead(task_status)
-            return
-        bus = self._bus
+            term = self._first_term(time.time_ns() // 1_000_000)
+            await self._lead(self._make_leader(term), task_status=task_status)
+
+    async def _run_on_bus(self, bus: MemoryBus, task_status: trio.TaskStatus[None]) -> None:
         try:
             bus.leadership.acquire_nowait()
         except trio.WouldBlock:
@@ -173,183 +141,137 @@ class Metronome:
             task_status = trio.TASK_STATUS_IGNORED
             await bus.leadership.acquire()
         try:
-            origin_ns = local_ns() if bus.grid is None else bus.origin_ns
-            self._begin(
-                bus.grid or Timeline(()),
-                epoch=bus.epoch + 1,
-                sent=bus.high_water,
-                origin_ns=origin_ns,
-                beats_per_bar=bus.beats_per_bar,
-            )
-            await self._lead(task_status)
+            term = self._first_term(bus.epoch + 1)
+            if bus.grid is not None:
+                term = Term(
+                    epoch=bus.epoch + 1,
+                    timeline=bus.grid,
+                    steering=Steering(-bus.origin_ns),
+                    beats_per_bar=bus.beats_per_bar,
+                    sent=bus.high_water,
+                    milli_bpm=bus.milli_bpm,
+                )
+            bus.origin_ns = -term.steering.target_at(0)
+
+            def keep(leader: Leader) -> None:
+                bus.grid, bus.epoch, bus.high_water = leader.timeline, leader.epoch, leader.sent
+                bus.beats_per_bar, bus.milli_bpm = leader.beats_per_bar, leader.milli_bpm
+
+            leader = self._make_leader(term)
+            leader.keep = keep
+            await self._lead(leader, task_status=task_status)
         finally:
             bus.leadership.release()
 
-    def _begin(
-        self, timeline: Timeline, *, epoch: int, sent: int, origin_ns: int, beats_per_bar: int = 0
-    ) -> None:
-        self._epoch, self._sent, self._origin_ns = epoch, sent, origin_ns
-        self._beats_per_bar = beats_per_bar or self._beats_per_bar
-        if timeline.segments:
-            self._timeline = timeline
-        else:
-            self._timeline = Timeline.of(Segment(epoch, 0, 0, 0, self._milli))
-        self._keep()
-
-    def _keep(self) -> None:
-        if self._bus is not None:
-            bus = self._bus
-            bus.grid, bus.epoch, bus.high_water = self._timeline, self._epoch, self._sent
-            bus.origin_ns, bus.beats_per_bar = self._origin_ns, self._beats_per_bar
-
-    def _cluster_ns(self, local: int | None = None) -> int:
-        return (local_ns() if local is None else local) - self._origin_ns
-
-    async def _lead(self, task_status: trio.TaskStatus[None]) -> None:
-        async with (
-            self._transport.open_subscription(sync_subject(self._cluster_id)) as syncs,
-            self._transport.open_subscription(tempo_subject(self._cluster_id)) as tempos,
-            trio.open_nursery() as nursery,
-        ):
-            self._logger.info(
-                "metronome leads - cluster=%s leader=%s epoch=%d",
-                self._cluster_id,
-                self._leader_id,
-                self._epoch,
-            )
-            nursery.start_soon(self._answer, syncs, self._answer_sync)
-            nursery.start_soon(self._answer, tempos, self._answer_tempo)
-            nursery.start_soon(self._beat)
-            task_status.started()
-
-    async def _beat(self) -> None:
+    async def _run_by_turns(self, ledger: Ledger, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
         while True:
-            now = self._cluster_ns()
-            index = self._timeline.index_at(now)
-            self._timeline = self._timeline.since(now)
-            if index > self._sent:
-                self._sent = index
-                self._keep()
-                self._publish(self.frame(index))
-            await trio.sleep_until(self.next_beat_time())
+            async with AsyncExitStack() as stack:
+                async with trio.open_nursery() as nursery:
+                    clock = BeatClock.local(self._milli, self._beats_per_bar)
+                    listener = BeatListener(
+                        clock,
+                        self._transport,
+                        cluster_id=self._cluster_id,
+                        agent_id=self._leader_id,
+                        logger=self._logger,
+                        counters=Counters(),
+                    )
+                    await nursery.start(clock.run)
+                    await nursery.start(listener.run)
+                    standby = Standby(
+                        clock,
+                        listener,
+                        self._transport,
+                        ledger,
+                        cluster_id=self._cluster_id,
+                        leader_id=self._leader_id,
+                        counts=self._counts,
+                        logger=self._logger,
+                        seen=self._seen,
+                    )
+                    term, probes = await standby.wait_for_turn(
+                        stack, self._first_term(0, nonce=secrets.token_hex(8))
+                    )
+                    leader = self._make_leader(term)
+                    # It may be overdue: it waits neither for the end of standing by nor for
+                    # subscriptions.
+                    leader.strike()
+                    nursery.cancel_scope.cancel()
+                await self._lead(leader, probes)
+                self._seen = max(self._seen, ledger.record.epoch if ledger.record else -1)
 
-    def frame(self, index: int) -> BeatFrame:
-        """Make the frame of a beat of the present segments."""
-        segment, *later = self._timeline.segments
-        bar = self._beats_per_bar
-        return BeatFrame(
-            cluster_id=self._cluster_id,
-            beat_index=index,
-            downbeat=index % bar == 0,
-            phase=beat_phase(index, bar),
-            tempo_bpm=segment.milli_bpm / 1000,
-            beats_per_bar=bar,
-            window_id=window_id(index, bar),
-            epoch=self._epoch,
-            leader_id=self._leader_id,
-            segment=segment,
-            next_segment=later[0] if later else None,
+    def _first_term(self, epoch: int, *, nonce: str = "") -> Term:
+        timeline = Timeline((Segment(epoch, 0, 0, 0, self._milli),))
+        return Term(
+            epoch=epoch,
+            timeline=timeline,
+            steering=Steering(-local_ns()),
+            beats_per_bar=self._beats_per_bar,
+            sent=-1,
+            milli_bpm=self._milli,
+            incarnation=nonce,
+            nonce=nonce,
         )
 
-    def _publish(self, frame: BeatFrame) -> None:
-        try:
-            self._transport.publish_nowait(beat_subject(self._cluster_id), encode(frame))
-        except TransportBroken:
-            self._unsent += 1
-        else:
-            self._frames += 1
+    def _make_leader(self, term: Term) -> Leader:
+        return Leader(
+            self._transport,
+            term,
+            cluster_id=self._cluster_id,
+            leader_id=self._leader_id,
+            counts=self._counts,
+            logger=self._logger,
+            ledger=self._ledger,
+        )
 
-    async def _answer(
-        self, requests: AsyncIterator[Message], answer: Callable[[Message], msgspec.Struct]
+    async def _lead(
+        self,
+        leader: Leader,
+        probes: AsyncIterator[Message] | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        async for request in requests:
-            try:
-                reply = answer(request)
-            except msgspec.DecodeError:
-                self._undecodable += 1
-                continue
-            if request.reply:
-                with contextlib.suppress(TransportBroken, ValueError):
-                    self._transport.publish_nowait(request.reply, encode(reply))
+        self._leader = leader
+        self._seen = max(self._seen, leader.epoch)
+        try:
+            await leader.run(probes, task_status=task_status)
+        finally:
+            self._leader = None
+
+    def _present(self) -> Leader:
+        if self._leader is None:
+            raise MetronomeUnavailable("this metronome does not lead")
+        return self._leader
 
     def current_beat(self) -> int:
         """Return the index of the present beat."""
-        return self._timeline.index_at(self._cluster_ns())
+        return self._present().current_beat()
 
     def next_beat_time(self) -> float:
-        """Return when the next beat begins, in seconds of Trio's clock."""
-        edge_ns = self._timeline.time_of(self.current_beat() + 1)
-        return (edge_ns + self._origin_ns) / 1e9
+        """Return when the next frame is due, in seconds of Trio's clock."""
+        return self._present().next_beat_time()
 
-    def change_tempo(self, bpm: float, *, at_beat: int | None = None) -> int:
-        """Commit a change of tempo; it rides in every frame until it takes effect.
+    async def change_tempo(
+        self, bpm: float | None, *, at_beat: int | None = None, over: int = 0
+    ) -> int:
+        """Commit a change of tempo; it rides in every frame until it takes effect. A checkpoint.
 
         Args:
-          bpm: beats per minute, 0.1 to 6,000.
+          bpm: beats per minute, 0.1 to 6,000; 0 has the grid stand still, None has it go on.
           at_beat: the beat at which to change; None is the next downbeat that is at least
-            max(2 beats, 250 ms) ahead.
+            max(2 beats, 250 ms) ahead, and for a pause the next such beat.
+          over: so many beats the change takes, in steps.
 
         Returns:
-          The index of the beat at which it takes effect.
+          The index of the beat at which it begins.
 
         Raises:
-          TempoRefused: where ``at_beat`` is past or too soon.
+          MetronomeUnavailable: where this metronome does not lead.
+          TempoRefused: where ``at_beat`` is past or too soon, or the change could not be committed.
           ValueError: where ``bpm`` is out of range or NaN.
         """
-        try:
-            milli = milli_bpm("tempo_bpm", bpm)
-            timeline = propose(
-                self._timeline,
-                self._cluster_ns(),
-                milli,
-                at_beat,
-                beats_per_bar=self._beats_per_bar,
-                epoch=self._epoch,
-            )
-        except (TempoRefused, ValueError):
-            self._refused += 1
-            raise
-        self._timeline = timeline
-        self._keep()
-        self._changes += 1
-        beat = timeline.segments[-1].beat0
-        self._logger.info("metronome changes tempo - tempo=%g from beat=%d", milli / 1000, beat)
-        return beat
-
-    def _own(self, cluster_id: str) -> None:
-        if cluster_id != self._cluster_id:
-            raise msgspec.ValidationError("a request for another cluster")
-
-    def _answer_sync(self, request: Message) -> SyncReply:
-        self._own(decode_sync_request(request.data).cluster_id)
-        self._syncs += 1
-        self._timeline = self._timeline.since(self._cluster_ns())
-        segment, *later = self._timeline.segments
-        return SyncReply(
-            cluster_id=self._cluster_id,
-            epoch=self._epoch,
-            leader_id=self._leader_id,
-            received_ns=self._cluster_ns(request.received_ns),
-            sent_ns=self._cluster_ns(),
-            beats_per_bar=self._beats_per_bar,
-            segment=segment,
-            next_segment=later[0] if later else None,
-        )
-
-    def _answer_tempo(self, request: Message) -> TempoReply:
-        wanted = decode_tempo_request(request.data)
-        self._own(wanted.cluster_id)
-        try:
-            beat = self.change_tempo(wanted.tempo_bpm, at_beat=wanted.at_beat)
-        except (TempoRefused, ValueError) as error:
-            return TempoReply(self._cluster_id, ok=False, error=str(error), epoch=self._epoch)
-        return TempoReply(
-            self._cluster_id,
-            ok=True,
-            epoch=self._epoch,
-            effective_beat=beat,
-            segment=self._timeline.segments[-1],
-        )
+        return await self._present().change(bpm, at_beat=at_beat, over=over)
 
 
 async def find_leader(transport: Transport, cluster_id: str, agent_id: str) -> SyncReply | None:

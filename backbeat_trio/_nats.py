@@ -10,7 +10,8 @@ import itertools
 import os
 import random
 import ssl
-from typing import Any, Final, final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar, final
 
 import trio
 
@@ -22,6 +23,8 @@ from ._transport import BaseTransport, Mailbox, Message, Reply, State
 # A first retry soon, as a restarted server is back within 20 ms; later ones leave room for others.
 _BACKOFF_MIN: Final = 0.01
 _BACKOFF_MAX: Final = 1.0
+
+T = TypeVar("T")
 
 
 @final
@@ -184,6 +187,16 @@ class NatsTransport(BaseTransport):
         if answer.status == "503":
             raise NoResponders(f"nobody answers on {subject}")
         return Reply(answer.data, answer.sent + self._behind_ns, answer.stamp + self._behind_ns)
+
+    async def call(self, function: Callable[[Any], Awaitable[T]]) -> T:
+        """Run an async function of nats-py's client in its thread. A checkpoint.
+
+        Raises:
+          TransportBroken: where it fails, or the connection goes away; it may have been done.
+
+        """
+        await trio.lowlevel.checkpoint()
+        return await self._current().call(function)
 
     async def aclose(self) -> None:
         """See `Transport.aclose`."""

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any, Final, NamedTuple, Protocol, final
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, final
 
 import nats.aio.client
 import nats.errors
@@ -30,7 +30,7 @@ from nats.aio.msg import Msg
 
 from ._clock import local_ns
 from ._config import Server
-from ._errors import AuthenticationFailed, TLSFailed, TransportBroken
+from ._errors import AuthenticationFailed, BackbeatError, TLSFailed, TransportBroken
 
 # The server is asked for a sign of life this often, and given up after this long without one.
 _PING_EVERY: Final = 0.4
@@ -52,6 +52,8 @@ _FOREVER: Final = 10**9
 
 INBOX: Final = 0
 
+T = TypeVar("T")
+
 
 class Publish(NamedTuple):
     subject: str
@@ -59,6 +61,7 @@ class Publish(NamedTuple):
     reply: str
     token: str
     """The request that this message is, or an empty string."""
+    headers: dict[str, str] | None = None
 
 
 class Subscribe(NamedTuple):
@@ -72,6 +75,25 @@ class Unsubscribe(NamedTuple):
 
 class Flush(NamedTuple):
     number: int
+
+
+class Call(NamedTuple):
+    function: Callable[[nats.aio.client.Client], Awaitable[Any]]
+    outcome: Outcome
+
+
+class Outcome:
+    """What becomes of a call, on Trio's side."""
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.value: Any = None
+        self.error: Exception | None = None
+
+    def settle(self, value: Any, error: Exception | None) -> None:
+        """Keep what the call returned or raised."""
+        self.value, self.error = value, error
+        self.event.set()
 
 
 class Incoming(NamedTuple):
@@ -114,7 +136,8 @@ class Client:
         self.waiting = False
         self._options = options
         self._token = trio.lowlevel.current_trio_token()
-        self._outgoing: deque[Publish | Subscribe | Unsubscribe | Flush] = deque()
+        self._outgoing: deque[Publish | Subscribe | Unsubscribe | Flush | Call] = deque()
+        self._calls: set[Outcome] = set()
         self._queued = self._written = 0
         self._woken = False
         self._incoming: deque[Incoming] = deque()
@@ -179,6 +202,8 @@ class Client:
         self.room.set()
         for event in self._flushes.values():
             event.set()
+        for outcome in self._calls:
+            outcome.event.set()
         self.owner.client_lost(self)
 
     @property
@@ -186,7 +211,7 @@ class Client:
         """Bytes handed over and not yet written."""
         return self._queued - self._written
 
-    def send(self, item: Publish | Subscribe | Unsubscribe | Flush) -> None:
+    def send(self, item: Publish | Subscribe | Unsubscribe | Flush | Call) -> None:
         """Hand something to the thread."""
         if isinstance(item, Publish):
             self._queued += len(item.data)
@@ -203,6 +228,25 @@ class Client:
             del self._flushes[number]
         if self.lost.is_set():
             raise TransportBroken(str(self.error))
+
+    async def call(self, function: Callable[[nats.aio.client.Client], Awaitable[T]]) -> T:
+        """Run a function of nats-py's client in the thread, after all that was handed over before.
+
+        It must end by itself in time: where this is cancelled, nobody waits for it any more.
+        """
+        outcome = Outcome()
+        self._calls.add(outcome)
+        try:
+            self.send(Call(function, outcome))
+            await outcome.event.wait()
+        finally:
+            self._calls.discard(outcome)
+        if outcome.error is not None:
+            raise outcome.error
+        if self.lost.is_set():
+            raise TransportBroken(str(self.error))
+        value: T = outcome.value
+        return value
 
     def _wake_thread(self) -> None:
         if self._woken or self._loop is None or self._wake is None:
@@ -398,13 +442,17 @@ class Client:
                 if isinstance(item, Publish):
                     if item.token:
                         self._sent[item.token] = time.perf_counter_ns()
-                    await client.publish(item.subject, item.data, reply=item.reply)
+                    await client.publish(
+                        item.subject, item.data, reply=item.reply, headers=item.headers
+                    )
                     self._written += len(item.data)
                     if self.waiting and self.backlog < _LOW_WATER:
                         self.waiting = False
                         self._tell(self._made_room)
                 elif isinstance(item, Flush):
                     self._keep(self._flush(client, item.number))
+                elif isinstance(item, Call):
+                    self._keep(self._call(client, item))
                 elif isinstance(item, Subscribe):
                     self._subscriptions[item.number] = await client.subscribe(
                         item.subject, cb=self._receiver(item.number)
@@ -423,6 +471,16 @@ class Client:
         with contextlib.suppress(nats.errors.Error):
             await client.flush(timeout=_FOREVER)
             self._tell(self._flushed, number)
+
+    async def _call(self, client: nats.aio.client.Client, item: Call) -> None:
+        try:
+            value = await item.function(client)
+        except BackbeatError as error:
+            self._tell(item.outcome.settle, None, error)
+        except Exception as error:  # noqa: BLE001 - the edge: whatever it was becomes one of ours
+            self._tell(item.outcome.settle, None, self._translate(error))
+        else:
+            self._tell(item.outcome.settle, value, None)
 
     def _flushed(self, number: int) -> None:
         event = self._flushes.get(number)

@@ -12,9 +12,11 @@ from typing import Any, TypeVar, TypeVarTuple, final
 
 import msgspec
 import trio
+from msgspec import UNSET
 
 from ._clock import BeatClock, Beats, BeatScope, check_beats, check_position, local_ns
 from ._config import BackbeatConfig
+from ._drift import TempoDrift
 from ._errors import (
     BackbeatError,
     MetronomeUnavailable,
@@ -22,14 +24,9 @@ from ._errors import (
     TempoRefused,
     TransportBroken,
 )
+from ._listener import BeatListener
 from ._operations import Operation, Operations, Phase, check_integer
-from ._services import (
-    BeatListener,
-    ClaimEmitter,
-    Counters,
-    Logger,
-    TempoDrift,
-)
+from ._services import ClaimEmitter, Counters, Logger
 from ._timeline import beat_ns, milli_bpm
 from ._transport import Message, Transport, TransportStatistics
 from ._wire import (
@@ -50,7 +47,8 @@ PosArgs = TypeVarTuple("PosArgs")
 
 # Errors are reported for as long as two health claims are apart, and no less than this.
 _ERRORS_NS = 10_000_000_000
-_TEMPO_TIMEOUT = 2.0
+# The leader gives its own record 2 s.
+_TEMPO_TIMEOUT = 2.5
 # What `_lifecycle` shows to be let to make a session.
 MAKER = object()
 
@@ -71,17 +69,29 @@ class Health(msgspec.Struct, frozen=True):
     measured_bpm: float | None
     """The tempo at which frames arrive; None before two have."""
     tempo_drift: TempoDrift
-    """How far the measured tempo is from the announced one."""
+    """How far the frames are from the grid that they announce: ``"acceptable"`` within 0.1 % of its
+    tempo and max(2 ms, 1 % of a beat) of its beats, ``"severe"`` beyond ten times that; left after
+    three bad frames, regained after eight good ones, ``"unknown"`` before there were eight."""
     reconnect_count: int
     """How many times the connection was made again."""
     active_operations: int
     """How many operations live."""
     local_degradation: bool
-    """Whether the grid is a local one or in holdover: no connection, no lock, or frames missing."""
+    """Whether the grid is a local one or in holdover (no connection, no lock, two frames missing),
+    or this process's own loop was late for one of its last eight beats by more than a tenth."""
     errors: tuple[str, ...]
     """What went wrong recently, newest last; it never holds a secret."""
     node_id: str
     """The name of the node."""
+    paused: bool
+    """Whether the grid stands still."""
+    uncertainty: float | None
+    """Seconds by which the position may differ from the leader's; it grows in holdover, and is None
+    where no ping was ever answered."""
+    epoch: int | None
+    """The term of leadership that is followed; None on a local grid."""
+    leader_id: str | None
+    """Who leads; None on a local grid."""
 
 
 class SessionStatistics(msgspec.Struct, frozen=True):
@@ -101,6 +111,8 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     pings: int
     pings_failed: int
     """Pings that brought no answer, or none that could be decoded."""
+    pings_outlying: int
+    """Bursts of pings that contradicted what was known of cluster time, and were left out."""
     locks: int
     """How many times the position moved to the cluster's grid."""
     claims_sent: int
@@ -354,32 +366,77 @@ class Session:
         self._check_open()
         return Beats(self._clock, bars=True)
 
-    async def set_tempo(self, bpm: float, *, at_beat: int | None = None) -> int:
+    async def set_tempo(self, bpm: float, *, at_beat: int | None = None, over: int = 0) -> int:
         """Ask the metronome's leader for another tempo, for the whole cluster. A checkpoint.
 
         Args:
           bpm: beats per minute, 0.1 to 6,000; exact to a thousandth.
           at_beat: the index of the beat at which to change; None is the next downbeat that is at
             least max(2 beats, 250 ms) ahead.
+          over: a ramp: so many beats the change takes, in up to 64 equal steps on whole beats; 0 is
+            at once.
 
         Returns:
-          The index of the beat at which the change takes effect.
+          The index of the beat at which the change takes effect, or a ramp begins.
 
         Raises:
-          TypeError: where ``bpm`` or ``at_beat`` is of the wrong type.
-          ValueError: where ``bpm`` is out of range or NaN, or ``at_beat`` negative.
-          TempoRefused: where the leader refuses: the beat is past or too soon.
+          TypeError: where an argument is of the wrong type.
+          ValueError: where ``bpm`` is out of range or NaN, or another argument negative.
+          TempoRefused: where the leader refuses: the beat is past or too soon, the grid stands
+            still, or the change cannot be committed.
           MetronomeUnavailable: where no leader can be reached.
           SessionClosed: where the session was left.
 
         """
         milli = milli_bpm("bpm", bpm)
+        return await self._change_grid(milli / 1000, at_beat, check_integer("over", over, 0))
+
+    async def pause(self, *, at_beat: int | None = None) -> int:
+        """Ask the metronome's leader to have the grid stand still. A checkpoint.
+
+        Every budget in the cluster waits then: no beats pass until `resume`. Time in seconds, and
+        what is limited by it, goes on.
+
+        Args:
+          at_beat: the index of the beat to stand still on; None is the next one that is at least
+            max(2 beats, 250 ms) ahead.
+
+        Returns:
+          The index of the beat on which the grid will stand still.
+
+        Raises:
+          TypeError, ValueError: for what is no index.
+          TempoRefused: where the leader refuses, as for `set_tempo`.
+          MetronomeUnavailable: where no leader can be reached.
+          SessionClosed: where the session was left.
+
+        """
+        return await self._change_grid(0.0, at_beat)
+
+    async def resume(self) -> int:
+        """Ask the leader to have a grid go on that stands still, at its tempo of before.
+
+        It does so one to two seconds later, so that everybody has heard of it. One that is about to
+        stand still does not. A checkpoint.
+
+        Returns:
+          The index of the beat on which it stands.
+
+        Raises:
+          TempoRefused: where the grid does not stand still, or the change cannot be committed.
+          MetronomeUnavailable: where no leader can be reached.
+          SessionClosed: where the session was left.
+
+        """
+        return await self._change_grid(None, None)
+
+    async def _change_grid(self, bpm: float | None, at_beat: int | None, over: int = 0) -> int:
         if at_beat is not None:
             at_beat = check_integer("at_beat", at_beat, 0)
         self._check_open()
         if self._transport is None:
             raise MetronomeUnavailable("the session is disabled")
-        request = encode(TempoRequest(self._config.cluster_id, milli / 1000, at_beat))
+        request = encode(TempoRequest(self._config.cluster_id, bpm, at_beat, over or UNSET))
         subject = tempo_subject(self._config.cluster_id)
         try:
             answer = await self._transport.request(subject, request, timeout=_TEMPO_TIMEOUT)
@@ -526,7 +583,10 @@ class Session:
             or listener is None
             or not listener.locked.is_set()
             or listener.in_holdover
+            or self._clock.loop_late
         )
+        followed = None if listener is None or not listener.locked.is_set() else listener
+        uncertainty = None if followed is None else followed.uncertainty_ns()
         counters = None if transport is None else transport.statistics()
         return Health(
             enabled=self._config.enabled,
@@ -535,19 +595,26 @@ class Session:
             current_beat=self._clock.index(),
             current_tempo=self.tempo_bpm,
             measured_bpm=None if listener is None else listener.measured_bpm,
-            tempo_drift="unknown" if listener is None else listener.tempo_drift,
+            tempo_drift="unknown" if listener is None else listener.drift.verdict,
             reconnect_count=0 if counters is None else max(0, counters.connects - 1),
             active_operations=len(self._operations),
             local_degradation=degraded,
             errors=() if counters is None else self._recent(counters),
             node_id=self._config.node_id,
+            paused=not self._clock.segment().milli_bpm,
+            uncertainty=None if uncertainty is None else uncertainty / 1e9,
+            epoch=None if followed is None else followed.epoch,
+            leader_id=None if followed is None else followed.leader_id,
         )
 
     def _recent(self, counters: TransportStatistics) -> tuple[str, ...]:
         beats = 2 * self._config.health_beats
         age = max(_ERRORS_NS, beats * beat_ns(self._clock.segment().milli_bpm))
         since = local_ns() - age
-        recent = [text for when, text in counters.recent_errors if when >= since]
+        errors = counters.recent_errors
+        if self._listener is not None:
+            errors = tuple(sorted((*errors, *self._listener.recent_errors)))
+        recent = [text for when, text in errors if when >= since]
         if counters.last_error is not None and counters.last_error not in recent:
             recent.append(counters.last_error)
         return tuple(recent)

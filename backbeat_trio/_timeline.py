@@ -1,18 +1,18 @@
-"""The arithmetic of the grid, in exact integers: segments, and the steering of cluster time.
+"""The arithmetic of the grid, in exact integers: segments of one tempo each, and changes of them.
 
-Nothing here reads a clock. Times are integers of nanoseconds, cluster time or an agent's local time
-as each name says; positions are beats. A beat's edge is the first whole nanosecond at or after the
-point where the segment's line crosses the beat, so that every node computes the same edges; any
-other position is reached at the nearest nanosecond.
+Nothing here reads a clock. Times are integers of nanoseconds of cluster time; positions are beats.
+A beat's edge is the first whole nanosecond at or after the point where the segment's line crosses
+the beat, so that every node computes the same edges; any other position is reached at the nearest
+nanosecond. In a segment of tempo 0 the grid stands still on the beat that it begins with.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
-from typing import Final, NamedTuple, final
+from typing import Any, Final, Protocol, final
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from ._wire import MAX_MILLI_BPM, MIN_MILLI_BPM, Segment
 
@@ -20,8 +20,14 @@ MINUTE_NS: Final = 60_000_000_000
 # Nanoseconds a beat, times milli-BPM: the line's slope is `milli_bpm / BEAT_UNITS` beats a ns.
 BEAT_UNITS: Final = MINUTE_NS * 1000
 
-MAX_SLEW: Final = 0.08
-MIN_STEP_NS: Final = 50_000_000
+# A grid that stands still is told of this often, and counts as having beats of this length where
+# a length is needed.
+STILL_NS: Final = 1_000_000_000
+# The time of what will not come: later than all that the wire can tell.
+NEVER: Final = 1 << 63
+
+# By how much another implementation may round an edge differently.
+_ROUNDING_NS: Final = 1000
 
 # Moving a position to another grid costs it a rounding of a float; within this many beats of a
 # beat's edge it is taken as the edge itself.
@@ -50,10 +56,12 @@ def milli_bpm(name: str, bpm: float) -> int:
 
 def beat_ns(milli: int) -> int:
     """Return the length of a beat in nanoseconds, rounded up."""
-    return -(-BEAT_UNITS // milli)
+    return -(-BEAT_UNITS // milli) if milli else STILL_NS
 
 
 def _edge(segment: Segment, position: float) -> int:
+    if not segment.milli_bpm:
+        return segment.t0_ns if position <= segment.beat0 else NEVER
     if isinstance(position, float):
         nearest = round(position)
         if abs(position - nearest) > SNAP:
@@ -65,6 +73,17 @@ def _edge(segment: Segment, position: float) -> int:
     return segment.t0_ns - ((segment.beat0 - position) * BEAT_UNITS // segment.milli_bpm)
 
 
+class Told(Protocol):
+    """What a frame and a sync reply both tell of the grid."""
+
+    @property
+    def segment(self) -> Segment: ...
+    @property
+    def next_segment(self) -> Segment | None: ...
+    @property
+    def later_segments(self) -> tuple[Segment, ...] | UnsetType: ...
+
+
 @final
 class Timeline(Struct, frozen=True):
     """The committed segments that matter from now on: the present one and those to come."""
@@ -72,9 +91,23 @@ class Timeline(Struct, frozen=True):
     segments: tuple[Segment, ...]
 
     @classmethod
-    def of(cls, segment: Segment, following: Segment | None = None) -> Timeline:
-        """Make the timeline that a frame or a reply describes."""
-        return cls((segment,) if following is None else (segment, following))
+    def of(cls, told: Told) -> Timeline:
+        """Make the timeline that a frame or a reply describes.
+
+        Raises:
+          ValueError: where its segments do not join.
+
+        """
+        following = () if told.next_segment is None else (told.next_segment,)
+        segments = (told.segment, *following, *(told.later_segments or ()))
+        for before, segment in itertools.pairwise(segments):
+            still = not before.milli_bpm
+            if (segment.beat0 != before.beat0) if still else (segment.beat0 <= before.beat0):
+                raise ValueError("the segments are not in the order of their beats")
+            gap = segment.t0_ns - _edge(before, segment.beat0)
+            if not (gap >= 0 if still else abs(gap) <= _ROUNDING_NS):
+                raise ValueError("a segment does not begin where the one before it ends")
+        return cls(segments)
 
     def segment_at(self, cluster_ns: int) -> Segment:
         """Return the segment in force at an instant of cluster time."""
@@ -98,130 +131,79 @@ class Timeline(Struct, frozen=True):
         return position if position < index + 1 else math.nextafter(index + 1, 0.0)
 
     def time_of(self, position: float) -> int:
-        """Return the cluster time at which a position is reached."""
-        for segment in reversed(self.segments):
-            if position >= segment.beat0:
+        """Return the cluster time at which a position is first reached; `NEVER` where it is not."""
+        for before, segment in reversed(list(itertools.pairwise(self.segments))):
+            # A grid that stood still reached the beat where it stopped, not where it went on.
+            if position > segment.beat0 or (position == segment.beat0 and before.milli_bpm):
                 return _edge(segment, position)
         return _edge(self.segments[0], position)
 
-    def change(self, milli: int, at_beat: int, *, epoch: int) -> Timeline:
-        """Return the timeline with another tempo from ``at_beat`` on.
+    def after(self, cluster_ns: int) -> int:
+        """Return the first beat that begins at an instant of cluster time or later."""
+        index = self.index_at(cluster_ns)
+        return index if self.time_of(index) >= cluster_ns else index + 1
+
+    def last_beat(self, cluster_ns: int) -> int:
+        """Return when the present beat began, or a grid that stands still was told of last."""
+        segment = self.segment_at(cluster_ns)
+        if segment.milli_bpm:
+            return self.time_of(self.index_at(cluster_ns))
+        return cluster_ns - (cluster_ns - segment.t0_ns) % STILL_NS
+
+    def next_beat(self, cluster_ns: int) -> int:
+        """Return when the next beat begins, or a grid that stands still is told of once more."""
+        segment = self.segment_at(cluster_ns)
+        if segment.milli_bpm:
+            return self.time_of(self.index_at(cluster_ns) + 1)
+        told = self.last_beat(cluster_ns) + STILL_NS
+        # Where it goes on before that, the beat on which it stood is over, but not told again.
+        return told if self.segment_at(told) is segment else self.time_of(segment.beat0 + 1)
+
+    def change(self, milli: int, at_beat: int, *, epoch: int, after_seq: int = -1) -> Timeline:
+        """Return the timeline with another tempo from ``at_beat`` on; 0 stands still there.
 
         It replaces what was to come there. The new segment begins on the very edge that the old
-        one gives to the beat.
+        one gives to the beat, and its number is greater than all here and ``after_seq``.
         """
         kept = [segment for segment in self.segments if segment.beat0 < at_beat]
         last = kept[-1] if kept else self.segments[0]
-        seq = max(segment.seq for segment in self.segments) + 1
-        added = Segment(epoch, seq, at_beat, _edge(last, at_beat), milli)
-        return Timeline((*kept, added))
+        t0_ns = _edge(last, at_beat)
+        return self._added(tuple(kept), at_beat, t0_ns, milli, epoch, after_seq)
+
+    def resume(self, milli: int, cluster_ns: int, *, epoch: int) -> Timeline:
+        """Return the timeline of a grid that stands still, going on at an instant to come."""
+        still = self.segments[0]
+        return self._added((still,), still.beat0, cluster_ns, milli, epoch)
+
+    def _added(
+        self,
+        kept: tuple[Segment, ...],
+        beat0: int,
+        t0_ns: int,
+        milli: int,
+        epoch: int,
+        after_seq: int = -1,
+    ) -> Timeline:
+        seq = max(after_seq, *(segment.seq for segment in self.segments)) + 1
+        return Timeline((*kept, Segment(epoch, seq, beat0, t0_ns, milli)))
+
+    def told(self) -> dict[str, Any]:
+        """Return the fields by which a frame or a reply tells of it."""
+        segment, *later = self.segments
+        return {
+            "segment": segment,
+            "next_segment": later[0] if later else None,
+            "later_segments": tuple(later[1:]) or UNSET,
+        }
 
     def since(self, cluster_ns: int) -> Timeline:
         """Return the timeline without the segments that are over."""
         present = self.segment_at(cluster_ns)
         return Timeline(self.segments[self.segments.index(present) :])
 
-
-class Ping(NamedTuple):
-    """One request-reply exchange.
-
-    Sent and answered are local time, received and replied cluster time, all in nanoseconds.
-    """
-
-    sent_ns: int
-    received_ns: int
-    replied_ns: int
-    answered_ns: int
-
-    @property
-    def delay_ns(self) -> int:
-        """The time on the way, there and back (RFC 5905, section 8: delta)."""
-        return (self.answered_ns - self.sent_ns) - (self.replied_ns - self.received_ns)
-
-    @property
-    def offset_ns(self) -> int:
-        """Cluster time minus local time (RFC 5905, section 8: theta), to half the delay."""
-        return ((self.received_ns - self.sent_ns) + (self.replied_ns - self.answered_ns)) // 2
-
-
-def best_ping(pings: Iterable[Ping]) -> Ping | None:
-    """Return the ping of a burst that was shortest on its way.
-
-    What claims to have left before it came, or to have been on its way for less than nothing, is
-    passed over.
-    """
-    honest = [ping for ping in pings if ping.delay_ns >= 0 and ping.replied_ns >= ping.received_ns]
-    return min(honest, key=lambda ping: ping.delay_ns, default=None)
-
-
-@final
-class Steering:
-    """The mapping of local time to cluster time, corrected by slewing so that it never runs back.
-
-    The offset goes in a straight line from what it was to what was measured, at no more than 8 %
-    of the rate of time; afterwards it stays.
-    """
-
-    __slots__ = ("_from_ns", "_from_offset", "offset_ns", "settled_ns")
-
-    def __init__(self, offset_ns: int = 0) -> None:
-        self.offset_ns: int = offset_ns
-        self.settled_ns: int = 0
-        self._from_ns = 0
-        self._from_offset = offset_ns
-
-    def cluster_at(self, local_ns: int) -> int:
-        """Return the cluster time at an instant of local time."""
-        if local_ns >= self.settled_ns:
-            return local_ns + self.offset_ns
-        if local_ns <= self._from_ns:
-            return local_ns + self._from_offset
-        way = self.offset_ns - self._from_offset
-        return (
-            local_ns
-            + self._from_offset
-            + way * (local_ns - self._from_ns) // (self.settled_ns - self._from_ns)
+    def continues(self, other: Timeline) -> bool:
+        """Tell whether both are of one grid: this one knows the other's segments or later ones."""
+        mine, theirs = self.segments[0], other.segments[0]
+        return not set(self.segments).isdisjoint(other.segments) or (
+            mine.seq > theirs.seq and mine.beat0 >= theirs.beat0 and mine.t0_ns > theirs.t0_ns
         )
-
-    def local_at(self, cluster_ns: int) -> int:
-        """Return the first instant of local time at which the cluster time has been reached."""
-        local_ns = cluster_ns - self.offset_ns
-        if local_ns >= self.settled_ns:
-            return local_ns
-        local_ns = cluster_ns - self._from_offset
-        if local_ns <= self._from_ns:
-            return local_ns
-        way, duration = self.offset_ns - self._from_offset, self.settled_ns - self._from_ns
-        local_ns = self._from_ns + (local_ns - self._from_ns) * duration // (duration + way) - 1
-        while self.cluster_at(local_ns) < cluster_ns:
-            local_ns += 1
-        return local_ns
-
-    def rate_at(self, local_ns: int) -> float:
-        """Return how fast cluster time runs, in terms of local time."""
-        if local_ns >= self.settled_ns or local_ns < self._from_ns:
-            return 1.0
-        return 1.0 + (self.offset_ns - self._from_offset) / (self.settled_ns - self._from_ns)
-
-    def step(self, offset_ns: int) -> None:
-        """Take an offset at once."""
-        self.offset_ns = self._from_offset = offset_ns
-        self._from_ns = self.settled_ns = 0
-
-    def correct(self, local_ns: int, offset_ns: int, *, beat_ns: int) -> None:
-        """Move towards a measured offset: slewed, or stepped where far behind.
-
-        Args:
-          local_ns: now.
-          offset_ns: what was measured, cluster time minus local time.
-          beat_ns: the length of a beat. An error forward of more than max(50 ms, 1/4 beat) is
-            stepped; others are slewed, over an eighth of a beat or as long as 8 % of rate takes.
-        """
-        present = self.cluster_at(local_ns) - local_ns
-        error = offset_ns - present
-        if error > max(MIN_STEP_NS, beat_ns // 4):
-            self.step(offset_ns)
-            return
-        self._from_ns, self._from_offset = local_ns, present
-        self.settled_ns = local_ns + max(beat_ns // 8, math.ceil(abs(error) / MAX_SLEW))
-        self.offset_ns = offset_ns

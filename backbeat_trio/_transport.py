@@ -353,6 +353,7 @@ class MemoryBus:
         self.grid: Timeline | None = None
         self.origin_ns = 0
         self.beats_per_bar = 0
+        self.milli_bpm = 0
         self.epoch = 0
         self.high_water = -1
         self.users = 0

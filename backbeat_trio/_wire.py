@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 MIN_MILLI_BPM: Final = 100
 MAX_MILLI_BPM: Final = 6_000_000
@@ -21,7 +21,7 @@ MAX_MILLI_BPM: Final = 6_000_000
 # differ between agents, and an unbounded one is a way to stall the arithmetic.
 Index: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
 Nanoseconds: TypeAlias = Annotated[int, Meta(ge=-(2**62), le=2**62)]
-MilliBPM: TypeAlias = Annotated[int, Meta(ge=MIN_MILLI_BPM, le=MAX_MILLI_BPM)]
+MilliBPM: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_MILLI_BPM)]
 BeatsPerBar: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 ClaimState: TypeAlias = Literal["executing", "done", "failed", "waiting"]
@@ -36,7 +36,7 @@ class Segment(Struct, frozen=True, gc=False):
     """A straight piece of the grid: from ``beat0`` on, one tempo.
 
     ``t0_ns`` is the cluster time of ``beat0`` in nanoseconds, ``milli_bpm`` the tempo in
-    thousandths of a beat a minute.
+    thousandths of a beat a minute; 0 is a grid that stands still on ``beat0``.
     """
 
     epoch: Index
@@ -44,6 +44,10 @@ class Segment(Struct, frozen=True, gc=False):
     beat0: Index
     t0_ns: Nanoseconds
     milli_bpm: MilliBPM
+
+    def __post_init__(self) -> None:
+        if 0 < self.milli_bpm < MIN_MILLI_BPM:
+            raise ValueError("`milli_bpm` is neither 0 nor a tempo")
 
 
 class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v1"):
@@ -60,6 +64,7 @@ class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v
     leader_id: str
     segment: Segment
     next_segment: Segment | None = None
+    later_segments: tuple[Segment, ...] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.segment.beat0 > self.beat_index:
@@ -99,14 +104,20 @@ class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
     beats_per_bar: BeatsPerBar
     segment: Segment
     next_segment: Segment | None = None
+    later_segments: tuple[Segment, ...] | UnsetType = UNSET
 
 
 class TempoRequest(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1"):
-    """An operator's request; ``at_beat`` None means the next downbeat that can be kept."""
+    """An operator's request; ``at_beat`` None means the next downbeat that can be kept.
+
+    ``tempo_bpm`` 0 has the grid stand still, and None has it go on at the tempo of before.
+    ``over_beats`` spreads the change over so many beats.
+    """
 
     cluster_id: str
-    tempo_bpm: float
+    tempo_bpm: float | None
     at_beat: Index | None = None
+    over_beats: Index | UnsetType = UNSET
 
 
 class TempoReply(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1"):
@@ -118,6 +129,29 @@ class TempoReply(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1")
     epoch: Index | None = None
     effective_beat: Index | None = None
     segment: Segment | None = None
+
+
+class Probe(Struct, frozen=True, tag_field="type", tag="backbeat.lead.v1"):
+    """A question whether the leader of an epoch lives, and its answer."""
+
+    cluster_id: str
+    epoch: Index
+    leader_id: str
+
+
+class Record(Struct, frozen=True, tag_field="type", tag="backbeat.metronome.v1"):
+    """What metronomes keep of the grid, so that the next one goes on with it."""
+
+    cluster_id: str
+    incarnation: str
+    epoch: Index
+    nonce: str
+    leader_id: str
+    beats_per_bar: BeatsPerBar
+    segments: Annotated[tuple[Segment, ...], Meta(min_length=1)]
+    high_water: Annotated[int, Meta(ge=-1, le=2**53)]
+    milli_bpm: Annotated[int, Meta(ge=MIN_MILLI_BPM, le=MAX_MILLI_BPM)]
+    """The tempo at which a grid that stands still goes on."""
 
 
 class _Other(Struct, tag_field="type", tag=""):
@@ -158,6 +192,8 @@ decode_sync_request: Final = _decoder(SyncRequest)
 decode_sync_reply: Final = _decoder(SyncReply)
 decode_tempo_request: Final = _decoder(TempoRequest)
 decode_tempo_reply: Final = _decoder(TempoReply)
+decode_probe: Final = _decoder(Probe)
+decode_record: Final = _decoder(Record)
 _decode_claim: Final = _decoder(StatusClaim)
 _claim_arrays: Final = msgspec.json.Decoder(list[StatusClaim | _Other])
 
@@ -191,6 +227,16 @@ def sync_subject(cluster_id: str) -> str:
 def tempo_subject(cluster_id: str) -> str:
     """Return the subject on which the leader takes tempo requests."""
     return f"backbeat.tempo.{cluster_id}"
+
+
+def lead_subject(cluster_id: str, epoch: int) -> str:
+    """Return the subject on which the leader of an epoch answers probes."""
+    return f"backbeat.lead.{cluster_id}.{epoch}"
+
+
+def bucket_of(cluster_id: str) -> str:
+    """Return the name of the JetStream key-value bucket in which metronomes keep the grid."""
+    return f"backbeat-{cluster_id}"
 
 
 def is_token(text: str) -> bool:

@@ -123,15 +123,19 @@ class ManualMetronome:
         self._clock.jump(seconds)
         await trio.testing.wait_all_tasks_blocked()
 
-    async def set_tempo(self, bpm: float, *, at_beat: int | None = None) -> int:
-        """Commit a change of tempo, and return the beat at which it takes effect.
+    async def set_tempo(
+        self, bpm: float | None, *, at_beat: int | None = None, over: int = 0
+    ) -> int:
+        """Commit a change of tempo, and return the beat at which it begins.
+
+        A tempo of 0 has the grid stand still, and None has it go on. See
+        `backbeat_trio.Metronome.change_tempo`.
 
         Raises:
           TempoRefused: where the beat is past or too soon.
           ValueError: where the tempo is out of range.
         """
-        await trio.lowlevel.checkpoint()
-        return self._metronome.change_tempo(bpm, at_beat=at_beat)
+        return await self._metronome.change_tempo(bpm, at_beat=at_beat, over=over)
 
 
 @asynccontextmanager

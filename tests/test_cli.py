@@ -89,6 +89,7 @@ async def test_status() -> None:
             *("enabled", "started", "connected", "current_beat", "current_tempo"),
             *("measured_bpm", "tempo_drift", "reconnect_count", "active_operations"),
             *("local_degradation", "errors", "node_id"),
+            *("paused", "uncertainty", "epoch", "leader_id"),
         ]
         assert health["connected"]
         assert health["current_tempo"] == 120.0

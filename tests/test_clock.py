@@ -14,7 +14,7 @@ import trio.testing
 from hypothesis import given, settings, strategies as st
 
 from backbeat_trio import BeatBudgetExceeded, SessionClosed
-from backbeat_trio._clock import BeatClock, Beats, BeatScope
+from backbeat_trio._clock import BeatClock, Beats, BeatScope, local_ns
 from backbeat_trio._timeline import Timeline
 from backbeat_trio._wire import Segment
 
@@ -75,7 +75,7 @@ async def test_moving_to_another_grid_keeps_what_is_left(
         start = trio.current_time()
         with after(clock, 5) as scope:
             await trio.sleep(1.5)
-            other = Timeline.of(Segment(3, 0, 12_000, 0, 60_000))
+            other = Timeline((Segment(3, 0, 12_000, 0, 60_000),))
             clock.rebase(other, 250_000_000 - round(trio.current_time() * 1e9), 4)
             assert clock.position() == 12_000.25
             assert scope.deadline == 12_003.75
@@ -542,7 +542,7 @@ async def test_slewing_moves_the_instant_and_never_the_beats(
         start = trio.current_time()
         with after(clock, 10):
             await trio.sleep(1)
-            clock.steer(clock.steering.offset_ns - 40_000_000)
+            clock.steer(clock.steering.target_at(local_ns()) - 40_000_000)
             with after(clock, 0.25) as inside:
                 await trio.sleep_forever()
             assert inside.cancelled_caught

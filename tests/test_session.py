@@ -59,6 +59,10 @@ async def test_health_of_a_locked_session(autojump_clock: Clock) -> None:
             "local_degradation": False,
             "errors": (),
             "node_id": "test-node",
+            "paused": False,
+            "uncertainty": pytest.approx(0.0, abs=1e-3),
+            "epoch": 1,
+            "leader_id": "test-agent",
         }
         assert (bb.current_position(), bb.current_beat(), bb.current_bar()) == (10.0, 10, 1)
         assert bb.tempo_bpm == 120.0

@@ -6,16 +6,16 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import given, strategies as st
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import replace
 
 from backbeat_trio._timeline import (
     BEAT_UNITS,
-    MAX_SLEW,
-    Ping,
-    Steering,
+    NEVER,
+    STILL_NS,
     Timeline,
     beat_ns,
-    best_ping,
     milli_bpm,
 )
 from backbeat_trio._wire import MAX_MILLI_BPM, MIN_MILLI_BPM, Segment
@@ -28,7 +28,7 @@ segments = st.builds(Segment, st.just(1), st.just(0), indexes, instants, millis)
 
 @st.composite
 def timelines(draw: st.DrawFn) -> Timeline:
-    timeline = Timeline.of(draw(segments))
+    timeline = Timeline((draw(segments),))
     for _ in range(draw(st.integers(0, 4))):
         ahead = draw(st.integers(1, 1000))
         at_beat = timeline.segments[-1].beat0 + ahead
@@ -49,6 +49,64 @@ def test_an_edge_is_the_first_nanosecond_of_its_beat(timeline: Timeline, ahead: 
     assert timeline.index_at(edge - 1) == index - 1
 
 
+@given(timelines(), indexes, st.integers(0, 10**12), millis)
+def test_a_grid_that_stood_still_lost_nothing_but_time(
+    timeline: Timeline, ahead: int, pause: int, milli: int
+) -> None:
+    at_beat = timeline.segments[-1].beat0 + 1 + ahead
+    stop = timeline.time_of(at_beat)
+    still = timeline.change(0, at_beat, epoch=1)
+    assert still.time_of(at_beat) == stop
+    assert still.time_of(at_beat + 0.5) == NEVER
+    for later in (0, pause, pause + 1):
+        assert still.position_at(stop + later) == at_beat
+    assert still.next_beat(stop + pause) == stop + (pause // STILL_NS + 1) * STILL_NS
+    resumed = still.since(stop).resume(milli, stop + pause + 1, epoch=2)
+    assert resumed.time_of(at_beat) == stop
+    assert resumed.time_of(at_beat + 1) == stop + pause + 1 + beat_ns(milli)
+    assert resumed.continues(timeline)
+    assert resumed.continues(still)
+    assert Timeline.of(Grid(**resumed.told())) == resumed
+
+
+class Grid(Struct):
+    segment: Segment
+    next_segment: Segment | None
+    later_segments: tuple[Segment, ...] | UnsetType
+
+
+@given(timelines())
+def test_what_is_told_of_a_timeline_is_all_of_it(timeline: Timeline) -> None:
+    assert Timeline.of(Grid(**timeline.told())) == timeline
+
+
+@given(timelines(), st.integers(1, 10**6))
+def test_segments_that_do_not_join_are_refused(timeline: Timeline, gap: int) -> None:
+    last = timeline.segments[-1]
+    at_beat = last.beat0 + 1
+    told = timeline.change(60_000, at_beat, epoch=1)
+    torn = replace(told.segments[-1], t0_ns=told.segments[-1].t0_ns + 1000 + gap)
+    with pytest.raises(ValueError, match="does not begin where"):
+        Timeline.of(Grid(last, torn, UNSET))
+    with pytest.raises(ValueError, match="not in the order"):
+        Timeline.of(Grid(told.segments[-1], last, UNSET))
+
+
+@given(timelines(), st.integers(0, 10**13))
+def test_the_next_beat_is_the_next(timeline: Timeline, later: int) -> None:
+    now = timeline.segments[0].t0_ns + later
+    assert timeline.next_beat(now) == timeline.time_of(timeline.index_at(now) + 1)
+    assert timeline.after(now) in (timeline.index_at(now), timeline.index_at(now) + 1)
+    assert timeline.time_of(timeline.after(now)) >= now
+
+
+def test_a_new_incarnation_does_not_continue_another() -> None:
+    old = Timeline((Segment(3, 2, 100, 10**12, 60_000), Segment(3, 3, 108, 10**12 + 1, 1000)))
+    assert not Timeline((Segment(9, 0, 0, 0, 60_000),)).continues(old)
+    assert Timeline(old.segments[1:]).continues(old)
+    assert Timeline((Segment(4, 9, 500, 10**13, 60_000),)).continues(old)
+
+
 @given(timelines(), st.integers(0, 10**13))
 def test_an_instant_lies_between_the_edges_of_its_beat(timeline: Timeline, later: int) -> None:
     now = timeline.segments[0].t0_ns + later
@@ -67,7 +125,7 @@ def test_position_is_monotone(timeline: Timeline, first: int, further: int) -> N
 
 @given(segments, st.floats(0, 1e6))
 def test_position_and_time_round_trip(segment: Segment, beats: float) -> None:
-    timeline = Timeline.of(segment)
+    timeline = Timeline((segment,))
     position = segment.beat0 + beats
     found = timeline.position_at(timeline.time_of(position))
     # Half a nanosecond of time, or a whole one at an edge, and the float's own grain.
@@ -77,7 +135,7 @@ def test_position_and_time_round_trip(segment: Segment, beats: float) -> None:
 
 @given(segments, st.floats(0, 1e5), st.floats(0, 1e5))
 def test_time_is_monotone_in_position(segment: Segment, one: float, other: float) -> None:
-    timeline = Timeline.of(segment)
+    timeline = Timeline((segment,))
     low, high = sorted((segment.beat0 + one, segment.beat0 + other))
     assert timeline.time_of(low) <= timeline.time_of(high)
 
@@ -112,7 +170,7 @@ def test_forgetting_what_is_over_changes_nothing_that_is_to_come(
 
 
 def test_a_change_replaces_what_was_to_come_there() -> None:
-    timeline = Timeline.of(Segment(1, 0, 0, 0, 60_000)).change(120_000, 8, epoch=1)
+    timeline = Timeline((Segment(1, 0, 0, 0, 60_000),)).change(120_000, 8, epoch=1)
     changed = timeline.change(30_000, 8, epoch=2)
     assert [segment.milli_bpm for segment in changed.segments] == [60_000, 30_000]
     assert changed.segments[1] == Segment(2, 2, 8, 8_000_000_000, 30_000)
@@ -135,74 +193,3 @@ def test_tempo_is_exact_to_a_thousandth() -> None:
     assert milli_bpm("bpm", 120.5) == 120_500
     assert milli_bpm("bpm", 6000) == 6_000_000
     assert beat_ns(2000) == 30_000_000_000
-
-
-# Steering.
-
-offsets = st.integers(-(10**10), 10**10)
-
-
-@given(offsets, st.lists(st.tuples(st.integers(0, 10**10), offsets), max_size=6), millis)
-def test_cluster_time_never_runs_back_nor_slower_than_it_may(
-    first: int, corrections: list[tuple[int, int]], milli: int
-) -> None:
-    steering, now = Steering(first), 0
-    for wait, offset in corrections:
-        before = steering.cluster_at(now)
-        assert steering.cluster_at(now + wait) - before >= math.floor(wait * (1 - MAX_SLEW)) - 1
-        now += wait
-        before = steering.cluster_at(now)
-        steering.correct(now, offset, beat_ns=beat_ns(milli))
-        assert steering.cluster_at(now) >= before
-    settled = steering.settled_ns + 1
-    assert steering.cluster_at(settled) == settled + steering.offset_ns
-
-
-@given(offsets, offsets, st.integers(-(10**10), 10**11))
-def test_local_at_inverts_cluster_at(first: int, second: int, cluster_ns: int) -> None:
-    steering = Steering(first)
-    steering.correct(0, second, beat_ns=10**9)
-    local = steering.local_at(cluster_ns)
-    assert steering.cluster_at(local) >= cluster_ns
-    assert steering.cluster_at(local - 1) < cluster_ns
-
-
-def test_a_large_error_forward_is_stepped_and_backward_is_slewed() -> None:
-    steering = Steering(0)
-    steering.correct(0, 300_000_000, beat_ns=1_000_000_000)
-    assert steering.cluster_at(0) == 300_000_000
-    steering.correct(0, 0, beat_ns=1_000_000_000)
-    assert steering.cluster_at(0) == 300_000_000
-    assert steering.settled_ns == math.ceil(300_000_000 / MAX_SLEW)
-    assert steering.cluster_at(steering.settled_ns) == steering.settled_ns
-
-
-pings = st.builds(Ping, instants, instants, instants, instants)
-
-
-@given(instants, st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 10**9), offsets)
-def test_a_ping_is_wrong_by_half_its_way_at_most(
-    sent: int, there: int, work: int, back: int, offset: int
-) -> None:
-    ping = Ping(
-        sent,
-        sent + there + offset,
-        sent + there + work + offset,
-        sent + there + work + back,
-    )
-    assert ping.delay_ns == there + back
-    assert abs(ping.offset_ns - offset) <= (there + back) // 2 + 1
-
-
-@given(st.lists(pings))
-def test_the_best_ping_is_an_honest_one(burst: list[Ping]) -> None:
-    best = best_ping(burst)
-    honest = [p for p in burst if p.delay_ns >= 0 and p.replied_ns >= p.received_ns]
-    assume(honest)
-    assert best is not None
-    assert best.delay_ns == min(p.delay_ns for p in honest)
-
-
-def test_no_ping_is_best_of_none() -> None:
-    assert best_ping([]) is None
-    assert best_ping([Ping(0, 0, 100, 50)]) is None

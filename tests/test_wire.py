@@ -234,4 +234,4 @@ def test_the_messages_of_the_documentation_are_messages() -> None:
     changed = wire.decode_tempo_reply(tempo_reply).segment
     assert changed is not None
     # Its numbers are those that follow from the segment before it.
-    assert Timeline.of(SEGMENT).change(120_500, 12360, epoch=7).segments[1] == changed
+    assert Timeline((SEGMENT,)).change(120_500, 12360, epoch=7).segments[1] == changed

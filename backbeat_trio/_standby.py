@@ -1,0 +1,274 @@
+"""Standing by: following the grid as any agent does, and taking over when its leader is gone.
+
+A frame that is late, where this process itself is punctual, makes a standby ask. Where nobody is
+subscribed to the leader's probes any more its process is gone, and the standby takes over at once.
+Where there is no answer it may be paused or cut off, and keeps its lease. What decides among
+several standbys is the record: only one of them writes over the revision that all have seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any, Final, final
+
+import trio
+from msgspec.structs import replace
+
+from ._clock import BeatClock, local_ns
+from ._errors import NoResponders, TransportBroken
+from ._leader import Counts, Term, lease_ns
+from ._ledger import Conflict, Ledger
+from ._listener import BeatListener
+from ._tempo import reschedule
+from ._timeline import Timeline
+from ._transport import Message, Transport
+from ._wire import Probe, Record, Segment, SyncRequest, encode, lead_subject, sync_subject
+
+# How late a frame may be, and how often a leader that owes one is asked.
+_LATE_NS: Final = 8_000_000
+_JITTERS: Final = 4
+_PROBE_EVERY: Final = 0.005
+# What somebody else who has just taken over, or come back to the server, is given to be heard.
+_GRACE: Final = 0.05
+_RECONNECT_GRACE: Final = 0.5
+_RETRY: Final = 0.2
+# How long nobody must be there before a grid begins again, and how long an answer may take.
+_ABSENT_NS: Final = 1_000_000_000
+_ASK: Final = 0.1
+
+
+@final
+class Standby:
+    """A metronome that does not lead."""
+
+    def __init__(
+        self,
+        clock: BeatClock,
+        listener: BeatListener,
+        transport: Transport,
+        ledger: Ledger,
+        *,
+        cluster_id: str,
+        leader_id: str,
+        counts: Counts,
+        logger: logging.Logger,
+        seen: int,
+    ) -> None:
+        self._clock = clock
+        self._listener = listener
+        self._transport = transport
+        self._ledger = ledger
+        self._cluster_id = cluster_id
+        self._leader_id = leader_id
+        self._counts = counts
+        self._logger = logger
+        # The highest epoch that was heard of, in this life or an earlier one.
+        self._seen = seen
+        self._troubled = False
+        listener.on_stale = self._tell
+
+    async def wait_for_turn(
+        self, stack: AsyncExitStack, fresh: Term
+    ) -> tuple[Term, AsyncIterator[Message]]:
+        """Stand by until the record says that this metronome leads.
+
+        Args:
+          stack: gets the subscription to the probes of the term.
+          fresh: the term with which a grid begins, where there never was one.
+
+        Returns:
+          The term, and its probes.
+        """
+        while True:
+            await self._transport.wait_connected()
+            try:
+                await self._until_gone()
+                won = await self._take_over(stack, fresh)
+                if won is not None:
+                    return won
+                await trio.sleep(_GRACE)
+            except TransportBroken as error:
+                if not self._troubled:
+                    self._logger.warning("standing by without the record: %s", error)
+                self._troubled = True
+                await trio.sleep(_RETRY)
+            else:
+                self._troubled = False
+
+    def _tell(self, epoch: int) -> None:
+        # A leader that was replaced without knowing, as it stood still or was cut off.
+        with contextlib.suppress(TransportBroken):
+            self._transport.publish_nowait(
+                lead_subject(self._cluster_id, epoch), self._probe(self._listener.epoch)
+            )
+
+    def _probe(self, epoch: int) -> bytes:
+        return encode(Probe(self._cluster_id, epoch, self._leader_id))
+
+    # Watching.
+
+    async def _until_gone(self) -> None:
+        """Wait until nobody leads any more, as far as can be told from here."""
+        listener, clock, transport = self._listener, self._clock, self._transport
+        generation, excused_ns = transport.generation, 0
+        await self._join()
+        while listener.locked.is_set():
+            told = listener.told_ns
+            due = clock.timeline.next_beat(max(told, excused_ns))
+            patience = max(_LATE_NS, _JITTERS * listener.drift.jitter_ns)
+            deadline = (clock.steering.local_at(due) + patience) / 1e9
+            if await self._is_heard(told, deadline):
+                continue
+            if transport.generation != generation:
+                # Who leads may not have come back yet.
+                generation = transport.generation
+                if await self._is_heard(told, trio.current_time() + _RECONNECT_GRACE):
+                    continue
+            late = trio.current_time() - deadline
+            if late > patience / 1e9 and await self._is_heard(told, trio.current_time() + late):
+                # It was here that time was lost.
+                continue
+            epoch = max(listener.epoch, self._epoch_of(self._ledger.record))
+            if await self._is_gone(epoch, told):
+                self._seen = max(self._seen, epoch)
+                return
+            excused_ns = due
+
+    async def _is_heard(self, told: int, deadline: float) -> bool:
+        with trio.move_on_at(deadline):
+            while self._listener.told_ns == told:
+                await self._listener.heard.park()
+        return self._listener.told_ns != told
+
+    async def _is_gone(self, epoch: int, told: int) -> bool:
+        """Ask the leader of an epoch whether it lives, until it is clear or it is heard."""
+        subject, probe = lead_subject(self._cluster_id, epoch), self._probe(epoch)
+        silent_since = local_ns()
+        while self._listener.told_ns == told:
+            begun = trio.current_time()
+            self._counts.probes += 1
+            try:
+                await self._transport.request(subject, probe, timeout=_PROBE_EVERY)
+            except NoResponders:
+                return True
+            except TransportBroken:
+                if not self._transport.connected:
+                    raise
+                if local_ns() - silent_since >= lease_ns(self._clock.segment().milli_bpm):
+                    return True
+            else:
+                return False
+            await trio.sleep_until(begun + _PROBE_EVERY)
+        return False
+
+    async def _join(self) -> None:
+        """Wait for the lock to a grid that is kept, or until it is clear that nobody keeps one."""
+        locked, absent_since = self._listener.locked, local_ns()
+        while not locked.is_set():
+            record = await self._ledger.read()
+            epoch = self._epoch_of(record)
+            if record is None:
+                # Nobody has led, or the record is lost: then the leader itself answers.
+                subject = sync_subject(self._cluster_id)
+                request = encode(SyncRequest(self._cluster_id, self._leader_id))
+                absence = 0
+            else:
+                subject, request = lead_subject(self._cluster_id, epoch), self._probe(epoch)
+                # It may be on its way back to the server; another grid is the last resort.
+                absence = _ABSENT_NS
+            now = local_ns()
+            try:
+                await self._transport.request(subject, request, timeout=_ASK)
+            except NoResponders:
+                if now - absent_since >= absence:
+                    self._seen = max(self._seen, epoch)
+                    return
+            except TransportBroken:
+                if not self._transport.connected:
+                    raise
+                if now - absent_since >= lease_ns(self._clock.segment().milli_bpm):
+                    self._seen = max(self._seen, epoch)
+                    return
+            else:
+                absent_since = local_ns()
+            with trio.move_on_after(_ASK):
+                await locked.wait()
+
+    @staticmethod
+    def _epoch_of(record: Record | None) -> int:
+        return -1 if record is None else record.epoch
+
+    # Taking over.
+
+    async def _take_over(
+        self, stack: AsyncExitStack, fresh: Term
+    ) -> tuple[Term, AsyncIterator[Message]] | None:
+        ledger = self._ledger
+        record = await ledger.read()
+        if self._epoch_of(record) > self._seen:
+            # Somebody else has, meanwhile.
+            return None
+        epoch = max(ledger.revision, self._seen, self._listener.epoch) + 1
+        term = self._make_term(record, epoch, fresh)
+        async with AsyncExitStack() as held:
+            # Before it is known who leads, so that whoever learns of it finds somebody to probe.
+            probes = await held.enter_async_context(
+                self._transport.open_subscription(lead_subject(self._cluster_id, epoch))
+            )
+            try:
+                await ledger.write(term.record(self._cluster_id, self._leader_id))
+            except Conflict:
+                return None
+            stack.push_async_exit(held.pop_all())
+        self._counts.takeovers += 1
+        return term, probes
+
+    def _make_term(self, record: Record | None, epoch: int, fresh: Term) -> Term:
+        if not self._listener.locked.is_set():
+            return replace(fresh, epoch=epoch, **self._begin_again(record, epoch))
+        clock, now = self._clock, self._clock.cluster_ns()
+        timeline, incarnation = clock.timeline.since(now), fresh.incarnation
+        milli = timeline.segments[0].milli_bpm
+        if record is not None:
+            committed = Timeline(record.segments)
+            milli = milli or record.milli_bpm
+            if committed.continues(clock.timeline) or clock.timeline.continues(committed):
+                incarnation = record.incarnation
+                timeline = reschedule(
+                    clock.timeline,
+                    committed,
+                    now,
+                    beats_per_bar=clock.beats_per_bar,
+                    epoch=epoch,
+                )
+        return Term(
+            epoch=epoch,
+            timeline=timeline,
+            steering=clock.steering,
+            beats_per_bar=clock.beats_per_bar,
+            sent=clock.timeline.index_at(self._listener.told_ns),
+            milli_bpm=milli or fresh.milli_bpm,
+            incarnation=incarnation,
+            nonce=fresh.nonce,
+        )
+
+    def _begin_again(self, record: Record | None, epoch: int) -> dict[str, Any]:
+        """Return what differs from a fresh term where all who knew the time of a grid are gone."""
+        if record is None:
+            segment = Segment(epoch, 0, 0, 0, self._clock.segment().milli_bpm)
+            return {"timeline": Timeline((segment,)), "sent": -1}
+        # No beat comes twice: the record may be behind by what was beaten since the last bar.
+        bar, last = record.beats_per_bar, record.segments[-1]
+        beat0 = (record.high_water // bar + 2) * bar
+        self._logger.warning(
+            "nobody is left of epoch %d: the grid begins again with beat %d", record.epoch, beat0
+        )
+        return {
+            "timeline": Timeline((Segment(epoch, 0, beat0, 0, last.milli_bpm),)),
+            "sent": beat0 - 1,
+            "beats_per_bar": bar,
+            "milli_bpm": last.milli_bpm or record.milli_bpm,
+        }

@@ -1,0 +1,131 @@
+"""Changes of the grid that may be asked for: another tempo, a ramp, a pause. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ._errors import TempoRefused
+from ._timeline import STILL_NS, Timeline
+from ._wire import MIN_MILLI_BPM
+
+# A change must reach everybody before it takes effect.
+_LEAD_BEATS: Final = 2
+LEAD_NS: Final = 250_000_000
+# The steps of a ramp: they all ride in every frame.
+_STEPS: Final = 64
+
+
+def propose(
+    timeline: Timeline,
+    cluster_ns: int,
+    milli: int | None,
+    at_beat: int | None = None,
+    *,
+    over: int = 0,
+    former: int = 0,
+    beats_per_bar: int,
+    epoch: int,
+) -> Timeline:
+    """Return the timeline with a change in it.
+
+    It takes effect at ``at_beat``, or else at the next downbeat (a pause: at the next beat), and
+    never sooner than max(2 beats, 250 ms) from now. It replaces what is pending there and later.
+
+    Args:
+      timeline: the present one.
+      cluster_ns: now.
+      milli: the tempo in thousandths of a beat a minute; 0 has the grid stand still, None has it go
+        on with ``former``.
+      at_beat: the beat at which to change.
+      over: so many beats it takes to come from the present tempo to the new one, in equal steps of
+        whole beats.
+      former: the tempo before the grid stood still.
+      beats_per_bar: the length of a bar.
+      epoch: the term of leadership in which it is made.
+
+    Raises:
+      TempoRefused: where ``at_beat`` is past or too soon, and for what cannot be done to a grid
+        that stands still, or to one that does not.
+
+    """
+    timeline = timeline.since(cluster_ns)
+    present = timeline.segments[0]
+    if not present.milli_bpm:
+        return _resume(timeline, cluster_ns, milli, former, epoch=epoch)
+    earliest = max(timeline.after(cluster_ns) + _LEAD_BEATS, timeline.after(cluster_ns + LEAD_NS))
+    index = timeline.index_at(cluster_ns)
+    if milli is None:
+        stops = [s.beat0 for s in timeline.segments if not s.milli_bpm]
+        if not stops or stops[0] < earliest:
+            raise TempoRefused("the grid does not stand still")
+        # It was to stand still: it goes on as it is.
+        milli, at_beat = timeline.segments[-2].milli_bpm, stops[0]
+    elif at_beat is None:
+        step = beats_per_bar if milli else 1
+        at_beat = -(-earliest // step) * step
+    elif at_beat <= index:
+        raise TempoRefused(f"beat {at_beat} is past: the cluster is on beat {index}")
+    elif at_beat < earliest:
+        raise TempoRefused(f"beat {at_beat} is too soon: the first that can be kept is {earliest}")
+    kept = tuple(s for s in timeline.segments[1:] if s.beat0 < earliest)
+    before = kept[-1] if kept else present
+    if not before.milli_bpm:
+        raise TempoRefused(f"the grid stands still from beat {before.beat0} on")
+    settled, seq = Timeline((present, *kept)), timeline.segments[-1].seq
+    steps = min(over, _STEPS)
+    for step in range(steps):
+        way = (milli - before.milli_bpm) * (2 * step + 1) // (2 * steps)
+        tempo = max(MIN_MILLI_BPM, before.milli_bpm + way)
+        beat = at_beat + over * step // steps
+        settled = settled.change(tempo, beat, epoch=epoch, after_seq=seq)
+    return settled.change(milli, at_beat + over, epoch=epoch, after_seq=seq)
+
+
+def _resume(
+    timeline: Timeline, cluster_ns: int, milli: int | None, former: int, *, epoch: int
+) -> Timeline:
+    if milli is not None:
+        raise TempoRefused("the grid stands still: have it go on first")
+    if len(timeline.segments) > 1:
+        raise TempoRefused("the grid is about to go on")
+    # Everybody is told of a grid that stands still once a second.
+    return timeline.resume(former, timeline.next_beat(cluster_ns + STILL_NS), epoch=epoch)
+
+
+def reschedule(
+    told: Timeline, committed: Timeline, cluster_ns: int, *, beats_per_bar: int, epoch: int
+) -> Timeline:
+    """Return the timeline to go on with after a leader that may not have told of its last change.
+
+    What was committed and is far enough ahead stays as it is. What would have to have happened
+    already is put off, as nobody has heard of it.
+
+    Args:
+      told: what was heard of the grid.
+      committed: what the record says of it.
+      cluster_ns: now.
+      beats_per_bar: the length of a bar.
+      epoch: the term of leadership that begins.
+
+    """
+    known = told.segments[-1].seq
+    untold = [segment for segment in committed.segments if segment.seq > known]
+    if not untold:
+        return told.since(cluster_ns)
+    if untold[0].t0_ns >= cluster_ns + LEAD_NS and committed.continues(told):
+        return committed.since(cluster_ns)
+    told = told.since(cluster_ns)
+    present = told.segments[0]
+    first, last = untold[0], untold[-1]
+    try:
+        return propose(
+            told,
+            cluster_ns,
+            last.milli_bpm if present.milli_bpm else None,
+            over=last.beat0 - first.beat0,
+            former=last.milli_bpm,
+            beats_per_bar=beats_per_bar,
+            epoch=epoch,
+        )
+    except TempoRefused:
+        return told
