@@ -9,7 +9,7 @@ Layers, from the bottom up; imports point downwards only:
 1     `server`                               a nats-server of one's own
 2     `_clock`, `_transport`, `_ledger`      beats for tasks; the in-process bus; the record
 3     `_nats`, `_nats_client`, `_jetstream`  NATS: the supervisor, one connection, what is stored
-3     `_listener`, `_services`               what a session runs
+3     `_listener`, `_emitter`, `_services`   what a session runs
 3     `_metronome`, `_leader`, `_standby`    the metronome: its turns, leading, standing by
 4     `_session`                             what an application does with a session
 4     `_lifecycle`                           the nursery, start-up and shutdown

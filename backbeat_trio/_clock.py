@@ -27,6 +27,8 @@ from ._wire import BeatPhase, Segment, beat_phase, window_id
 
 # How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
 _AT_ONCE: Final = 1000
+# Trio's timers are late by a millisecond or so: what must not be is waited for in checkpoints.
+_NEAR_NS: Final = 2_000_000
 _ENDED: Final = "the beat budget ran out"
 _CLOSED: Final = "the session was closed"
 
@@ -280,11 +282,12 @@ class Beats:
 
     """
 
-    __slots__ = ("_bars", "_clock", "_last")
+    __slots__ = ("_bars", "_clock", "_last", "_precise")
 
-    def __init__(self, clock: BeatClock, *, bars: bool) -> None:
+    def __init__(self, clock: BeatClock, *, bars: bool, precise: bool = False) -> None:
         self._clock = clock
         self._bars = bars
+        self._precise = precise
         self._last = clock.index() - clock._index_shift
 
     def __aiter__(self) -> Beats:
@@ -303,7 +306,10 @@ class Beats:
             if newest - clock._index_shift > self._last:
                 break
             waited = True
-            await clock._lot.park()
+            if self._precise:
+                await clock.near_edge()
+            else:
+                await clock._lot.park()
         if not waited:
             await trio.lowlevel.cancel_shielded_checkpoint()
         last = self._last + clock._index_shift
@@ -531,7 +537,20 @@ class BeatClock:
             self._redraw()
         return self.position() - self._shift
 
+    async def near_edge(self) -> None:
+        """Wait for the next beat or for part of the way to it; at its end, without sleeping."""
+        left = self._edge_ns() - local_ns()
+        if left <= _NEAR_NS:
+            await trio.lowlevel.checkpoint()
+        else:
+            # Woken by what changes the grid, or by the beat, where that is sooner.
+            with trio.move_on_after((left - _NEAR_NS) / 1e9):
+                await self._lot.park()
+
     # The heap and its timer.
+
+    def _edge_ns(self) -> int:
+        return self.steering.local_at(self.timeline.time_of(self._next_index))
 
     def _due_ns(self, key: float) -> int:
         return self.steering.local_at(self.timeline.time_of(key + self._shift))
@@ -560,7 +579,7 @@ class BeatClock:
         if first == -math.inf:
             self._timer.deadline = -math.inf
             return
-        due = self.steering.local_at(self.timeline.time_of(self._next_index))
+        due = self._edge_ns()
         if first < edge:
             due = min(due, self._due_ns(first))
         self._timer.deadline = due / 1e9
@@ -605,7 +624,7 @@ class BeatClock:
             self._lot.unpark_all()
 
     def _overdue_ns(self) -> int:
-        return local_ns() - self.steering.local_at(self.timeline.time_of(self._next_index))
+        return local_ns() - self._edge_ns()
 
     @property
     def loop_late(self) -> bool:

@@ -22,6 +22,7 @@ PREFIX: Final = "CHORUS_BACKBEAT_"
 _TRUE: Final = frozenset({"1", "t", "true", "y", "yes", "on"})
 _FALSE: Final = frozenset({"0", "f", "false", "n", "no", "off"})
 _MAX_BEATS: Final = 1_000_000
+_MAX_REPLICAS: Final = 5
 _SECRET: Final = frozenset({"password", "token"})
 
 
@@ -85,6 +86,16 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
     """True makes a failed first connection an error, instead of a degraded session."""
     health_beats: int = 8
     """Every how many beats a health claim is emitted; 0 is never, for those who only look on."""
+    store_claims: bool = True
+    """Whether terminal claims go into a stream of JetStream, where the server has it."""
+    claims_stream: str = "BACKBEAT_STATUS"
+    """The name of that stream; the first that needs it makes it, with the limits that follow."""
+    claims_max_age: float = 604_800.0
+    """Seconds for which it keeps a claim; 0 is for ever."""
+    claims_max_bytes: int = 1_073_741_824
+    """How large it may become before the oldest claims go; -1 is without limit."""
+    claims_replicas: int = 1
+    """Copies of it in a cluster of servers, 1 to 5."""
     user: str | None = None
     password: str | None = None
     token: str | None = None
@@ -122,7 +133,13 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name, least in (("beats_per_bar", 1), ("health_beats", 0)):
             if not least <= getattr(self, name) <= _MAX_BEATS:
                 raise _refused(name, getattr(self, name), f"must be from {least} to {_MAX_BEATS}")
-        for name in ("lock_timeout", "connect_timeout", "grace_period"):
+        if not 1 <= self.claims_replicas <= _MAX_REPLICAS:
+            raise _refused("claims_replicas", self.claims_replicas, "must be from 1 to 5")
+        if self.claims_max_bytes < 1 and self.claims_max_bytes != -1:
+            raise _refused("claims_max_bytes", self.claims_max_bytes, "must be 1 or more, or -1")
+        if not is_token(self.claims_stream):
+            raise _refused("claims_stream", self.claims_stream, "must be a subject token")
+        for name in ("lock_timeout", "connect_timeout", "grace_period", "claims_max_age"):
             # NaN fails every comparison.
             if not 0 <= getattr(self, name) < math.inf:
                 raise _refused(name, getattr(self, name), "must be seconds, 0 or more")

@@ -5,6 +5,8 @@ The functions with a ``client`` run in the thread of the connection, as nats-py 
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any, Final, final
 
 import nats.js.api
@@ -13,13 +15,19 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
 
+from ._config import BackbeatConfig
 from ._errors import TransportBroken
 from ._ledger import Conflict, Entry
 from ._nats import NatsTransport
+from ._wire import status_subject
 
 # What an answer may take. A stream whose leader was killed is back after 7 to 8 s.
 _PATIENCE: Final = 1.0
 _KEY: Final = "metronome"
+# A message that expects another stream than the one that takes its subject is stored by none.
+_PASS_BY: Final = {"Nats-Expected-Stream": "-"}
+# For how long the stream knows a claim again that comes twice, in seconds.
+_DUPLICATE_WINDOW: Final = 600.0
 # Replicas, where nothing is said of them and there is a cluster of servers.
 _REPLICAS: Final = 3
 _NOT_CLUSTERED: Final = 10074
@@ -125,3 +133,91 @@ class KeyValueStore:
             raise Conflict("the record is gone") from None
         except nats.js.errors.APIError as error:
             raise TransportBroken(f"JetStream does not take the record: {error}") from None
+
+
+@final
+class ClaimStream:
+    """The stream of terminal claims; see `Journal`."""
+
+    def __init__(self, transport: NatsTransport, config: BackbeatConfig) -> None:
+        self._transport = transport
+        self._config = config
+        self._name = config.claims_stream
+
+    async def open(self) -> bool:
+        """See `Journal.open`."""
+        refused = self._transport.statistics().permission_errors
+        try:
+            reason = await self._transport.call(self._open)
+        except TransportBroken:
+            if self._transport.statistics().permission_errors == refused:
+                raise
+            # Somebody who may not ask has no stream, as far as that goes.
+            return False
+        if reason:
+            self._transport.note_error(f"no stream of terminal claims: {reason}")
+        return reason is None
+
+    async def _open(self, client: Client) -> str | None:
+        # Returns why there is none; nothing where that is as it should be.
+        js, wanted = client.jetstream(timeout=_PATIENCE), self._config.claims_stream
+        try:
+            await js.stream_info(wanted)
+        except nats.js.errors.NotFoundError:
+            return await self._find_or_create(js)
+        except nats.js.errors.APIError as error:
+            if _absent(error):
+                return ""
+            raise
+        self._name = wanted
+        return None
+
+    async def _find_or_create(self, js: JetStreamContext) -> str | None:
+        # Whoever made a stream of these subjects beforehand has chosen its name.
+        subject = status_subject(self._config.agent_id)
+        try:
+            self._name = await js.find_stream_name_by_subject(subject)
+        except nats.js.errors.NotFoundError:
+            return await self._create(js)
+        return None
+
+    async def _create(self, js: JetStreamContext) -> str | None:
+        config = self._config
+        age = config.claims_max_age
+        stream = nats.js.api.StreamConfig(
+            name=config.claims_stream,
+            description="Terminal claims of BACKBEAT agents",
+            subjects=[status_subject(">")],
+            storage=nats.js.api.StorageType.FILE,
+            discard=nats.js.api.DiscardPolicy.OLD,
+            max_age=age or None,
+            max_bytes=config.claims_max_bytes,
+            num_replicas=config.claims_replicas,
+            duplicate_window=min(age, _DUPLICATE_WINDOW) if age else _DUPLICATE_WINDOW,
+        )
+        try:
+            await js.add_stream(stream)
+        except nats.js.errors.BadRequestError as error:
+            return error.description or "refused"
+        self._name = config.claims_stream
+        return None
+
+    async def store(self, subject: str, claims: Sequence[tuple[str, bytes]]) -> list[bool]:
+        """See `Journal.store`."""
+
+        async def store(client: Client) -> list[bool]:
+            js = client.jetstream(timeout=_PATIENCE)
+            answers = await asyncio.gather(
+                *(
+                    js.publish(subject, data, stream=self._name, headers={"Nats-Msg-Id": number})
+                    for number, data in claims
+                ),
+                return_exceptions=True,
+            )
+            return [not isinstance(answer, BaseException) for answer in answers]
+
+        return await self._transport.call(store)
+
+    async def pass_by(self, subject: str, data: bytes) -> None:
+        """See `Journal.pass_by`."""
+        await self._transport.publish(subject, data, headers=_PASS_BY)

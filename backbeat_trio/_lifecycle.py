@@ -22,8 +22,9 @@ import msgspec
 import trio
 
 from ._config import BackbeatConfig
+from ._emitter import ClaimEmitter, Journal
 from ._metronome import Metronome
-from ._services import ClaimEmitter, Logger, tick, watch_connection
+from ._services import Logger, tick, watch_connection
 from ._session import MAKER, Session, current
 from ._transport import MemoryTransport, Transport, open_memory_bus
 
@@ -199,6 +200,7 @@ async def session(
     failure: BaseException | None = None
     async with AsyncExitStack() as stack:
         metronome = None
+        journal: Journal | None = None
         if not config.enabled:
             transport = None
         elif transport is None and config.memory_name is not None:
@@ -216,8 +218,12 @@ async def session(
             # Imported on use: asyncio, anyio and nats-py cost more than all the rest.
             from ._nats import NatsTransport
 
-            transport = NatsTransport(config)
-        bb = Session(MAKER, config, transport, logger)
+            transport = nats = NatsTransport(config)
+            if config.store_claims:
+                from ._jetstream import ClaimStream
+
+                journal = ClaimStream(nats, config)
+        bb = Session(MAKER, config, transport, logger, journal)
         try:
             async with trio.open_nursery() as nursery:
                 services = _Services(nursery)

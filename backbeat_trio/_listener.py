@@ -148,8 +148,8 @@ class BeatListener:
             self._note(f"a frame of epoch {frame.epoch} while epoch {self.epoch} leads")
             self.on_stale(frame.epoch)
             return
-        still = not frame.segment.milli_bpm and frame.beat_index == frame.segment.beat0
-        first = self._next_index - still
+        # A grid that stands still is told of again and again.
+        first = self._next_index - (not frame.segment.milli_bpm)
         if frame.epoch == self.epoch and frame.beat_index < first:
             counters.frames_repeated += 1
             return

@@ -150,7 +150,14 @@ class NatsTransport(BaseTransport):
         self._check_message(subject, data, reply)
         self._current().send(Publish(subject, data, reply, ""))
 
-    async def publish(self, subject: str, data: bytes, *, reply: str = "") -> None:
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> None:
         """See `Transport.publish`."""
         await trio.lowlevel.checkpoint()
         self._check_message(subject, data, reply)
@@ -159,7 +166,7 @@ class NatsTransport(BaseTransport):
         self._check_open()
         if client.lost.is_set():
             raise TransportBroken(str(client.error))
-        client.send(Publish(subject, data, reply, ""))
+        client.send(Publish(subject, data, reply, "", headers))
 
     async def flush(self) -> None:
         """See `Transport.flush`."""

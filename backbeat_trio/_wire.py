@@ -69,6 +69,8 @@ class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v
     def __post_init__(self) -> None:
         if self.segment.beat0 > self.beat_index:
             raise ValueError("`segment.beat0` lies behind `beat_index`")
+        if not self.segment.milli_bpm and self.beat_index != self.segment.beat0:
+            raise ValueError("`beat_index` is not that on which the grid stands still")
 
 
 class StatusClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat.statusclaim.v1"):
