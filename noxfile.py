@@ -1,4 +1,4 @@
-"""What is run on the project: ``nox -s tests lint types bench``."""
+"""What is run on the project: ``nox -s tests faults lint types bench``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ def tests(session: nox.Session) -> None:
     if not session.posargs:
         session.run("coverage", "combine", "--quiet")
         session.run("coverage", "report", "--fail-under=95")
+
+
+@nox.session(python=DEFAULT)
+def faults(session: nox.Session) -> None:
+    """Try every fault as often as it takes to find what is rare, and print what was measured."""
+    session.install(".[server,nkeys,testing]", *group("test"))
+    session.env["PYTHONSAFEPATH"] = "1"
+    figures = Path(session.create_tmp(), "faults.json").absolute()
+    arguments = session.posargs or ["-s", f"--figures={figures}"]
+    session.run("python", "-m", "pytest", "tests/test_faults.py", "--faults", *arguments)
 
 
 @nox.session(python=DEFAULT)

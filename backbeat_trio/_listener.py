@@ -93,6 +93,7 @@ class BeatListener:
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(self._sync)
+            nursery.start_soon(self._ask_again)
             task_status.started()
             async for message in messages:
                 try:
@@ -223,6 +224,13 @@ class BeatListener:
                 seconds = _BURST_MIN
             with trio.move_on_after(min(max(seconds, _BURST_MIN), _BURST_MAX)):
                 await self._ask.wait_value(True)
+
+    async def _ask_again(self) -> None:
+        # Whatever has happened meanwhile, it is known a moment after the connection is back.
+        while True:
+            await self._transport.wait_connected(False)
+            await self._transport.wait_connected()
+            self._ask.value = True
 
     async def _burst(self, pings: int) -> list[tuple[Ping, SyncReply]]:
         replies: list[tuple[Ping, SyncReply]] = []

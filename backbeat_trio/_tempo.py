@@ -29,7 +29,8 @@ def propose(
     """Return the timeline with a change in it.
 
     It takes effect at ``at_beat``, or else at the next downbeat (a pause: at the next beat), and
-    never sooner than max(2 beats, 250 ms) from now. It replaces what is pending there and later.
+    never sooner than max(2 beats, 250 ms) from now. What is pending for earlier beats stays, and
+    what is pending for that beat or later ones is replaced.
 
     Args:
       timeline: the present one.
@@ -67,7 +68,7 @@ def propose(
         raise TempoRefused(f"beat {at_beat} is past: the cluster is on beat {index}")
     elif at_beat < earliest:
         raise TempoRefused(f"beat {at_beat} is too soon: the first that can be kept is {earliest}")
-    kept = tuple(s for s in timeline.segments[1:] if s.beat0 < earliest)
+    kept = tuple(s for s in timeline.segments[1:] if s.beat0 < at_beat)
     before = kept[-1] if kept else present
     if not before.milli_bpm:
         raise TempoRefused(f"the grid stands still from beat {before.beat0} on")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
 
 pytest_plugins = ["backbeat_trio.testing"]
@@ -10,3 +11,9 @@ pytest_plugins = ["backbeat_trio.testing"]
 settings.register_profile("default", deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("backbeat")
+    group.addoption("--faults", action="store_true", help="the faults as often as they should be")
+    group.addoption("--figures", metavar="FILE", help="write what the faults measured, as JSON")

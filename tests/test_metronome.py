@@ -188,13 +188,18 @@ def test_proposals(first: int, second: int, now: int, bar: int, ahead: int | Non
         assert added.beat0 == at_beat
 
 
-def test_a_later_proposal_replaces_a_pending_one_unless_that_is_too_near() -> None:
+def test_a_proposal_replaces_what_is_pending_from_its_beat_on() -> None:
     timeline = Timeline((Segment(1, 0, 0, 0, 60_000),))
     pending = propose(timeline, 0, 120_000, 10, beats_per_bar=8, epoch=1)
-    replaced = propose(pending, 0, 30_000, 12, beats_per_bar=8, epoch=1)
-    assert [segment.beat0 for segment in replaced.segments] == [0, 12]
-    near = propose(pending, 9_000_000_000, 30_000, 12, beats_per_bar=8, epoch=1)
-    assert [segment.beat0 for segment in near.segments] == [0, 10, 12]
+    later = propose(pending, 0, 30_000, 12, beats_per_bar=8, epoch=1)
+    assert [(s.beat0, s.milli_bpm) for s in later.segments] == [
+        (0, 60_000),
+        (10, 120_000),
+        (12, 30_000),
+    ]
+    sooner = propose(later, 0, 40_000, 9, beats_per_bar=8, epoch=1)
+    assert [segment.beat0 for segment in sooner.segments] == [0, 9]
+    assert sooner.segments[-1].seq > later.segments[-1].seq
 
 
 async def test_statistics_are_immutable(autojump_clock: Clock) -> None:

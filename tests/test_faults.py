@@ -1,0 +1,1054 @@
+"""Faults that the grid survives, with real servers and real processes.
+
+By default each fault is tried a few times; ``--faults`` tries them as often as it takes to find
+what is rare, and does what takes long. What is measured is printed (``-s``), and written by
+``--figures``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, ParamSpec
+
+import pytest
+import trio
+import trio.abc
+from nats.aio.client import Client
+
+import backbeat_trio as backbeat
+from backbeat_trio import BackbeatConfig, Metronome, Session, StatusClaim
+from backbeat_trio._clock import local_ns
+from backbeat_trio._jetstream import KeyValueStore
+from backbeat_trio._ledger import Store
+from backbeat_trio._nats import NatsTransport
+from backbeat_trio._wire import BeatFrame, bucket_of, decode_frame, decode_record
+from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_recorder, open_session
+
+P = ParamSpec("P")
+
+BUCKET: Final = bucket_of(CLUSTER_ID)
+JETSTREAM: Final = ("-js",)
+
+
+def guarded(seconds: float) -> Callable[[Callable[P, Awaitable[None]]], Callable[P, Any]]:
+    """Have a test that hangs fail, after far longer than it could need."""
+
+    def decorate(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
+        @functools.wraps(test)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            with trio.fail_after(seconds):
+                await test(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+async def until(condition: Callable[[], object], *, within: float = 20.0) -> float:
+    """Wait for what no event tells, and return how long it took."""
+    begun = trio.current_time()
+    with trio.fail_after(within):
+        while not condition():
+            await trio.sleep(0.005)
+    return trio.current_time() - begun
+
+
+@pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--faults"))
+
+
+Report = Callable[..., None]
+_figures: dict[str, Any] = {}
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    """Give a function that keeps a figure: its name, the values, and what it should be."""
+
+    def keep(name: str, values: list[float] | None = None, **facts: Any) -> None:
+        if values:
+            ordered = sorted(values)
+            facts |= {
+                "n": len(ordered),
+                "p50": round(statistics.median(ordered), 3),
+                "p99": round(ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)], 3),
+                "max": round(ordered[-1], 3),
+            }
+        _figures[name] = facts
+        print(f"\n{name}: " + ", ".join(f"{key}={value}" for key, value in facts.items()))
+
+    return keep
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    path = request.config.getoption("--figures")
+    if path:
+        Path(path).write_text(json.dumps({"figures": _figures}, indent=2))
+
+
+# Metronomes, as processes and in this one.
+
+
+class Pulses:
+    """`backbeat pulse` processes, by the names that they lead under."""
+
+    def __init__(self, url: str, bpm: float, folder: Path) -> None:
+        self._url = url
+        self._bpm = bpm
+        self._folder = folder
+        self._processes: dict[str, trio.Process] = {}
+        self._number = 0
+
+    async def start(self, *options: str) -> str:
+        """Start one more, and return its name."""
+        self._number += 1
+        name = f"pulse-{self._number}"
+        command = [sys.executable, "-m", "backbeat_trio", "pulse", "-s", self._url, "--id", name]
+        command += ["--cluster-id", CLUSTER_ID, "--bpm", f"{self._bpm:g}", *options]
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("NATS_", "CHORUS_BACKBEAT_", "XDG_"))
+        }
+        with Path(self._folder, f"{name}.log").open("wb") as log:
+            self._processes[name] = await trio.lowlevel.open_process(command, stderr=log, env=clean)
+        return name
+
+    def log(self, name: str) -> str:
+        return Path(self._folder, f"{name}.log").read_text()
+
+    def send(self, name: str, number: signal.Signals) -> None:
+        self._processes[name].send_signal(number)
+
+    async def kill(self, name: str) -> None:
+        process = self._processes.pop(name)
+        process.kill()
+        await process.wait()
+
+    async def close(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            await process.wait()
+
+
+@asynccontextmanager
+async def pulsing(url: str, number: int, *, bpm: float = 120.0) -> AsyncGenerator[Pulses, None]:
+    with tempfile.TemporaryDirectory() as folder:
+        pulses = Pulses(url, bpm, Path(folder))
+        try:
+            for _ in range(number):
+                await pulses.start()
+            yield pulses
+        finally:
+            with trio.CancelScope(shield=True):
+                await pulses.close()
+
+
+@asynccontextmanager
+async def metronome(
+    url: str,
+    name: str,
+    *,
+    wrap: Callable[[Store], Store] = lambda store: store,
+    bpm: float = 240.0,
+    **settings: Any,
+) -> AsyncGenerator[tuple[Metronome, trio.CancelScope], None]:
+    """Run a metronome in this process, with a connection of its own; its scope ends it at once."""
+    config = BackbeatConfig(nats_url=url, agent_id=name, **settings)
+    transport = NatsTransport(config)
+    store = KeyValueStore(transport, BUCKET)
+    pulse = Metronome(
+        transport, cluster_id=CLUSTER_ID, leader_id=name, tempo_bpm=bpm, store=wrap(store)
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await transport.wait_connected()
+        assert await store.open()
+        await nursery.start(pulse.run)
+        yield pulse, nursery.cancel_scope
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def admin(url: str) -> AsyncGenerator[NatsTransport, None]:
+    """Give a connection for what an operator does to JetStream."""
+    transport = NatsTransport(BackbeatConfig(nats_url=url, agent_id="admin"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await transport.wait_connected()
+        yield transport
+        nursery.cancel_scope.cancel()
+
+
+async def kept(transport: NatsTransport) -> bytes:
+    """Return the record that is in the bucket."""
+    return (await KeyValueStore(transport, BUCKET).read()).data
+
+
+# Agents, and what they hear.
+
+
+class Agent:
+    """A session, the beats that it had, and the frames that it heard."""
+
+    def __init__(self, bb: Session) -> None:
+        self.bb = bb
+        self.beats: list[backbeat.Beat] = []
+        self.frames: list[tuple[BeatFrame, int]] = []
+        self.tempos: dict[int, float] = {}
+
+    async def count(self) -> None:
+        async for beat in self.bb.beats():
+            self.beats.append(beat)
+            self.tempos[beat.index] = beat.tempo_bpm
+
+    async def hear(self, task_status: trio.TaskStatus[None]) -> None:
+        transport = self.bb._transport
+        assert transport is not None
+        async with transport.open_subscription(f"backbeat.beat.{CLUSTER_ID}") as messages:
+            task_status.started()
+            async for message in messages:
+                self.frames.append((decode_frame(message.data), message.received_ns))
+
+    def lateness(self, frame: BeatFrame, received_ns: int) -> float:
+        """Return by how many milliseconds a frame came after its beat."""
+        clock = self.bb._clock
+        due = clock.timeline.time_of(frame.beat_index)
+        return (clock.steering.cluster_at(received_ns) - due) / 1e6
+
+    def check(self) -> None:
+        """Check that no beat was lost and none came twice."""
+        indices = [beat.index for beat in self.beats]
+        assert indices == list(range(indices[0], indices[-1] + 1))
+        assert not any(beat.skipped for beat in self.beats)
+        assert self.bb.statistics().locks == 1
+
+
+@asynccontextmanager
+async def agents(url: str, number: int = 4, **overrides: Any) -> AsyncGenerator[list[Agent], None]:
+    """Open sessions that have locked, and count their beats."""
+    async with AsyncExitStack() as stack:
+        found: list[Agent] = []
+        for index in range(number):
+            options: dict[str, Any] = {"nats_url": url, "agent_id": f"agent-{index}"}
+            bb = await stack.enter_async_context(
+                open_session(**({"lock_timeout": 20.0} | options | overrides))
+            )
+            assert bb.health().leader_id is not None
+            found.append(Agent(bb))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        for agent in found:
+            await nursery.start(agent.hear)
+            nursery.start_soon(agent.count)
+        yield found
+        nursery.cancel_scope.cancel()
+
+
+def leader(agent: Agent) -> str:
+    name = agent.bb.health().leader_id
+    assert name is not None
+    return name
+
+
+async def led_anew(everybody: list[Agent], former: str) -> None:
+    await until(lambda: all(leader(agent) != former for agent in everybody))
+
+
+# 1. kill -9 of the leader, again and again.
+
+
+@pytest.mark.parametrize("bpm", [120.0, 300.0])
+async def test_leader_is_killed(bpm: float, thorough: bool, report: Report) -> None:
+    rounds, late = 200 if thorough else 3, []
+    with trio.fail_after(60 + 10 * rounds):
+        async with (
+            NatsServer(JETSTREAM) as server,
+            pulsing(server.url, 3, bpm=bpm) as pulses,
+            agents(server.url) as everybody,
+        ):
+            first = everybody[0]
+            await until(lambda: len(first.beats) >= 4)
+            for _ in range(rounds):
+                await trio.sleep(random.uniform(0.5, 0.5 + 60 / bpm))
+                former, heard = leader(first), len(first.frames)
+                await pulses.kill(former)
+                await led_anew(everybody, former)
+                news = (f for f in first.frames[heard:] if f[0].leader_id != former)
+                late.append(first.lateness(*next(news)))
+                await pulses.start()
+                # It has to be up and following before the next one dies.
+                await trio.sleep(1.0)
+            await trio.sleep(1.0)
+            for agent in everybody:
+                agent.check()
+                assert not agent.bb.health().local_degradation or agent.bb._clock.loop_late
+            indices = [frame.beat_index for frame, _ in first.frames]
+    assert indices == list(range(indices[0], indices[-1] + 1))
+    report(f"first frame after kill -9 of the leader, {bpm:g} BPM, ms late (p99 <= 25)", late)
+
+
+# 2. A leader that stands still, and comes back with what it had in its buffers.
+
+
+@guarded(120)
+async def test_leader_is_stopped_and_goes_on() -> None:
+    async with (
+        NatsServer(JETSTREAM) as server,
+        pulsing(server.url, 2) as pulses,
+        agents(server.url) as everybody,
+    ):
+        first = everybody[0]
+        await until(lambda: len(first.beats) >= 4)
+        # The second one must be ready to take over.
+        await until(lambda: any("locked" in pulses.log(f"pulse-{n}") for n in (1, 2)))
+        former, epoch = leader(first), first.bb.health().epoch
+        assert epoch is not None
+        pulses.send(former, signal.SIGSTOP)
+        await first.bb.sleep(5)
+        heard = len(first.frames)
+        pulses.send(former, signal.SIGCONT)
+        await led_anew(everybody, former)
+        await first.bb.sleep(4)
+        assert leader(first) != former
+        # Once it has found out it says nothing any more, and nobody has believed it before.
+        late = [frame for frame, _ in first.frames[heard:] if frame.leader_id == former]
+        assert len(late) <= 1
+        assert "another metronome leads" in pulses.log(former)
+        # It is a standby like any other by now.
+        await pulses.kill(leader(first))
+        await until(lambda: leader(first) == former)
+        await first.bb.sleep(3)
+        for agent in everybody:
+            agent.check()
+
+
+# 3. A leader killed while it is being probed, and while it publishes.
+
+
+@guarded(120)
+async def test_leader_is_killed_within_a_probe() -> None:
+    async with (
+        NatsServer(JETSTREAM) as server,
+        pulsing(server.url, 3) as pulses,
+        agents(server.url) as everybody,
+    ):
+        first = everybody[0]
+        transport = first.bb._transport
+        assert transport is not None
+        await until(lambda: len(first.beats) >= 4)
+        await trio.sleep(1.5)
+        async with transport.open_subscription(f"backbeat.lead.{CLUSTER_ID}.*") as probes:
+            former = leader(first)
+            pulses.send(former, signal.SIGSTOP)
+            await anext(probes)
+            await pulses.kill(former)
+        begun = trio.current_time()
+        await led_anew(everybody, former)
+        # Not a lease, as the death is seen between two probes.
+        assert trio.current_time() - begun < 0.9
+        await first.bb.sleep(3)
+        for agent in everybody:
+            agent.check()
+
+
+@guarded(120)
+async def test_leader_is_killed_as_its_frame_goes_out() -> None:
+    async with (
+        NatsServer(JETSTREAM) as server,
+        pulsing(server.url, 2) as pulses,
+        agents(server.url) as everybody,
+    ):
+        first = everybody[0]
+        await until(lambda: len(first.beats) >= 4)
+        await trio.sleep(1.5)
+        former, edge = leader(first), first.bb.current_beat() + 2
+        with first.bb.move_on_at(edge):
+            await trio.sleep_forever()
+        await pulses.kill(former)
+        await led_anew(everybody, former)
+        await first.bb.sleep(3)
+        for agent in everybody:
+            agent.check()
+        indices = [frame.beat_index for frame, _ in first.frames]
+        assert sorted(set(indices)) == list(range(indices[0], indices[-1] + 1))
+
+
+# 4. The server dies between a compare-and-set and the news of it.
+
+
+class LosesAnswer:
+    """A store whose server dies before it has told of a write, once."""
+
+    def __init__(self, store: Store, server: NatsServer, when: Callable[[bytes], bool]) -> None:
+        self._store = store
+        self._server = server
+        self._when = when
+        self.lost = trio.Event()
+
+    async def open(self) -> bool:
+        return await self._store.open()
+
+    async def read(self) -> Any:
+        return await self._store.read()
+
+    async def write(self, data: bytes, revision: int) -> int:
+        number = await self._store.write(data, revision)
+        if not self.lost.is_set() and self._when(data):
+            self._server.kill()
+            self.lost.set()
+            raise backbeat.TransportBroken("the server was killed")
+        return number
+
+
+@guarded(60)
+async def test_server_dies_after_a_takeover_is_written() -> None:
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        one, stop = await stack.enter_async_context(metronome(server.url, "pulse-1"))
+        await until(lambda: one.leads)
+        stores: list[LosesAnswer] = []
+
+        def wrap(store: Store) -> Store:
+            stores.append(LosesAnswer(store, server, lambda data: b'"pulse-2"' in data))
+            return stores[0]
+
+        two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2", wrap=wrap))
+        (agent,) = await stack.enter_async_context(agents(server.url, 1))
+        await trio.sleep(1.0)
+        stop.cancel()
+        await stores[0].lost.wait()
+        await server.start()
+        await until(lambda: two.leads)
+        await until(lambda: leader(agent) == "pulse-2")
+        transport = await stack.enter_async_context(admin(server.url))
+        assert decode_record(await kept(transport)).epoch == two.epoch
+        await agent.bb.sleep(3)
+        agent.check()
+
+
+@guarded(60)
+async def test_server_dies_after_a_change_is_written() -> None:
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        stores: list[LosesAnswer] = []
+
+        def wrap(store: Store) -> Store:
+            stores.append(LosesAnswer(store, server, lambda data: b'"milli_bpm":480000' in data))
+            return stores[0]
+
+        one, _ = await stack.enter_async_context(metronome(server.url, "pulse-1", wrap=wrap))
+        await until(lambda: one.leads)
+        (agent,) = await stack.enter_async_context(agents(server.url, 1))
+        with pytest.raises(backbeat.TempoRefused, match="could not be committed"):
+            await one.change_tempo(480)
+        await server.start()
+        await until(lambda: agent.bb.health().connected)
+        # What was refused is not to happen: it is written over.
+        transport = await stack.enter_async_context(admin(server.url))
+
+        async def is_gone() -> bool:
+            with contextlib.suppress(backbeat.TransportBroken):
+                return b"480000" not in await kept(transport)
+            return False
+
+        while not await is_gone():
+            await trio.sleep(0.05)
+        await until(lambda: one.statistics().commits >= 1)
+        beat = await agent.bb.set_tempo(300)
+        await agent.bb.sleep_until(beat)
+        assert agent.bb.tempo_bpm == 300
+        agent.check()
+
+
+# 5. The bucket is wiped, or filled with rubbish, while agents live.
+
+
+@pytest.mark.parametrize("fault", ["wiped", "deleted", "rubbish"])
+@guarded(60)
+async def test_record_is_lost(fault: str) -> None:
+    async def spoil(client: Client) -> None:
+        js = client.jetstream()
+        if fault == "wiped":
+            await js.delete_key_value(BUCKET)
+        elif fault == "deleted":
+            await (await js.key_value(BUCKET)).delete("metronome")
+        else:
+            await (await js.key_value(BUCKET)).put("metronome", b'{"type": "rubbish"}')
+
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        one, stop = await stack.enter_async_context(metronome(server.url, "pulse-1"))
+        await until(lambda: one.leads)
+        two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2"))
+        everybody = await stack.enter_async_context(agents(server.url))
+        transport = await stack.enter_async_context(admin(server.url))
+        await everybody[0].bb.sleep(2)
+        await transport.call(spoil)
+        # A newcomer finds no record, and a leader all the same.
+        three, _ = await stack.enter_async_context(metronome(server.url, "pulse-3"))
+        await until(lambda: len(everybody[0].frames) >= 16)
+        assert decode_record(await kept(transport)).leader_id == "pulse-1"
+        assert not three.leads
+        assert one.leads
+        stop.cancel()
+        await led_anew(everybody, "pulse-1")
+        await everybody[0].bb.sleep(3)
+        assert two.leads is not three.leads
+        for agent in everybody:
+            agent.check()
+
+
+@guarded(60)
+async def test_record_is_spoiled_as_the_leader_dies() -> None:
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        one, stop = await stack.enter_async_context(metronome(server.url, "pulse-1"))
+        await until(lambda: one.leads)
+        two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2"))
+        (agent,) = await stack.enter_async_context(agents(server.url, 1))
+        transport = await stack.enter_async_context(admin(server.url))
+        await agent.bb.sleep(2)
+
+        async def spoil(client: Client) -> None:
+            await (await client.jetstream().key_value(BUCKET)).put("metronome", b"\xff")
+
+        epoch = one.epoch
+        await transport.call(spoil)
+        stop.cancel()
+        await until(lambda: two.leads)
+        assert two.epoch > epoch
+        await agent.bb.sleep(3)
+        agent.check()
+
+
+# 6. Three servers.
+
+
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@asynccontextmanager
+async def cluster() -> AsyncGenerator[list[NatsServer], None]:
+    """Run three servers that are one JetStream."""
+    routes = free_ports(3)
+    urls = ", ".join(f"nats-route://127.0.0.1:{port}" for port in routes)
+    servers = [
+        NatsServer(
+            JETSTREAM,
+            config=f"server_name: s{number}\n"
+            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{urls}] }}\n",
+        )
+        for number, port in enumerate(routes)
+    ]
+    async with AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server)
+        yield servers
+
+
+async def test_servers_of_a_cluster_die(thorough: bool, report: Report) -> None:
+    if not thorough:
+        pytest.skip("takes half a minute: run with --faults")
+    with trio.fail_after(180):
+        async with cluster() as servers, AsyncExitStack() as stack:
+            # Everybody knows all of them, and begins with another one.
+            urls = [",".join(server.url for server in servers[n:] + servers[:n]) for n in range(3)]
+            pulses = await stack.enter_async_context(pulsing(urls[0], 1))
+            await pulses.start("-s", urls[1])
+            await pulses.start("-s", urls[2])
+            everybody = await stack.enter_async_context(agents(urls[0], 4))
+            first = everybody[0]
+            await until(lambda: len(first.beats) >= 8)
+            transport = await stack.enter_async_context(admin(urls[0]))
+
+            async def stream_leader(client: Client) -> str:
+                info = await client.jetstream().stream_info(f"KV_{BUCKET}")
+                assert info.config.num_replicas == 3
+                assert info.cluster is not None
+                return str(info.cluster.leader)
+
+            name = await transport.call(stream_leader)
+            dead = servers[int(name[1:])]
+            beats = len(first.beats)
+            dead.kill()
+            begun = trio.current_time()
+            refusals = 0
+            while True:
+                try:
+                    await first.bb.set_tempo(121)
+                    break
+                except backbeat.BackbeatError:
+                    refusals += 1
+                    await trio.sleep(0.25)
+            silent = trio.current_time() - begun
+            assert len(first.beats) - beats >= int(silent * 2) - 1
+            # One more, and nothing can be committed; beats go on, and are told.
+            alive = [server for server in servers if server is not dead]
+            alive[1].kill()
+            await until(lambda: first.bb.health().connected)
+            await trio.sleep(3.0)
+            frames = len(first.frames)
+            with pytest.raises(backbeat.BackbeatError):
+                await first.bb.set_tempo(122)
+            await first.bb.sleep(4)
+            assert len(first.frames) >= frames + 3
+            for agent in everybody:
+                agent.check()
+            report(
+                "killing the leader of JetStream among three: writes stop for s",
+                [silent],
+                refusals=refusals,
+            )
+
+
+# 7. The leader dies when a change is committed and nobody has been told.
+
+
+class DiesOfChange:
+    """A store whose metronome dies as soon as it has committed a change."""
+
+    def __init__(self, store: Store, die: Callable[[], None]) -> None:
+        self._store = store
+        self._die = die
+
+    async def open(self) -> bool:
+        return await self._store.open()
+
+    async def read(self) -> Any:
+        return await self._store.read()
+
+    async def write(self, data: bytes, revision: int) -> int:
+        number = await self._store.write(data, revision)
+        if b'"milli_bpm":480000' in data:
+            self._die()
+            await trio.sleep_forever()
+        return number
+
+
+@guarded(60)
+async def test_leader_dies_before_it_tells_of_a_change() -> None:
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        scopes: list[trio.CancelScope] = []
+        one, stop = await stack.enter_async_context(
+            metronome(
+                server.url, "pulse-1", wrap=lambda s: DiesOfChange(s, lambda: scopes[0].cancel())
+            )
+        )
+        scopes.append(stop)
+        await until(lambda: one.leads)
+        two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2"))
+        everybody = await stack.enter_async_context(agents(server.url))
+        first = everybody[0]
+        await first.bb.sleep(2)
+        with pytest.raises(backbeat.MetronomeUnavailable):
+            await first.bb.set_tempo(480)
+        await until(lambda: two.leads)
+        await until(lambda: all(agent.bb.tempo_bpm == 480 for agent in everybody))
+        await first.bb.sleep(4)
+        switches = {
+            min(index for index, tempo in agent.tempos.items() if tempo == 480)
+            for agent in everybody
+        }
+        assert len(switches) == 1
+        for agent in everybody:
+            agent.check()
+
+
+# 8. Loops that are blocked.
+
+
+@guarded(60)
+async def test_loop_of_a_follower_is_blocked() -> None:
+    async with (
+        NatsServer(JETSTREAM) as server,
+        pulsing(server.url, 1),
+        agents(server.url, 1) as (agent,),
+    ):
+        bb = agent.bb
+        await until(lambda: bb.health().tempo_drift == "acceptable")
+        await until(lambda: not bb.health().local_degradation)
+        time.sleep(3)
+        # It blames itself, and not the metronome.
+        assert bb.health().local_degradation
+        await bb.sleep(2)
+        assert bb.health().local_degradation
+        assert bb.health().tempo_drift == "acceptable"
+        assert any(beat.skipped >= 4 for beat in agent.beats)
+        await until(lambda: not bb.health().local_degradation)
+        assert bb.statistics().locks == 1
+
+
+@guarded(60)
+async def test_loop_of_the_leader_is_blocked() -> None:
+    blocked = threading.Event()
+
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+
+        async def lead() -> None:
+            async with metronome(server.url, "pulse-1") as (one, _):
+                await until(lambda: one.leads)
+                await trio.to_thread.run_sync(blocked.wait)
+                time.sleep(3)
+                await until(lambda: one.statistics().deposed == 1)
+
+        thread = threading.Thread(target=trio.run, args=(lead,))
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(blocked.set)
+        everybody = await stack.enter_async_context(agents(server.url))
+        two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2"))
+        await everybody[0].bb.sleep(8)
+        assert leader(everybody[0]) == "pulse-1"
+        blocked.set()
+        await led_anew(everybody, "pulse-1")
+        await everybody[0].bb.sleep(12)
+        assert two.leads
+        for agent in everybody:
+            agent.check()
+        await trio.to_thread.run_sync(thread.join)
+
+
+# 9. Clocks that run wrong.
+
+
+class WarpedClock(trio.abc.Clock):
+    """A clock that runs at a rate of its own, and can be made to jump ahead, or to stand still."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.ahead = 1000.0
+        self._last = 0.0
+
+    def start_clock(self) -> None:
+        pass
+
+    def current_time(self) -> float:
+        self._last = max(self._last, time.perf_counter() * self.rate + self.ahead)
+        return self._last
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return (deadline - self.current_time()) / self.rate
+
+
+# The rate, and what the clock jumps by, or stands still for, after some seconds.
+WRONG: Final = ((1.08, 0.0), (0.92, 0.0), (1.0, -3.0), (1.0001, 0.2))
+
+
+@guarded(90)
+async def test_clocks_of_agents_are_wrong() -> None:
+    seen: dict[tuple[float, float], list[tuple[float, float]]] = {}
+
+    def follow(url: str, rate: float, jump: float) -> None:
+        clock = WarpedClock(rate)
+
+        async def look() -> None:
+            async with open_session(nats_url=url, agent_id="warped", lock_timeout=10.0) as bb:
+                await trio.sleep(6)
+                clock.ahead += jump
+                await trio.sleep(6)
+                marks = seen[rate, jump] = []
+                for _ in range(40):
+                    marks.append((time.perf_counter(), bb.current_position()))
+                    await trio.sleep(0.05)
+
+        trio.run(look, clock=clock)
+
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        one, _ = await stack.enter_async_context(metronome(server.url, "pulse-1"))
+        await until(lambda: one.leads)
+        (reference,) = await stack.enter_async_context(agents(server.url, 1))
+        async with trio.open_nursery() as nursery:
+            for rate, jump in WRONG:
+                nursery.start_soon(trio.to_thread.run_sync, follow, server.url, rate, jump)
+        # The two clocks of this machine run at the same rate: one look at both compares them.
+        now, local, clock = time.perf_counter(), local_ns(), reference.bb._clock
+    for marks in seen.values():
+        positions = [position for _, position in marks]
+        assert positions == sorted(positions)
+        errors = []
+        for instant, position in marks:
+            cluster_ns = clock.steering.cluster_at(local + round((instant - now) * 1e9))
+            errors.append((position - clock.timeline.position_at(cluster_ns)) * 60_000 / 240)
+        assert statistics.median(map(abs, errors)) < 5.0
+    assert len(seen) == len(WRONG)
+
+
+# 10. A hundred thousand budgets due on one beat, while the tempo goes up and down.
+
+
+async def test_a_hundred_thousand_budgets_end_on_one_beat(thorough: bool) -> None:
+    tasks, depth = (1000, 100) if thorough else (100, 100)
+    joining = 50 if thorough else 8
+    ended: list[float] = []
+    with trio.fail_after(180):
+        async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+            one, _ = await stack.enter_async_context(metronome(server.url, "pulse-1", bpm=20))
+            await until(lambda: one.leads)
+            (agent,) = await stack.enter_async_context(agents(server.url, 1))
+            bb = agent.bb
+            up = bb.current_beat() + 3
+            due = up + 5
+
+            async def spend(number: int) -> None:
+                scopes = [bb.move_on_at(due, shield=(level % 2 == 1)) for level in range(depth)]
+                with contextlib.ExitStack() as inner:
+                    for scope in scopes:
+                        inner.enter_context(scope)
+                    await trio.sleep_forever()
+                assert all(scope.cancel_called for scope in scopes)
+                ended.append(bb.current_position())
+
+            async def join(number: int) -> None:
+                async with open_session(
+                    nats_url=server.url, agent_id=f"joiner-{number}", tempo_bpm=77.0 + number
+                ) as joined:
+                    await until(lambda: joined.health().leader_id == "pulse-1", within=60)
+                    assert joined.tempo_bpm in (20.0, 999.0)
+
+            async with trio.open_nursery() as nursery:
+                for number in range(tasks):
+                    nursery.start_soon(spend, number)
+                assert await bb.set_tempo(999, at_beat=up) == up
+                assert await bb.set_tempo(20, at_beat=up + 3) == up + 3
+                for number in range(joining):
+                    nursery.start_soon(join, number)
+            assert len(ended) == tasks
+            assert due <= min(ended)
+            assert max(ended) < due + 1
+            assert one.statistics().tempo_changes == 2
+            # A beat of 60 ms may be missed while so many join, but none has another tempo.
+            fast = {agent.tempos.get(index, 999.0) for index in range(up, up + 3)}
+            assert fast == {999.0}
+            assert bb.tempo_bpm == 20.0
+
+
+# 11. Every public call cancelled, while the server stands still and goes on.
+
+
+async def test_every_call_is_cancelled(thorough: bool) -> None:
+    rounds = 1000 if thorough else 60
+    with trio.fail_after(300):
+        async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+            one, _ = await stack.enter_async_context(metronome(server.url, "pulse-1"))
+            await until(lambda: one.leads)
+            (agent,) = await stack.enter_async_context(agents(server.url, 1))
+            bb = agent.bb
+
+            async def operate() -> None:
+                async with bb.operation("election", enforce=True):
+                    await bb.sleep(0.1)
+
+            async def listen() -> None:
+                async with bb.open_claims() as claims:
+                    await anext(claims)
+
+            async def refused(call: Callable[[], Awaitable[object]]) -> None:
+                with contextlib.suppress(backbeat.BackbeatError):
+                    await call()
+
+            calls: list[Callable[[], Awaitable[object]]] = [
+                lambda: bb.sleep(0.05),
+                lambda: bb.sleep_until(bb.current_position() + 0.05),
+                lambda: anext(bb.beats()),
+                lambda: anext(bb.beats(precise=True)),
+                lambda: anext(bb.downbeats()),
+                lambda: bb.execute_with_beat_budget(0.05, trio.sleep_forever),
+                lambda: bb.set_tempo(240),
+                lambda: bb.pause(at_beat=0),
+                lambda: bb.resume(),
+                operate,
+                listen,
+            ]
+
+            async def disturb() -> None:
+                while True:
+                    await trio.sleep(random.uniform(0.01, 0.1))
+                    server.pause()
+                    await trio.sleep(random.uniform(0.01, 0.3))
+                    server.resume()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(disturb)
+                for _ in range(rounds):
+                    for call in calls:
+                        with trio.move_on_after(random.expovariate(1 / 0.002)):
+                            await refused(call)
+                nursery.cancel_scope.cancel()
+            server.resume()
+            # It hears, and is heard.
+            await until(lambda: bb.health().connected)
+            frames = bb.statistics().frames
+            await until(lambda: bb.statistics().frames > frames + 2)
+            async with open_recorder(bb) as recorder:
+                bb.start_operation("dht_store", id="after").complete()
+                with trio.fail_after(10):
+                    await recorder.wait_for("after", "done")
+            assert await bb.set_tempo(300) > 0
+
+
+# 13. Many candidates at once.
+
+
+async def test_candidates_race(thorough: bool, report: Report) -> None:
+    rounds, won = 50 if thorough else 2, []
+    for _ in range(rounds):
+        with trio.fail_after(60):
+            async with NatsServer(JETSTREAM) as server, trio.open_nursery() as nursery:
+                transports = [
+                    NatsTransport(BackbeatConfig(nats_url=server.url, agent_id=f"pulse-{n}"))
+                    for n in range(20)
+                ]
+                for transport in transports:
+                    nursery.start_soon(transport.run)
+                for transport in transports:
+                    await transport.wait_connected()
+                stores = [KeyValueStore(transport, BUCKET) for transport in transports]
+                candidates = [
+                    Metronome(
+                        transport,
+                        cluster_id=CLUSTER_ID,
+                        leader_id=f"pulse-{number}",
+                        tempo_bpm=240,
+                        store=store,
+                    )
+                    for number, (transport, store) in enumerate(
+                        zip(transports, stores, strict=True)
+                    )
+                ]
+
+                async def run(
+                    metronome: Metronome, store: KeyValueStore, start: trio.Event
+                ) -> None:
+                    assert await store.open()
+                    await start.wait()
+                    await metronome.run()
+
+                start = trio.Event()
+                for candidate, store in zip(candidates, stores, strict=True):
+                    nursery.start_soon(run, candidate, store, start)
+                await trio.sleep(0.3)
+                start.set()
+                await until(lambda: any(each.leads for each in candidates))  # noqa: B023 - awaited here
+                await trio.sleep(1.0)
+                won.append(sum(each.leads for each in candidates))
+                assert sum(each.statistics().takeovers for each in candidates) == 1
+                nursery.cancel_scope.cancel()
+    assert won == [1] * rounds
+    report("candidates racing: rounds with exactly one winner", rounds=rounds, winners=sum(won))
+
+
+# 14. Credentials that are revoked, and granted again.
+
+USERS: Final = """
+authorization {{ users = [
+  {{ user: one, password: {one} }}
+  {{ user: two, password: fine }}
+] }}
+"""
+
+
+@guarded(60)
+async def test_credentials_of_the_leader_are_revoked() -> None:
+    good, bad = USERS.format(one="fine"), USERS.format(one="gone")
+    async with NatsServer(JETSTREAM, config=good) as server, AsyncExitStack() as stack:
+        one, _ = await stack.enter_async_context(
+            metronome(server.url, "pulse-1", user="one", password="fine")
+        )
+        await until(lambda: one.leads)
+        login: dict[str, Any] = {"user": "two", "password": "fine"}
+        two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2", **login))
+        everybody = await stack.enter_async_context(agents(server.url, **login))
+        await everybody[0].bb.sleep(4)
+        server.reload(bad)
+        await led_anew(everybody, "pulse-1")
+        assert two.leads
+        await everybody[0].bb.sleep(3)
+        server.reload(good)
+        await until(lambda: not one.leads)
+        await everybody[0].bb.sleep(8)
+        assert leader(everybody[0]) == "pulse-2"
+        for agent in everybody:
+            agent.check()
+
+
+# The server itself.
+
+
+def pings_answered(agent: Agent) -> int:
+    statistics = agent.bb.statistics()
+    return statistics.pings - statistics.pings_failed
+
+
+@guarded(120)
+async def test_server_is_killed_and_restarted_at_once(thorough: bool, report: Report) -> None:
+    locked: list[float] = []
+    rounds = 10 if thorough else 2
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        one, _ = await stack.enter_async_context(metronome(server.url, "pulse-1"))
+        await until(lambda: one.leads)
+        await stack.enter_async_context(metronome(server.url, "pulse-2"))
+        everybody = await stack.enter_async_context(agents(server.url))
+        transport = await stack.enter_async_context(admin(server.url))
+        await everybody[0].bb.sleep(2)
+        for round_ in range(rounds):
+            for number, agent in enumerate(everybody):
+                for count in range(5):
+                    name = f"{round_}-{number}-{count}"
+                    agent.bb.start_operation("dht_store", id=name).complete()
+            answered = [pings_answered(agent) for agent in everybody]
+            server.kill()
+            for number, agent in enumerate(everybody):
+                agent.bb.start_operation("dht_store", id=f"{round_}-{number}-late").complete()
+            await server.start()
+
+            def locked_again(before: list[int] = answered) -> bool:
+                return all(
+                    agent.bb.health().connected and pings_answered(agent) > number
+                    for agent, number in zip(everybody, before, strict=True)
+                )
+
+            locked.append(await until(locked_again))
+            await trio.sleep(1.0)
+        await until(lambda: not any(a.bb.statistics().claims_pending for a in everybody))
+        await everybody[0].bb.sleep(3)
+        for agent in everybody:
+            agent.check()
+
+        async def stored(client: Client) -> list[StatusClaim]:
+            js = client.jetstream()
+            last = (await js.stream_info("BACKBEAT_STATUS")).state.last_seq
+            found = []
+            for number in range(1, last + 1):
+                data = (await js.get_msg("BACKBEAT_STATUS", number)).data or b""
+                found += backbeat._wire.decode_claims(data)
+            return found
+
+        claims = await transport.call(stored)
+        wanted = {
+            f"{round_}-{number}-{count}"
+            for round_ in range(rounds)
+            for number in range(4)
+            for count in (*range(5), "late")
+        }
+        assert sorted(claim.task_id for claim in claims) == sorted(wanted)
+        assert all(claim.state == "done" for claim in claims)
+    report("server killed and restarted: re-locked after s (<= 0.5)", locked)
