@@ -68,6 +68,7 @@ class Standby:
         # The highest epoch that was heard of, in this life or an earlier one.
         self._seen = seen
         self._troubled = False
+        self._generation = transport.generation
         listener.on_stale = self._tell
 
     async def wait_for_turn(
@@ -113,18 +114,19 @@ class Standby:
     async def _until_gone(self) -> None:
         """Wait until nobody leads any more, as far as can be told from here."""
         listener, clock, transport = self._listener, self._clock, self._transport
-        generation, excused_ns = transport.generation, 0
+        excused_ns = 0
         await self._join()
         while listener.locked.is_set():
             told = listener.told_ns
             due = clock.timeline.next_beat(max(told, excused_ns))
             patience = max(_LATE_NS, _JITTERS * listener.drift.jitter_ns)
             deadline = (clock.steering.local_at(due) + patience) / 1e9
+            deadline = max(deadline, trio.current_time())
             if await self._is_heard(told, deadline):
                 continue
-            if transport.generation != generation:
+            if transport.generation != self._generation:
                 # Who leads may not have come back yet.
-                generation = transport.generation
+                self._generation = transport.generation
                 if await self._is_heard(told, trio.current_time() + _RECONNECT_GRACE):
                     continue
             late = trio.current_time() - deadline

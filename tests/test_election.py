@@ -1,0 +1,396 @@
+"""Leading and standing by, in virtual time; the record is in memory, and fails when told to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+import backbeat_trio as backbeat
+from backbeat_trio._ledger import Conflict, Entry
+from backbeat_trio._wire import (
+    BeatFrame,
+    Probe,
+    decode_frame,
+    decode_record,
+    encode,
+    lead_subject,
+)
+from backbeat_trio.testing import CLUSTER_ID, open_session
+
+Clock = trio.testing.MockClock
+
+
+class Memory:
+    """A store that all have."""
+
+    def __init__(self) -> None:
+        self.entry = Entry(b"", 0)
+        self.answering = True
+        self.losing = False
+        self.writes = 0
+
+    async def open(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    async def read(self) -> Entry:
+        await trio.sleep(0.0004)
+        if not self.answering:
+            await trio.sleep(1.0)
+            raise backbeat.TransportBroken("no answer")
+        return self.entry
+
+    async def write(self, data: bytes, revision: int) -> int:
+        await trio.sleep(0.0004)
+        if not self.answering:
+            await trio.sleep(1.0)
+            raise backbeat.TransportBroken("no answer")
+        if revision != self.entry.revision:
+            raise Conflict("written by somebody else")
+        self.entry = Entry(data, revision + 1)
+        self.writes += 1
+        if self.losing:
+            raise backbeat.TransportBroken("the answer was lost")
+        return revision + 1
+
+
+class Pulse:
+    """A metronome with a connection of its own, that can be killed."""
+
+    def __init__(self, cluster: Cluster, name: str, bpm: float) -> None:
+        self.transport = backbeat.MemoryTransport(cluster.bus)
+        self.metronome = backbeat.Metronome(
+            self.transport,
+            cluster_id=CLUSTER_ID,
+            leader_id=name,
+            tempo_bpm=bpm,
+            store=cluster.store,
+        )
+        self.scope = trio.CancelScope()
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.transport.run)
+                await nursery.start(self.metronome.run)
+                task_status.started()
+
+    @property
+    def leads(self) -> bool:
+        return self.metronome.leads
+
+
+class Cluster:
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.bus = backbeat.MemoryBus()
+        self.store = Memory()
+        self.frames: list[tuple[float, BeatFrame]] = []
+        self.transport = backbeat.MemoryTransport(self.bus)
+        self._nursery = nursery
+
+    async def start(self, name: str, bpm: float = 60.0) -> Pulse:
+        pulse = Pulse(self, name, bpm)
+        await self._nursery.start(pulse.run)
+        return pulse
+
+    async def listen(self, task_status: trio.TaskStatus[None]) -> None:
+        async with self.transport.open_subscription(f"backbeat.beat.{CLUSTER_ID}") as messages:
+            task_status.started()
+            async for message in messages:
+                self.frames.append((trio.current_time(), decode_frame(message.data)))
+
+    def indices(self) -> list[int]:
+        return [frame.beat_index for _, frame in self.frames]
+
+
+@asynccontextmanager
+async def cluster(number: int = 2) -> AsyncGenerator[tuple[Cluster, list[Pulse]], None]:
+    async with trio.open_nursery() as nursery:
+        made = Cluster(nursery)
+        await nursery.start(made.transport.run)
+        await nursery.start(made.listen)
+        pulses = [await made.start("pulse-0")]
+        await trio.sleep(0.1)
+        pulses += [await made.start(f"pulse-{n}") for n in range(1, number)]
+        await trio.sleep(3.4)
+        yield made, pulses
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_leads_and_the_others_follow(autojump_clock: Clock) -> None:
+    async with cluster(5) as (made, pulses):
+        assert [pulse.leads for pulse in pulses].count(True) == 1
+        assert made.indices() == [0, 1, 2, 3]
+        assert all(pulse.metronome.statistics().takeovers == pulse.leads for pulse in pulses)
+        with pytest.raises(backbeat.MetronomeUnavailable, match="does not lead"):
+            await next(p for p in pulses if not p.leads).metronome.change_tempo(120)
+
+
+async def test_the_dead_are_replaced_at_once_in_the_same_time(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        assert one.leads
+        begun = made.frames[0][0]
+        one.scope.cancel()
+        await trio.sleep(3)
+        assert two.leads
+        assert made.indices() == [0, 1, 2, 3, 4, 5, 6]
+        lateness = [at - begun - frame.beat_index for at, frame in made.frames]
+        assert 0.008 <= lateness[4] - lateness[3] < 0.012
+        assert lateness[5] == pytest.approx(lateness[3], abs=1e-6)
+        assert made.frames[3][1].epoch < made.frames[4][1].epoch
+        assert bb.statistics().locks == 1
+        assert bb.current_beat() == 6
+        record = decode_record(made.store.entry.data)
+        assert record.epoch == two.metronome.epoch == bb.health().epoch
+        assert record.leader_id == bb.health().leader_id == "pulse-1"
+
+
+async def test_a_lost_frame_makes_a_standby_ask_and_nothing_else(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)):
+        # Whoever else listens misses it, too.
+        leader = one.metronome._leader
+        assert leader is not None
+        leader.sent += 1
+        await trio.sleep(4)
+        assert made.indices() == [0, 1, 2, 3, 5, 6, 7]
+        assert one.leads
+        assert two.metronome.statistics().probes == 1
+
+
+async def test_the_silent_keep_their_lease(autojump_clock: Clock) -> None:
+    async with cluster(2) as (_, (one, two)):
+        # It says nothing, but is there: others find its subscriptions.
+        one.transport.publish_nowait = lambda *_, **__: None  # type: ignore[method-assign]
+        await trio.sleep(2.4)
+        assert not two.leads
+        await trio.sleep(0.3)
+        assert two.leads
+        # It hears who leads, and looks at the record.
+        await trio.sleep(2)
+        assert not one.leads
+        assert one.metronome.statistics().deposed == 1
+
+
+async def test_a_standby_that_was_late_itself_waits(autojump_clock: Clock) -> None:
+    async with cluster(2) as (_, (one, two)):
+        # A jump of the clock is what a loop that stood still sees of it.
+        autojump_clock.jump(2.0)
+        await trio.sleep(3)
+        assert one.leads
+        assert not two.leads
+
+
+async def test_nobody_takes_over_without_the_record(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        made.store.answering = False
+        one.scope.cancel()
+        await trio.sleep(5)
+        assert not two.leads
+        assert bb.health().local_degradation
+        beat = bb.current_beat()
+        made.store.answering = True
+        await trio.sleep(3)
+        assert two.leads
+        # In the same time: nobody noticed but by the missing frames.
+        assert bb.current_beat() == beat + 3
+        assert bb.statistics().locks == 1
+        assert not bb.health().local_degradation
+
+
+async def test_a_lost_answer_is_read_back(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)):
+        made.store.losing = True
+        one.scope.cancel()
+        await trio.sleep(2)
+        made.store.losing = False
+        await trio.sleep(2)
+        assert two.leads
+        assert decode_record(made.store.entry.data).epoch == two.metronome.epoch
+
+
+async def test_a_leader_without_the_record_beats_on_and_refuses_changes(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        made.store.answering = False
+        with pytest.raises(backbeat.TempoRefused, match="could not be committed"):
+            await bb.set_tempo(120)
+        frames = len(made.frames)
+        await trio.sleep(10)
+        assert len(made.frames) == frames + 10
+        assert one.metronome.statistics().commits_failed >= 2
+        made.store.answering = True
+        await trio.sleep(3)
+        beat = await bb.set_tempo(120)
+        await bb.sleep_until(beat)
+        assert bb.tempo_bpm == 120
+
+
+async def test_a_change_that_was_refused_is_written_over(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)):
+        made.store.losing = True
+        with pytest.raises(backbeat.TempoRefused, match="the answer was lost"):
+            await one.metronome.change_tempo(480)
+        made.store.losing = False
+        assert b"480000" in made.store.entry.data
+        await trio.sleep(0.5)
+        assert b"480000" not in made.store.entry.data
+        assert one.leads
+
+
+async def test_an_unreadable_record_is_written_over(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)):
+        epoch = one.metronome.epoch
+        for rubbish in (b"\xff", b"{}", made.store.entry.data.replace(b"test-cluster", b"another")):
+            made.store.entry = Entry(rubbish, made.store.entry.revision + 1)
+            # Every bar it is written again.
+            await trio.sleep(8)
+            assert decode_record(made.store.entry.data).cluster_id == CLUSTER_ID
+        made.store.entry = Entry(b"rubbish", made.store.entry.revision + 1)
+        one.scope.cancel()
+        await trio.sleep(2)
+        assert two.leads
+        assert two.metronome.epoch > epoch
+
+
+async def test_a_wiped_record_comes_back_with_the_same_grid(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        before = decode_record(made.store.entry.data)
+        made.store.entry = Entry(b"", 0)
+        three = await made.start("pulse-3")
+        await trio.sleep(8)
+        after = decode_record(made.store.entry.data)
+        assert (after.nonce, after.incarnation) == (before.nonce, before.incarnation)
+        assert one.leads
+        assert not three.leads
+        one.scope.cancel()
+        await trio.sleep(2)
+        assert three.leads
+        assert bb.statistics().locks == 1
+
+
+async def test_a_forged_frame_makes_a_leader_look_and_nothing_else(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        await trio.sleep(0.2)
+        leader = one.metronome._leader
+        assert leader is not None
+        for number in range(20):
+            frame = leader.frame(bb.current_beat())
+            forged = encode(
+                msgspec.structs.replace(frame, epoch=10**12 + number, leader_id="forger")
+            )
+            made.transport.publish_nowait(f"backbeat.beat.{CLUSTER_ID}", forged)
+            await trio.sleep(0.25)
+        assert one.leads
+        assert not two.leads
+        assert one.metronome.statistics().frames_foreign == 20
+        # Agents have asked, and do not believe it; they say so.
+        assert bb.health().leader_id == "pulse-0"
+        assert bb.statistics().frames_unexplained >= 5
+        assert any("does not bear out" in error for error in bb.health().errors)
+        probe = encode(Probe(CLUSTER_ID, 10**13, "forger"))
+        subject = lead_subject(CLUSTER_ID, one.metronome.epoch)
+        await made.transport.request(subject, probe, timeout=1)
+        await trio.sleep(2)
+        assert one.leads
+
+
+async def test_a_cluster_that_begins_again_repeats_no_beat(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        await trio.sleep(20)
+        last = made.indices()[-1]
+        with bb.move_on_after(100) as scope:
+            one.scope.cancel()
+            await trio.sleep(4.5)
+            left = scope.beats_left
+            await made.start("pulse-9", bpm=999)
+            await trio.sleep(4.3)
+            assert made.indices()[-1] > last
+            assert made.frames[-1][1].segment.beat0 > last
+            # The tempo is that of the record, and not that of whoever came.
+            assert bb.tempo_bpm == 60
+            assert bb.statistics().locks == 2
+            assert bb.current_beat() == made.indices()[-1]
+            assert scope.beats_left == pytest.approx(left - 4.3, abs=0.1)
+        assert made.indices() == sorted(set(made.indices()))
+
+
+async def test_a_pause_outlives_its_leader(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        beat = await bb.pause()
+        await bb.sleep_until(beat)
+        with bb.move_on_after(2) as scope:
+            await trio.sleep(10)
+            assert bb.health().paused
+            one.scope.cancel()
+            await trio.sleep(10)
+            assert two.leads
+            assert bb.health().paused
+            assert bb.health().leader_id == "pulse-1"
+            assert not bb.health().local_degradation
+            assert bb.current_position() == beat
+            assert await bb.resume() == beat
+            assert scope.beats_left == 2
+            start = trio.current_time()
+            await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert 3 <= trio.current_time() - start <= 4
+        assert not bb.health().paused
+        assert bb.statistics().locks == 1
+        assert made.indices() == sorted(made.indices())
+
+
+async def test_a_grid_that_stood_still_does_so_when_it_begins_again(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        beat = await bb.pause()
+        await bb.sleep_until(beat)
+        await trio.sleep(3)
+        one.scope.cancel()
+        await trio.sleep(1)
+        await made.start("pulse-9")
+        await trio.sleep(8)
+        assert bb.health().paused
+        assert bb.health().leader_id == "pulse-9"
+        await bb.resume()
+        await trio.sleep(3)
+        assert bb.tempo_bpm == 60
+
+
+async def test_standbys_wait_for_the_connection(autojump_clock: Clock) -> None:
+    async with cluster(2) as (_, (one, two)):
+        two.transport.sever()
+        await trio.sleep(5)
+        two.transport.restore()
+        await trio.sleep(3)
+        assert one.leads
+        assert not two.leads
+        # Both are away, and the leader is back a little later.
+        one.transport.sever()
+        two.transport.sever()
+        await trio.sleep(5)
+        two.transport.restore()
+        await trio.sleep(0.3)
+        one.transport.restore()
+        await trio.sleep(3)
+        assert one.leads
+        assert not two.leads
+
+
+async def test_two_that_lead_for_a_moment_tell_the_same_grid(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)), AsyncExitStack() as stack:
+        bb = await stack.enter_async_context(open_session(made.bus))
+        one.transport.sever()
+        await trio.sleep(4)
+        assert two.leads
+        assert one.leads
+        one.transport.restore()
+        await trio.sleep(2)
+        assert not one.leads
+        assert bb.statistics().locks == 1
+        seen = {(f.beat_index, f.segment.t0_ns) for _, f in made.frames}
+        assert len(seen) == len({index for index, _ in seen})
