@@ -121,6 +121,20 @@ class Owner(Protocol):
 
 
 @final
+class _Wary(nats.aio.client.Client):
+    # nats-py signs for whoever greets it with a nonce, and what signs is no option that could be a
+    # callable which looks first. This is the step before anything leaves.
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        super().__init__()
+        self._check = check
+
+    def _connect_command(self) -> bytes:
+        self._check()
+        return super()._connect_command()
+
+
+@final
 class Client:
     """One connection and its thread. Its methods say on which side they run."""
 
@@ -297,7 +311,7 @@ class Client:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._wake, self._ended = asyncio.Event(), asyncio.Event()
-        client = nats.aio.client.Client()
+        client = _Wary(lambda: self._check_tls(client))
         error: Exception = TransportBroken(f"the connection to {self.server.url} was lost")
         try:
             await client.connect(
@@ -307,8 +321,7 @@ class Client:
                 closed_cb=self._on_lost,
                 **self._secured(client),
             )
-            if self.server.scheme == "tls" and not self._has_tls(client):
-                raise TLSFailed(f"{self.server.url} does not offer TLS")
+            self._check_tls(client)
             self.inbox = client.new_inbox()
             self._up = True
             await client.subscribe(f"{self.inbox}.*", cb=self._receiver(INBOX))
@@ -343,8 +356,7 @@ class Client:
 
         def guarded(secret: str) -> Callable[[], str]:
             def reveal() -> str:
-                if self.server.scheme == "tls" and not self._has_tls(client):
-                    raise TLSFailed(f"{self.server.url} does not offer TLS")
+                self._check_tls(client)
                 return secret
 
             return reveal
@@ -359,9 +371,11 @@ class Client:
                 options[name] = guarded(options[name])
         return options
 
-    def _has_tls(self, client: nats.aio.client.Client) -> bool:
+    def _check_tls(self, client: nats.aio.client.Client) -> None:
         info: dict[str, Any] = getattr(client, "_server_info", {})
-        return bool(info.get("tls_required") or self._options.get("tls_handshake_first"))
+        has_tls = info.get("tls_required") or self._options.get("tls_handshake_first")
+        if self.server.scheme == "tls" and not has_tls:
+            raise TLSFailed(f"{self.server.url} does not offer TLS")
 
     def _translate(self, error: Exception) -> Exception:
         where = self.server.url
