@@ -53,6 +53,9 @@ _RETRY: Final = 1.0
 _PAUSE: Final = 0.02
 # What is left of the time before a change when its commit is given up.
 _MARGIN_NS: Final = 50_000_000
+# Servers check who publishes on a subject, and not who asks for an answer on it: whoever may ask
+# could otherwise have the leader write on its own behalf where only the leader may.
+_NO_INBOX: Final = ("backbeat.", "$")
 
 
 def lease_ns(milli: int) -> int:
@@ -323,6 +326,8 @@ class Leader:
     ) -> None:
         async for request in requests:
             try:
+                if request.reply.startswith(_NO_INBOX):
+                    raise msgspec.ValidationError("a request from no inbox")
                 reply = await answer(request)
             except msgspec.DecodeError:
                 self._counts.undecodable += 1

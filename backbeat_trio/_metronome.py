@@ -49,7 +49,8 @@ class MetronomeStatistics(NamedTuple):
     refused: int
     """Tempo changes refused."""
     undecodable: int
-    """Requests dropped because they could not be decoded, or were for another cluster."""
+    """Requests dropped because they could not be decoded, were for another cluster, or wanted their
+    answer on a subject that is nobody's inbox."""
     takeovers: int
     """Terms of leadership that were won."""
     deposed: int
