@@ -71,7 +71,9 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
     node_id: str = msgspec.field(default_factory=_default_node_id)
     """The node, as the notes of claims name it; by default the host's name and a random part."""
     nats_url: str = "nats://backbeat-nats:4222"
-    """``nats://`` or ``tls://``, several separated by commas, or ``memory://<name>``."""
+    """``nats://`` or ``tls://``, several separated by commas, or ``memory://<name>``.
+
+    One without a scheme has that of the one before it."""
     tempo_bpm: float = 2.0
     """Tempo of the local grid, and of a grid that this session begins; 0.1 to 6,000 BPM."""
     beats_per_bar: int = 8
@@ -202,7 +204,12 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
     def servers(self) -> tuple[Server, ...]:
         """The servers that `nats_url` names, in its order."""
         shown = redact_url(self.nats_url)
-        return tuple(_server(part.strip(), shown) for part in self.nats_url.split(","))
+        servers: list[Server] = []
+        for part in self.nats_url.split(","):
+            # What follows a tls:// is meant to be secured like it.
+            scheme = servers[-1].scheme if servers else "nats"
+            servers.append(_server(part.strip(), scheme, shown))
+        return tuple(servers)
 
     def _shown(self) -> dict[str, object]:
         return {name: _redacted(name, getattr(self, name)) for name in self.__struct_fields__}
@@ -265,9 +272,9 @@ def _parse(kind: Any, text: str) -> object:
     return text
 
 
-def _server(url: str, shown: str) -> Server:
+def _server(url: str, scheme: str, shown: str) -> Server:
     if "://" not in url:
-        url = f"nats://{url}"
+        url = f"{scheme}://{url}"
     try:
         parts: SplitResult = urlsplit(url)
         port = parts.port or 4222

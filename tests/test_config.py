@@ -42,6 +42,13 @@ def test_variables() -> None:
     assert [server.url for server in config.servers] == ["tls://a:1", "nats://b:4222", "nats://c:3"]
 
 
+def test_servers_without_a_scheme_have_that_of_the_one_before() -> None:
+    config = BackbeatConfig(nats_url="a,tls://b:1,c,nats://d, e")
+    assert [server.url for server in config.servers] == [
+        *("nats://a:4222", "tls://b:1", "tls://c:4222", "nats://d:4222", "nats://e:4222")
+    ]
+
+
 def test_overrides_come_first_and_are_not_read_from_the_environment() -> None:
     env = {"CHORUS_BACKBEAT_ENABLED": "perhaps", "CHORUS_BACKBEAT_NODE_ID": "n"}
     config = BackbeatConfig.from_env(env, enabled=True)
