@@ -11,6 +11,7 @@ import os
 import random
 import ssl
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 import trio
@@ -23,6 +24,7 @@ from ._transport import BaseTransport, Mailbox, Message, Reply, State
 # A first retry soon, as a restarted server is back within 20 ms; later ones leave room for others.
 _BACKOFF_MIN: Final = 0.01
 _BACKOFF_MAX: Final = 1.0
+_CREDENTIALS: Final = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
 
 T = TypeVar("T")
 
@@ -273,8 +275,13 @@ def _options(config: BackbeatConfig, name: str) -> dict[str, Any]:
         path = getattr(config, field)
         if path is None:
             continue
-        if not os.access(path, os.R_OK):
-            raise ConfigError(f"{field}={path!r}: cannot be read")
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{field}={path!r}: cannot be read: {error.strerror}") from None
+        # nats-py looks for what is not there until the end of the process.
+        if field == "creds" and not all(part in text for part in _CREDENTIALS):
+            raise ConfigError(f"{field}={path!r}: holds no JWT and its seed")
         options[option] = path
     if config.tls_ca or config.tls_cert or config.tls_first or "tls:" in config.nats_url:
         options["tls"] = _tls_context(config)
