@@ -1,0 +1,859 @@
+"""Who may do what on a server with permissions, and every way to log in to one.
+
+The permissions are those of `examples/nats-server.conf`, word for word, on a real server with TLS.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple, ParamSpec
+
+import nkeys
+import pytest
+import trio
+import trustme
+
+from backbeat_trio import (
+    BackbeatConfig,
+    BackbeatError,
+    ConfigError,
+    Metronome,
+    Session,
+    TLSFailed,
+    TransportBroken,
+    _cli as cli,
+    session,
+)
+from backbeat_trio._nats import NatsTransport
+from backbeat_trio._wire import BeatFrame, Segment, StatusClaim, SyncRequest, TempoRequest, encode
+from backbeat_trio.testing import NatsServer, open_recorder, open_session
+
+P = ParamSpec("P")
+
+CONFIG: Final = (Path(__file__).parent.parent / "examples" / "nats-server.conf").read_text()
+CLUSTER: Final = "chorus-production"
+BEATS: Final = f"backbeat.beat.{CLUSTER}"
+SYNC: Final = f"backbeat.sync.{CLUSTER}"
+TEMPO: Final = f"backbeat.tempo.{CLUSTER}"
+LEAD: Final = f"backbeat.lead.{CLUSTER}.7"
+BUCKET: Final = f"KV_backbeat-{CLUSTER}"
+KEY: Final = f"$KV.backbeat-{CLUSTER}.metronome"
+ROLES: Final = ("pulse-a", "pulse-b", "agent-1", "agent-2", "operator", "observer")
+# What a server's configuration would take for something else without the quotes around it.
+SECRET: Final = "s3cr3t, #?pä:ss@wo/rd%2C"
+CLEAN: Final = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("NATS_", "CHORUS_BACKBEAT_", "XDG_"))
+}
+
+
+def guarded(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
+    """Have a test that hangs fail, after far longer than it could need."""
+
+    @functools.wraps(test)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with trio.fail_after(60):
+            await test(*args, **kwargs)
+
+    return run
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what no event tells."""
+    while not condition():
+        await trio.sleep(0.005)
+
+
+class Files(NamedTuple):
+    ca: str
+    cert: str
+    key: str
+    """The certificate of agent-1, and its key."""
+
+
+@pytest.fixture(scope="module")
+def issued(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    paths = {"ca": str(folder / "ca.pem")}
+    authority.cert_pem.write_to_path(paths["ca"])
+    for name in ("127.0.0.1", "agent-1"):
+        certificate = authority.issue_cert(name)
+        paths[name], paths[f"{name} key"] = str(folder / f"{name}.pem"), str(folder / f"{name}.key")
+        certificate.private_key_pem.write_to_path(paths[f"{name} key"])
+        for number, blob in enumerate(certificate.cert_chain_pems):
+            blob.write_to_path(paths[name], append=number > 0)
+    return paths
+
+
+@pytest.fixture
+def files(issued: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Files:
+    """Give the server's environment what the example wants of it."""
+    monkeypatch.setenv("BACKBEAT_TLS_CERT", f'"{issued["127.0.0.1"]}"')
+    monkeypatch.setenv("BACKBEAT_TLS_KEY", f'"{issued["127.0.0.1 key"]}"')
+    monkeypatch.setenv("BACKBEAT_TLS_CA", f'"{issued["ca"]}"')
+    for role in ROLES:
+        monkeypatch.setenv(variable_of(role), f'"{password_of(role)}"')
+    return Files(issued["ca"], issued["agent-1"], issued["agent-1 key"])
+
+
+def variable_of(role: str) -> str:
+    return f"BACKBEAT_{role.upper().replace('-', '_')}_PASSWORD"
+
+
+def password_of(role: str) -> str:
+    return f"{SECRET} of {role}"
+
+
+def inbox_of(role: str) -> str:
+    return "_INBOX_metronome" if role.startswith("pulse") else f"_INBOX_{role}"
+
+
+def url_of(server: NatsServer) -> str:
+    return f"tls://127.0.0.1:{server.port}"
+
+
+def login(server: NatsServer, files: Files, role: str) -> dict[str, Any]:
+    """Return the settings of a role, as its owner would have them."""
+    return {
+        "nats_url": url_of(server),
+        "cluster_id": CLUSTER,
+        "agent_id": role,
+        "user": role,
+        "password": password_of(role),
+        "inbox_prefix": inbox_of(role),
+        "tls_ca": files.ca,
+        "health_beats": 8 if role.startswith("agent") else 0,
+    }
+
+
+@asynccontextmanager
+async def connection(
+    server: NatsServer, files: Files, role: str
+) -> AsyncGenerator[NatsTransport, None]:
+    """Log in as a role, to do by hand what no session would."""
+    transport = NatsTransport(BackbeatConfig(**login(server, files, role)))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await transport.wait_connected()
+        yield transport
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def leading(
+    transport: NatsTransport, cluster_id: str = CLUSTER
+) -> AsyncGenerator[Metronome, None]:
+    metronome = Metronome(transport, cluster_id=cluster_id, leader_id="pulse-a", tempo_bpm=600.0)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(metronome.run)
+        yield metronome
+        nursery.cancel_scope.cancel()
+
+
+async def ask(transport: NatsTransport, subject: str, data: object = None) -> Any:
+    """Ask JetStream, and return its answer."""
+    request = b"" if data is None else json.dumps(data).encode()
+    return json.loads((await transport.request(subject, request, timeout=10)).data)
+
+
+async def keep(transport: NatsTransport) -> None:
+    """Make the bucket and the stream of a cluster, and have a leader in it."""
+    for name, more in (
+        (BUCKET, {"subjects": [KEY.replace("metronome", ">")], "allow_direct": True}),
+        ("BACKBEAT_STATUS", {"subjects": ["backbeat.status.>"]}),
+    ):
+        answer = await ask(transport, f"$JS.API.STREAM.CREATE.{name}", {"name": name, **more})
+        assert "error" not in answer, answer
+    answer = json.loads((await transport.request(KEY, b"pulse-a leads", timeout=10)).data)
+    assert answer["stream"] == BUCKET
+
+
+async def kept(transport: NatsTransport) -> tuple[int, bytes]:
+    """Return the number and the text of what the bucket says last."""
+    answer = await ask(transport, f"$JS.API.STREAM.MSG.GET.{BUCKET}", {"last_by_subj": KEY})
+    return answer["message"]["seq"], base64.b64decode(answer["message"]["data"])
+
+
+def forged_frame() -> bytes:
+    """Write a frame of a leader that would be believed over every other."""
+    segment = Segment(1 << 50, 0, 0, 0, 600_000)
+    return encode(
+        BeatFrame(
+            cluster_id=CLUSTER,
+            beat_index=1_000_000,
+            downbeat=True,
+            phase="downbeat",
+            tempo_bpm=600.0,
+            beats_per_bar=8,
+            window_id="w-125000",
+            epoch=1 << 50,
+            leader_id="nobody",
+            segment=segment,
+        )
+    )
+
+
+def claim_of(agent_id: str) -> bytes:
+    return encode(StatusClaim(agent_id, "election", 5, "done", 0, 1.0, "says who"))
+
+
+# A grid of roles.
+
+
+async def backbeat(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+    return await trio.run_process(
+        [sys.executable, "-m", "backbeat_trio", *arguments],
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+        env=CLEAN | env,
+    )
+
+
+@guarded
+async def test_everybody_can_do_what_they_are_there_for(files: Files, tmp_path: Path) -> None:
+    # Each logs in another way: by variables of the NATS command line and our own, by a context and
+    # by options.
+    async with NatsServer(config=CONFIG) as server, trio.open_nursery() as nursery:
+        pulse = {
+            "NATS_URL": url_of(server),
+            "NATS_USER": "pulse-a",
+            "NATS_PASSWORD": password_of("pulse-a"),
+            "NATS_CA": files.ca,
+            "NATS_INBOX_PREFIX": "_INBOX_metronome",
+        }
+        nursery.start_soon(functools.partial(backbeat, "pulse", "--bpm", "600", env=pulse))
+        fields = login(server, files, "agent-1")
+        config = BackbeatConfig.from_env(
+            {f"CHORUS_BACKBEAT_{name.upper()}": str(value) for name, value in fields.items()},
+            require_connection=True,
+            lock_timeout=30.0,
+        )
+        folder = tmp_path / "nats" / "context"
+        folder.mkdir(parents=True)
+        context = {"url": url_of(server), "user": "operator", "ca": files.ca}
+        context |= {"password": password_of("operator"), "inbox_prefix": "_INBOX_operator"}
+        (folder / "grid.json").write_text(json.dumps(context))
+        async with (
+            open_session(**login(server, files, "observer"), require_connection=True) as observer,
+            open_recorder(observer, "agent-1") as claims,
+            session(config) as agent,
+        ):
+            assert not agent.health().local_degradation
+            async with agent.operation("election", id="election", beats=4):
+                await agent.sleep(2)
+            await claims.wait_for("election", "executing")
+            await claims.wait_for("election", "done")
+            home = {"XDG_CONFIG_HOME": str(tmp_path)}
+            done = await backbeat("tempo", "1200", "--context", "grid", env=home)
+            assert done.returncode == 0, done.stderr
+            await until(lambda: agent.tempo_bpm == observer.tempo_bpm == 1200.0)
+            flags = ["-s", url_of(server), "--user", "observer", "--tlsca", files.ca]
+            flags += ["--password", password_of("observer"), "--inbox-prefix", "_INBOX_observer"]
+            done = await backbeat("status", "--json", *flags, env={})
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["current_tempo"] == 1200.0
+            assert agent.health().errors == observer.health().errors == ()
+        nursery.cancel_scope.cancel()
+        assert "Violation" not in server.log
+
+
+@guarded
+async def test_metronomes_keep_who_leads_and_agents_their_last_word(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as leader,
+        connection(server, files, "pulse-b") as other,
+        connection(server, files, "agent-1") as agent,
+    ):
+        await keep(leader)
+        for reader in (leader, other):
+            direct = f"$JS.API.DIRECT.GET.{BUCKET}.{KEY}"
+            assert (await reader.request(direct, b"", timeout=10)).data == b"pulse-a leads"
+            assert await kept(reader) == (1, b"pulse-a leads")
+            await ask(reader, f"$JS.API.STREAM.INFO.{BUCKET}")
+        async with other.open_subscription(KEY) as changes:
+            leader.publish_nowait(KEY, b"still")
+            assert (await anext(aiter(changes))).data == b"still"
+        async with leader.open_subscription(LEAD) as probes, trio.open_nursery() as nursery:
+
+            async def answer() -> None:
+                leader.publish_nowait((await anext(aiter(probes))).reply, b"here")
+
+            nursery.start_soon(answer)
+            assert (await other.request(LEAD, b"", timeout=10)).data == b"here"
+        # The same answer each time, as there are two accounts that could give one.
+        for _ in range(20):
+            found = await ask(agent, "$JS.API.STREAM.INFO.BACKBEAT_STATUS")
+            assert found["config"]["name"] == "BACKBEAT_STATUS", found
+        said = await agent.request("backbeat.status.agent-1", claim_of("agent-1"), timeout=10)
+        assert json.loads(said.data) == {"stream": "BACKBEAT_STATUS", "seq": 1}
+        for transport in (leader, other, agent):
+            assert transport.statistics().permission_errors == 0
+
+
+JETSTREAM: Final = (
+    KEY,
+    f"$JS.API.STREAM.MSG.GET.{BUCKET}",
+    f"$JS.API.STREAM.PURGE.{BUCKET}",
+    f"$JS.API.STREAM.DELETE.{BUCKET}",
+    # What is stored could be sent anywhere by these, as if the server had said it.
+    "$JS.API.DIRECT.GET.BACKBEAT_STATUS",
+    "$JS.API.CONSUMER.CREATE.BACKBEAT_STATUS",
+    "$JS.API.STREAM.CREATE.FORGED",
+)
+OTHERS: Final = ("_INBOX_metronome", "_INBOX_agent-2", "_INBOX", "*")
+INBOXES: Final = ("_INBOX_metronome.x.1", "_INBOX_agent-2.x.1")
+
+
+@pytest.mark.parametrize(
+    ("role", "subjects"),
+    [
+        (
+            "agent-1",
+            (BEATS, TEMPO, LEAD, "backbeat.status.agent-2", *JETSTREAM, *INBOXES),
+        ),
+        ("operator", (BEATS, "backbeat.status.agent-1", "backbeat.status.operator", *JETSTREAM)),
+        (
+            "observer",
+            (BEATS, TEMPO, LEAD, "backbeat.status.agent-1", *JETSTREAM),
+        ),
+        ("pulse-b", ("backbeat.status.agent-1", "backbeat.beat.another", TEMPO, *INBOXES)),
+    ],
+)
+@guarded
+async def test_publications_that_are_refused(
+    role: str, subjects: tuple[str, ...], files: Files
+) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as leader,
+        connection(server, files, "observer") as observer,
+        connection(server, files, role) as transport,
+    ):
+        await keep(leader)
+        async with (
+            leader.open_subscription(BEATS),
+            leader.open_subscription(TEMPO),
+            leader.open_subscription(f"backbeat.lead.{CLUSTER}.*"),
+            leader.open_subscription(KEY),
+            observer.open_subscription(BEATS),
+            observer.open_subscription("backbeat.status.*"),
+        ):
+            before = leader.statistics().received
+            for number, subject in enumerate(subjects, 1):
+                transport.publish_nowait(subject, b"{}")
+                await transport.flush()
+                statistics = transport.statistics()
+                assert statistics.permission_errors == number, subject
+                # nats-py tells of it in small letters.
+                assert f'"{subject.lower()}"' in statistics.recent_errors[-1][1]
+            for hearer in (leader, observer):
+                await hearer.flush()
+            assert leader.statistics().received == before
+            assert observer.statistics().received == 0
+            # They would have heard.
+            leader.publish_nowait(BEATS, b"{}")
+            await leader.flush()
+            await observer.flush()
+            assert leader.statistics().received == before + 1
+            assert observer.statistics().received == 1
+        assert await kept(leader) == (1, b"pulse-a leads")
+
+
+@pytest.mark.parametrize(
+    ("role", "subjects"),
+    [
+        (
+            "agent-1",
+            (SYNC, TEMPO, LEAD, "backbeat.>", KEY, *(f"{inbox}.>" for inbox in OTHERS), ">"),
+        ),
+        ("observer", (SYNC, TEMPO, "_INBOX_agent-1.>", "backbeat.>", ">")),
+        ("operator", (SYNC, TEMPO, "_INBOX_agent-1.>", ">")),
+        ("pulse-b", ("_INBOX_agent-1.>", ">")),
+    ],
+)
+@guarded
+async def test_subscriptions_that_are_refused(
+    role: str, subjects: tuple[str, ...], files: Files
+) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, role) as transport,
+    ):
+        for number, subject in enumerate(subjects, 1):
+            async with transport.open_subscription(subject):
+                assert transport.statistics().permission_errors == number, subject
+
+
+@guarded
+async def test_agent_cannot_publish_frames(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as transport,
+        leading(transport) as metronome,
+        connection(server, files, "agent-2") as forger,
+        open_session(**login(server, files, "agent-1"), lock_timeout=30.0) as bb,
+    ):
+        assert not bb.health().local_degradation
+        forger.publish_nowait(BEATS, forged_frame())
+        await forger.flush()
+        assert forger.statistics().permission_errors == 1
+        frames = bb.statistics().frames
+        await until(lambda: bb.statistics().frames >= frames + 3)
+        assert bb.statistics().locks == 1
+        assert bb.current_beat() < 100_000
+        assert bb.statistics().frames_unexplained == 0
+        # It would have been heard. Nor would it be believed while a leader answers: that is asked.
+        transport.publish_nowait(BEATS, forged_frame())
+        await until(lambda: bb.statistics().frames_unexplained == 1)
+        assert bb.statistics().locks == 1
+        assert bb.current_beat() < 100_000 > metronome.current_beat()
+
+
+@guarded
+async def test_agent_cannot_publish_the_status_of_another(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        open_session(
+            **login(server, files, "observer"), require_connection=True, lock_timeout=0.0
+        ) as observer,
+        open_recorder(observer) as claims,
+        connection(server, files, "agent-1") as forger,
+    ):
+        forger.publish_nowait("backbeat.status.agent-2", claim_of("agent-2"))
+        # Nor on its own subject, where it is the listener that looks.
+        forger.publish_nowait("backbeat.status.agent-1", claim_of("agent-2"))
+        forger.publish_nowait("backbeat.status.agent-1", claim_of("agent-1"))
+        await claims.wait_for("election", "done")
+        assert [claim.agent_id for claim in claims.claims] == ["agent-1"]
+        await forger.flush()
+        assert forger.statistics().permission_errors == 1
+        assert observer.statistics().claims_undecodable == 1
+
+
+@guarded
+async def test_agent_cannot_answer_sync_requests(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "agent-2") as forger,
+        forger.open_subscription(SYNC),
+        open_session(**login(server, files, "agent-1"), lock_timeout=0.0, tempo_bpm=600.0) as bb,
+    ):
+        await until(lambda: bb.statistics().pings_failed >= 2)
+        await forger.flush()
+        assert forger.statistics().received == 0
+        assert forger.statistics().permission_errors == 1
+        assert bb.statistics().locks == 0
+
+
+@pytest.mark.parametrize("role", ["agent-1", "observer"])
+@guarded
+async def test_only_the_operator_changes_the_tempo(role: str, files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as transport,
+        leading(transport) as metronome,
+        open_session(**login(server, files, role), lock_timeout=30.0) as bb,
+        open_session(**login(server, files, "operator"), lock_timeout=30.0) as operator,
+    ):
+        with pytest.raises(BackbeatError):
+            await bb.set_tempo(1200)
+        assert metronome.statistics().tempo_changes == 0
+        assert TEMPO in bb.health().errors[-1]
+        await operator.set_tempo(1200)
+        assert metronome.statistics().tempo_changes == 1
+        await until(lambda: bb.tempo_bpm == 1200.0)
+
+
+@guarded
+async def test_refusals_show_in_health_and_statistics(files: Files) -> None:
+    fields = {"agent_id": "agent-2", "lock_timeout": 0.0}
+    async with (
+        NatsServer(config=CONFIG) as server,
+        open_session(**(login(server, files, "agent-1") | fields)) as bb,
+    ):
+
+        def refused(session: Session) -> int:
+            transport = session.statistics().transport
+            assert transport is not None
+            return transport.permission_errors
+
+        await until(lambda: bb.health().connected)
+        assert refused(bb) == 0
+        bb.start_operation("election")
+        await until(lambda: bb.health().errors)
+        assert "permissions violation" in bb.health().errors[-1].lower()
+        assert "backbeat.status.agent-2" in bb.health().errors[-1]
+        assert refused(bb) >= 1
+        assert bb.health().connected
+        assert bb.health().reconnect_count == 0
+        # A forgotten inbox prefix, too, is told of.
+        forgotten = login(server, files, "agent-2") | {"inbox_prefix": "_INBOX"}
+        async with open_session(**forgotten, lock_timeout=0.0) as other:
+            await until(lambda: any('"_inbox.' in error for error in other.health().errors))
+            assert refused(other) >= 1
+
+
+# Subjects for answers, which no server checks.
+
+
+@guarded
+async def test_no_answer_is_written_over_the_key_that_says_who_leads(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as leader,
+        leading(leader) as metronome,
+        connection(server, files, "observer") as observer,
+        observer.open_subscription(BEATS) as beats,
+        connection(server, files, "agent-1") as agent,
+    ):
+        await keep(leader)
+        request = encode(SyncRequest(CLUSTER, "agent-1"))
+        for reply in (KEY, BEATS, "$JS.API.STREAM.PURGE.BACKBEAT_STATUS"):
+            agent.publish_nowait(SYNC, request, reply=reply)
+            agent.publish_nowait("backbeat.status.agent-1", claim_of("agent-1"), reply=reply)
+            agent.publish_nowait("grid.status.info", b"", reply=reply)
+            await agent.flush()
+        assert agent.statistics().permission_errors == 0
+        # An answer to be waited for: by then the others have been given.
+        await agent.request(SYNC, request, timeout=10)
+        assert metronome.statistics().syncs == 4
+        assert await kept(leader) == (1, b"pulse-a leads")
+        info = await ask(agent, "$JS.API.STREAM.INFO.BACKBEAT_STATUS")
+        assert info["state"]["messages"] == 3
+        # On the subject of the beats agents may find such answers, which are no frames.
+        sent = metronome.statistics().frames
+        types: set[str | None] = set()
+        while metronome.statistics().frames < sent + 2 or len(types) < 2:
+            types.add(json.loads((await anext(aiter(beats))).data).get("type"))
+        assert "backbeat.beatframe.v1" in types
+
+
+@guarded
+async def test_metronome_writes_answers_to_inboxes_only() -> None:
+    # Where there is one account, or no permissions at all.
+    replies = ("backbeat.beat.c", "backbeat.status.other", "$KV.backbeat-c.metronome", "$JS.API.X")
+    async with NatsServer() as server:
+        one, two = (NatsTransport(BackbeatConfig(nats_url=server.url)) for _ in range(2))
+        async with trio.open_nursery() as nursery:
+            for transport in (one, two):
+                await nursery.start(transport.run)
+                await transport.wait_connected()
+            async with (
+                leading(one, "c") as metronome,
+                two.open_subscription("backbeat.status.other"),
+                two.open_subscription("$KV.>"),
+                two.open_subscription("my.inbox") as inbox,
+            ):
+                requests = {
+                    "backbeat.sync.c": encode(SyncRequest("c", "a")),
+                    "backbeat.tempo.c": encode(TempoRequest("c", 1200.0)),
+                }
+                for subject, request in requests.items():
+                    for reply in (*replies, "my.inbox"):
+                        two.publish_nowait(subject, request, reply=reply)
+                for _ in requests:
+                    await anext(aiter(inbox))
+                assert metronome.statistics().undecodable == 2 * len(replies)
+                assert metronome.statistics().syncs == 1
+                # What is refused an answer is not done either.
+                assert metronome.statistics().tempo_changes == 1
+                # The answers in the inbox are all that came.
+                assert two.statistics().received == len(requests)
+            nursery.cancel_scope.cancel()
+
+
+# The example's passwords.
+
+
+async def refused(fields: dict[str, Any]) -> BackbeatError:
+    """Log in with settings that must not do, and return why they did not."""
+    with pytest.raises(BackbeatError) as caught:
+        async with open_session(**fields, require_connection=True):
+            pytest.fail("the session was entered")
+    return caught.value
+
+
+@guarded
+async def test_passwords_of_the_environment(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A bcrypt hash needs no quotes, though it begins as a variable does.
+    digest = "$2a$04$abcdefghijklmnopqrstuukuzxyRvTzshtzmn.wAn7Hp4DSS0GdUi"
+    monkeypatch.setenv(variable_of("observer"), digest)
+    async with NatsServer(config=CONFIG) as server:
+        fields = login(server, files, "observer") | {"password": "hunter", "lock_timeout": 0.0}
+        async with open_session(**fields, require_connection=True) as bb:
+            assert bb.health().connected
+        for wrong in (
+            {"password": digest},
+            {"password": ""},
+            {"user": "agent-1"},
+            {"user": None, "password": None},
+            {"user": None, "password": None, "token": "hunter"},
+        ):
+            assert "refused the credentials" in str(await refused(fields | wrong))
+        # And in the clear nobody gets as far as saying a password.
+        assert isinstance(await refused(fields | {"tls_ca": None}), TLSFailed)
+
+
+@pytest.mark.parametrize(
+    "variable", ["BACKBEAT_TLS_KEY", "BACKBEAT_TLS_CERT", *map(variable_of, ROLES)]
+)
+@guarded
+async def test_server_does_not_start_without_a_password(
+    variable: str, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(variable)
+    with pytest.raises(RuntimeError, match="did not come up"):
+        async with NatsServer(config=CONFIG):
+            pytest.fail("the server came up")
+
+
+# Every way to log in.
+
+WAYS: Final = ("option", "flag", "our variable", "their variable", "context")
+# The field, and what it is called by the flags, the variables and the contexts of the NATS command
+# line.
+NAMES: Final = {
+    "nats_url": ("--server", "NATS_URL", "url"),
+    "user": ("--user", "NATS_USER", "user"),
+    "password": ("--password", "NATS_PASSWORD", "password"),
+    "token": ("--token", "NATS_TOKEN", "token"),
+    "nkey": ("--nkey", "NATS_NKEY", "nkey"),
+    "creds": ("--creds", "NATS_CREDS", "creds"),
+    "tls_ca": ("--tlsca", "NATS_CA", "ca"),
+    "tls_cert": ("--tlscert", "NATS_CERT", "cert"),
+    "tls_key": ("--tlskey", "NATS_KEY", "key"),
+    "inbox_prefix": ("--inbox-prefix", "NATS_INBOX_PREFIX", "inbox_prefix"),
+}
+
+
+def configured(way: str, fields: dict[str, str], home: Path) -> BackbeatConfig:
+    """Give settings in one of the ways there are."""
+    env = {"CHORUS_BACKBEAT_REQUIRE_CONNECTION": "true", "CHORUS_BACKBEAT_LOCK_TIMEOUT": "0"}
+    flags: list[str] = []
+    if way == "option":
+        return BackbeatConfig.from_env(env, **fields)
+    if way == "flag":
+        flags = [word for name, value in fields.items() for word in (NAMES[name][0], value)]
+    elif way == "our variable":
+        env |= {f"CHORUS_BACKBEAT_{name.upper()}": value for name, value in fields.items()}
+        assert BackbeatConfig.from_env(env | {"CHORUS_BACKBEAT_AGENT_ID": "a"}).user == fields.get(
+            "user"
+        )
+    elif way == "their variable":
+        env |= {NAMES[name][1]: value for name, value in fields.items()}
+    else:
+        folder = home / "nats" / "context"
+        folder.mkdir(parents=True, exist_ok=True)
+        context = {NAMES[name][2]: value for name, value in fields.items()}
+        (folder / "grid.json").write_text(json.dumps(context))
+        env |= {"XDG_CONFIG_HOME": str(home)}
+        flags = ["--context", "grid"]
+    return cli.settings(cli._parser().parse_args(["status", *flags]), env)
+
+
+class Key(NamedTuple):
+    seed: bytes
+    public: str
+
+    @classmethod
+    def new(cls, kind: int) -> Key:
+        seed = bytes(nkeys.encode_seed(os.urandom(32), kind))
+        return cls(seed, bytes(nkeys.from_seed(bytearray(seed)).public_key).decode())
+
+    def token(self, subject: str, about: dict[str, Any]) -> str:
+        """Sign what is said of another key."""
+
+        def part(data: bytes) -> str:
+            return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+        header = {"typ": "JWT", "alg": "ed25519-nkey"}
+        claims = {"jti": "1", "iat": 1, "iss": self.public, "name": about["type"], "sub": subject}
+        claims["nats"] = {**about, "version": 2}
+        signed = ".".join(part(json.dumps(words).encode()) for words in (header, claims))
+        signature = nkeys.from_seed(bytearray(self.seed)).sign(signed.encode())
+        return f"{signed}.{part(bytes(signature))}"
+
+
+def credentials(folder: Path) -> tuple[str, str]:
+    """Make an operator, its account and a user; return a server's configuration and a path."""
+    operator = Key.new(nkeys.PREFIX_BYTE_OPERATOR)
+    account = Key.new(nkeys.PREFIX_BYTE_ACCOUNT)
+    user = Key.new(nkeys.PREFIX_BYTE_USER)
+    unlimited = dict.fromkeys(("subs", "data", "payload", "imports", "exports", "conn", "leaf"), -1)
+    granted = operator.token(
+        account.public, {"type": "account", "limits": {**unlimited, "wildcards": True}}
+    )
+    config = (
+        f"operator: {operator.token(operator.public, {'type': 'operator'})}\n"
+        f"resolver: MEMORY\nresolver_preload: {{ {account.public}: {granted} }}\n"
+    )
+    rights: dict[str, Any] = {"type": "user", "pub": {}, "sub": {}}
+    rights |= dict.fromkeys(("subs", "data", "payload"), -1)
+    path = folder / "user.creds"
+    path.write_text(
+        f"-----BEGIN NATS USER JWT-----\n{account.token(user.public, rights)}\n"
+        "------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{user.seed.decode()}\n------END USER NKEY SEED------\n"
+    )
+    return config, str(path)
+
+
+(TLS,) = re.findall(r"^tls \{.*?^\}\n", CONFIG, re.DOTALL | re.MULTILINE)
+
+
+def uncommented(*settings: str) -> str:
+    """Return the example with some of its TLS settings in force."""
+    config = CONFIG
+    for setting in settings:
+        assert config.count(f"  # {setting}") == 1
+        config = config.replace(f"  # {setting}", f"  {setting}")
+    return config
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["password", "token", "nkey", "creds", "TLS", "mutual TLS"])
+@guarded
+async def test_every_way_to_log_in(kind: str, way: str, files: Files, tmp_path: Path) -> None:
+    proof: dict[str, str]
+    if kind == "password":
+        config = CONFIG
+        proof = {"user": "agent-1", "password": password_of("agent-1")}
+        proof["inbox_prefix"] = "_INBOX_agent-1"
+    elif kind == "token":
+        config = f'{TLS}\nauthorization {{ token: "{SECRET}" }}'
+        proof = {"token": SECRET}
+    elif kind == "nkey":
+        key = Key.new(nkeys.PREFIX_BYTE_USER)
+        by_password = "user: pulse-b, password: $BACKBEAT_PULSE_B_PASSWORD"
+        assert by_password in CONFIG
+        config = CONFIG.replace(by_password, f"nkey: {key.public}")
+        (tmp_path / "seed.nk").write_bytes(key.seed)
+        proof = {"nkey": str(tmp_path / "seed.nk"), "inbox_prefix": "_INBOX_metronome"}
+    elif kind == "creds":
+        accounts, path = credentials(tmp_path)
+        config = f"{TLS}\n{accounts}"
+        proof = {"creds": path}
+    elif kind == "TLS":
+        config = TLS
+        proof = {"tls_ca": files.ca}
+    else:
+        config = uncommented("ca_file: $BACKBEAT_TLS_CA", "verify_and_map: true")
+        password = "        password: $BACKBEAT_AGENT_1_PASSWORD\n"
+        assert password in config
+        config = config.replace(password, "")
+        proof = {"tls_cert": files.cert, "tls_key": files.key, "inbox_prefix": "_INBOX_agent-1"}
+    async with NatsServer(config=config) as server:
+        common = {"nats_url": url_of(server)}
+        if kind != "TLS":
+            common["tls_ca"] = files.ca
+        async with session(configured(way, common | proof, tmp_path)) as bb:
+            assert bb.health().connected
+            assert bb.health().errors == ()
+        with pytest.raises(TransportBroken):
+            async with session(configured(way, common, tmp_path)):
+                pytest.fail("the session was entered")
+
+
+@guarded
+async def test_certificates_beside_passwords(files: Files) -> None:
+    config = uncommented("ca_file: $BACKBEAT_TLS_CA", "verify: true")
+    async with NatsServer(config=config) as server:
+        fields = login(server, files, "agent-2") | {"lock_timeout": 0.0}
+        with_cert = fields | {"tls_cert": files.cert, "tls_key": files.key}
+        async with open_session(**with_cert, require_connection=True) as bb:
+            assert bb.health().connected
+        await refused(fields)
+        await refused(with_cert | {"password": "wrong"})
+
+
+@guarded
+async def test_handshake_before_the_greeting(files: Files) -> None:
+    async with NatsServer(config=uncommented("handshake_first: true")) as server:
+        fields = login(server, files, "agent-1") | {"lock_timeout": 0.0, "tls_first": True}
+        async with open_session(**fields, require_connection=True) as bb:
+            assert bb.health().connected
+
+
+# Nothing secret in the clear.
+
+
+@asynccontextmanager
+async def plain_server() -> AsyncGenerator[tuple[int, bytearray], None]:
+    """Run a server without TLS that wants a nonce signed, and keep what it is told."""
+    told = bytearray()
+    greeting = {"server_id": "FAKE", "version": "2.11.0", "headers": True, "max_payload": 1048576}
+    greeting |= {"auth_required": True, "nonce": "bm9uY2Vub25jZQ"}
+
+    async def serve(stream: trio.SocketStream) -> None:
+        try:
+            await stream.send_all(b"INFO " + json.dumps(greeting).encode() + b"\r\n")
+            async for chunk in stream:
+                told.extend(chunk)
+                await stream.send_all(b"PONG\r\n" * chunk.count(b"PING\r\n"))
+        except trio.BrokenResourceError:
+            # Hung up on, as it deserves.
+            pass
+
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, listeners)
+        yield listeners[0].socket.getsockname()[1], told
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kind", ["password", "token", "nkey", "creds", "nkey and token"])
+@guarded
+async def test_nothing_is_said_or_signed_without_tls(kind: str, tmp_path: Path) -> None:
+    _, path = credentials(tmp_path)
+    seed = tmp_path / "seed.nk"
+    seed.write_bytes(Key.new(nkeys.PREFIX_BYTE_USER).seed)
+    proof: dict[str, Any] = {
+        "password": {"user": "agent-1", "password": "s3cr3t"},
+        "token": {"token": "s3cr3t"},
+        "nkey": {"nkey": str(seed)},
+        "creds": {"creds": path},
+        "nkey and token": {"nkey": str(seed), "token": "s3cr3t"},
+    }[kind]
+    async with plain_server() as (port, told):
+        fields = {"nats_url": f"tls://127.0.0.1:{port}", **proof}
+        assert "does not offer TLS" in str(await refused(fields))
+        # Nor as the second server, whose scheme is left to be that of the first.
+        fields["nats_url"] += f",127.0.0.1:{port}"
+        assert "does not offer TLS" in str(await refused(fields))
+        # Nor when it goes on trying.
+        async with open_session(**fields, lock_timeout=0.0) as bb:
+            await until(lambda: bb.health().errors)
+            assert not bb.health().connected
+        assert told == b""
+        # It would have been told.
+        fields["nats_url"] = f"nats://127.0.0.1:{port}"
+        async with open_session(**fields, require_connection=True, lock_timeout=0.0):
+            assert any(word in told for word in (b"s3cr3t", b'"sig"', b'"jwt"'))
+
+
+@pytest.mark.parametrize("part", ["JWT", "SEED", "nothing"])
+def test_credentials_that_lack_a_part(part: str, tmp_path: Path) -> None:
+    path = Path(credentials(tmp_path)[1])
+    text = path.read_text()
+    seed = re.findall(r"^SU\w+$", text, re.MULTILINE)[0]
+    jwt, _, key = text.partition("\n\n")
+    path.write_text({"JWT": jwt, "SEED": key, "nothing": ""}[part])
+    with pytest.raises(ConfigError, match="holds no JWT and its seed") as caught:
+        NatsTransport(BackbeatConfig(creds=str(path)))
+    assert seed not in str(caught.value)
+    path.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        NatsTransport(BackbeatConfig(creds=str(path)))
