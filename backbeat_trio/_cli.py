@@ -282,6 +282,8 @@ async def _pulse(options: argparse.Namespace) -> int:
         except BackbeatError as error:
             logger.warning("%s; trying on", error)
         store = await _open_store(transport, config, options.replicas, logger)
+        if store is not None and config.store_claims:
+            await _make_stream(transport, config, logger)
         metronome = Metronome(
             transport,
             cluster_id=config.cluster_id,
@@ -317,6 +319,18 @@ async def _open_store(
                 told = str(error)
                 logger.warning("JetStream does not answer; trying on: %s", error)
             await trio.sleep(_JETSTREAM_RETRY)
+
+
+async def _make_stream(
+    transport: NatsTransport, config: BackbeatConfig, logger: logging.Logger
+) -> None:
+    from ._jetstream import ClaimStream
+
+    # Agents make it where they may, which is not everywhere. The beats need it for nothing.
+    try:
+        await ClaimStream(transport, config).open()
+    except TransportBroken as error:
+        logger.warning("no stream of terminal claims: %s", error)
 
 
 async def _status(options: argparse.Namespace) -> int:
