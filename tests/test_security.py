@@ -267,6 +267,11 @@ async def test_everybody_can_do_what_they_are_there_for(files: Files, tmp_path: 
             assert agent.health().errors == observer.health().errors == ()
         nursery.cancel_scope.cancel()
         assert "Violation" not in server.log
+        # The metronome made the stream that agents may not make, and who leads is on record.
+        async with connection(server, files, "pulse-b") as transport:
+            info = await ask(transport, "$JS.API.STREAM.INFO.BACKBEAT_STATUS")
+            assert info["state"]["messages"] == 1
+            assert json.loads((await kept(transport))[1])["leader_id"]
 
 
 @guarded
