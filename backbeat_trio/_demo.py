@@ -136,15 +136,22 @@ class _Show:
         self.claims = 0
         self.ended: Counter[tuple[str, Literal["done", "failed"]]] = Counter()
         self.agents: set[str] = set()
+        self.all_there = trio.Event()
         self.tempos: list[str] = []
-        self._first = bb.current_beat()
+        self._first = 0
         self._live: dict[str, StatusClaim] = {}
+
+    def begin(self) -> None:
+        self._first = self.bb.current_beat()
+        self.tempos.append(f"{self.bb.tempo_bpm:g}")
 
     def take(self, claim: StatusClaim) -> None:
         if claim.agent_id not in _AGENTS:
             return
         self.claims += 1
         self.agents.add(claim.agent_id)
+        if self.agents.issuperset(_AGENTS):
+            self.all_there.set()
         if claim.task_id == HEALTH_TASK_ID:
             return
         if claim.state == "done" or claim.state == "failed":
@@ -196,7 +203,7 @@ async def _observe(show: _Show) -> None:
 
     bb, console = show.bb, Console()
     half = show.beats // 2
-    show.tempos.append(f"{bb.tempo_bpm:g}")
+    show.begin()
     with contextlib.ExitStack() as stack:
         live = None
         if console.is_terminal:
@@ -239,12 +246,14 @@ async def demo(*, memory: bool, beats: int, bpm: float) -> int:
 
             async with bb.open_claims() as claims, trio.open_nursery() as nursery:
                 nursery.start_soon(listen, claims)
+                with trio.move_on_after(_PATIENCE):
+                    await show.all_there.wait()
                 await _observe(show)
                 await agents.aclose()
                 # What they said last is on its way.
                 await bb.sleep(1)
                 nursery.cancel_scope.cancel()
-            locked = not bb.health().local_degradation
+            locked = bb.health().connected and bb.health().leader_id is not None
     print(show.summary(), flush=True)
     worked = locked and show.agents >= set(_AGENTS) and sum(show.ended.values()) > 0
     return 0 if worked else 1

@@ -197,7 +197,9 @@ class ClaimStream:
         )
         try:
             await js.add_stream(stream)
-        except nats.js.errors.BadRequestError as error:
+        except nats.js.errors.ServiceUnavailableError:
+            raise
+        except nats.js.errors.APIError as error:
             return error.description or "refused"
         self._name = config.claims_stream
         return None

@@ -165,6 +165,60 @@ async def test_tempo() -> None:
         assert "beat 1 is past" in done.stderr.decode()
 
 
+async def test_ramp_pause_and_resume() -> None:
+    async with (
+        cluster(bpm=600) as url,
+        open_session(nats_url=url, cluster_id="chorus-production", require_connection=True) as bb,
+    ):
+        done = await backbeat("tempo", "1200", "--over", "16", "-s", url, "-j")
+        reply = json.loads(done.stdout)
+        assert (reply["tempo_bpm"], reply["over_beats"]) == (1200.0, 16)
+        with trio.fail_after(60):
+            await bb.sleep_until(reply["effective_beat"] + 8)
+            assert 600 < bb.tempo_bpm < 1200
+            await bb.sleep_until(reply["effective_beat"] + 16)
+        assert bb.tempo_bpm == 1200.0
+        done = await backbeat("pause", "-s", url, "-j")
+        paused = json.loads(done.stdout)
+        with trio.fail_after(60):
+            await bb.sleep_until(paused["effective_beat"])
+        assert bb.health().paused
+        done = await backbeat("tempo", "60", "-s", url)
+        assert done.returncode == 1
+        assert "stands still" in done.stderr.decode()
+        done = await backbeat("resume", "-s", url)
+        beat = paused["effective_beat"]
+        assert done.stdout == f"the grid goes on from beat {beat}\n".encode()
+        with trio.fail_after(60):
+            await bb.sleep(1)
+        assert not bb.health().paused
+        assert bb.tempo_bpm == 1200.0
+        assert bb.statistics().locks == 1
+        done = await backbeat("resume", "-s", url)
+        assert done.returncode == 1
+        done = await backbeat("pause", "-s", url, "--at-beat", "1000000")
+        assert done.stdout == b"the grid stands still on beat 1000000\n"
+
+
+async def test_metronomes_with_jetstream_take_turns() -> None:
+    async with NatsServer(["-js"]) as server:
+        arguments = ("pulse", "-s", server.url, "--bpm", "600", "--replicas", "1")
+        async with program(*arguments, "--id", "one") as one:
+            assert "leader=one epoch=1" in await line_with(one.stderr, "metronome leads")
+            async with program(*arguments, "--id", "two") as two:
+                await line_with(two.stderr, "locked to the grid - leader=one")
+                one.kill()
+                assert "leader=two" in await line_with(two.stderr, "metronome leads")
+
+
+async def test_replicas_that_cannot_be() -> None:
+    async with (
+        NatsServer(["-js"]) as server,
+        program("pulse", "-s", server.url, "--replicas", "3") as pulse,
+    ):
+        assert "replicas" in await line_with(pulse.stderr, "JetStream does not answer")
+
+
 async def test_claims() -> None:
     async with cluster() as url:
         async with (
@@ -172,23 +226,25 @@ async def test_claims() -> None:
             program("claims", "agent-1", "-s", url) as lines,
             open_session(nats_url=url, agent_id="agent-1", cluster_id="chorus-production") as bb,
         ):
-            with trio.fail_after(60):
-                while json_lines.returncode is None:
+
+            async def work() -> None:
+                while True:
                     bb.start_operation("election", beats=2).complete()
                     await bb.sleep(1)
-                    json_lines.poll()
-            heard = await line_with(json_lines.stdout, "\n")
-            for line in heard.splitlines()[:1]:
-                assert json.loads(line)["agent_id"] == "agent-1"
-            assert "P2P election: started" in await line_with(lines.stdout, "started")
-            # The reader goes away.
-            assert lines.stdout is not None
-            await lines.stdout.aclose()
-            with trio.fail_after(60):
-                while lines.poll() is None:
-                    bb.start_operation("election", beats=2).complete()
-                    await bb.sleep(1)
-            assert lines.returncode == 128 + signal.SIGPIPE
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(work)
+                heard = await line_with(json_lines.stdout, "\n")
+                assert json.loads(heard.splitlines()[0])["agent_id"] == "agent-1"
+                with trio.fail_after(60):
+                    assert await json_lines.wait() == 0
+                assert "P2P election: started" in await line_with(lines.stdout, "started")
+                # The reader goes away.
+                assert lines.stdout is not None
+                await lines.stdout.aclose()
+                with trio.fail_after(60):
+                    assert await lines.wait() == 128 + signal.SIGPIPE
+                nursery.cancel_scope.cancel()
     done = await backbeat("claims", "-s", url, "--count", "0")
     assert done.returncode == 0
 

@@ -14,6 +14,8 @@ import trio.testing
 
 import backbeat_trio as backbeat
 from backbeat_trio._clock import local_ns
+from backbeat_trio._tempo import propose
+from backbeat_trio._timeline import Timeline
 from backbeat_trio._wire import (
     BeatFrame,
     Segment,
@@ -354,3 +356,220 @@ async def test_drift_is_told(milli: int, drift: str, autojump_clock: Clock) -> N
         await trio.testing.wait_all_tasks_blocked()
         assert bb.health().tempo_drift == drift
         assert bb.health().measured_bpm == pytest.approx(milli / 1000, rel=1e-6)
+
+
+async def test_a_forged_epoch_is_asked_about_and_told_of(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(3)
+        for _ in range(4):
+            leader.send(epoch=2**53, leader_id="forger")
+            await leader.beat()
+        assert bb.health().epoch == 5
+        assert bb.health().leader_id == "by-hand"
+        assert bb.statistics().frames_unexplained == 4
+        assert any("epoch 9007199254740992" in error for error in bb.health().errors)
+        assert bb.current_beat() == leader.index()
+        # Where nobody can be asked it is not believed as long as the other one is heard.
+        leader.answering = False
+        leader.send(epoch=2**53, leader_id="forger")
+        await leader.beat(2)
+        assert bb.health().epoch == 5
+        assert bb.statistics().frames_unexplained == 5
+
+
+async def test_answers_that_lie_by_seconds_are_outlying(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(5)
+        locks = bb.statistics().locks
+        leader.lie_ns = 7 * SECOND
+        while not bb.statistics().pings_outlying:
+            await trio.sleep(0.1)
+        leader.lie_ns = 0
+        await leader.beat(3)
+        assert bb.statistics().pings_outlying == 1
+        assert bb.statistics().locks == locks
+        assert any("contradicts" in error for error in bb.health().errors)
+        assert bb.current_position() == pytest.approx(leader.index(), abs=1e-3)
+
+
+async def test_a_leader_whose_clock_jumped_is_followed_forward(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(5)
+        leader.offset_ns += 3 * SECOND
+        await trio.sleep(4)
+        assert bb.current_beat() == leader.index()
+        # Back it goes slowly, and never runs backwards.
+        leader.offset_ns -= SECOND // 10
+        positions = []
+        for _ in range(40):
+            await trio.sleep(0.1)
+            positions.append(bb.current_position())
+        assert positions == sorted(positions)
+        assert bb.current_beat() == leader.index()
+        assert bb.statistics().locks == 1
+
+
+async def test_two_that_answer_in_different_epochs_are_told_of(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb), trio.open_nursery() as nursery:
+        await leader.beat(2)
+
+        async def change() -> None:
+            # Between two pings of one burst.
+            async with leader.transport.open_subscription(f"backbeat.sync.{CLUSTER_ID}") as asked:
+                number = 0
+                async for _ in asked:
+                    number += 1
+                    leader.epoch = 5 + number % 2
+
+        nursery.start_soon(change)
+        await trio.sleep(3)
+        assert any("several epochs" in error for error in bb.health().errors)
+        nursery.cancel_scope.cancel()
+
+
+async def test_uncertainty_grows_in_holdover(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(20)
+        known = bb.health().uncertainty
+        assert known is not None
+        assert known < 0.001
+        leader.answering = False
+        await trio.sleep(60)
+        assert bb.health().local_degradation
+        grown = bb.health().uncertainty
+        assert grown is not None
+        assert 0.005 > grown > known + 50e-6
+        leader.answering = True
+        await leader.beat(3)
+        again = bb.health().uncertainty
+        assert again is not None
+        assert again < grown
+
+
+async def test_uncertainty_is_unknown_without_pings(autojump_clock: Clock) -> None:
+    async with leading(answer=False) as (leader, bb):
+        assert bb.health().uncertainty is None
+        assert bb.health().leader_id is None
+        await leader.beat(3)
+        assert bb.health().leader_id == "by-hand"
+        assert bb.health().uncertainty is None
+
+
+async def test_a_pause_that_was_heard_of_too_late(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.answering = False
+        await trio.sleep(3.5)
+        position = bb.current_position()
+        with bb.move_on_after(2) as scope:
+            # It stood still behind the agent's back, three beats ago.
+            stopped = leader.index() - 3
+            still = Segment(5, 1, stopped, stopped * SECOND, 0)
+            leader.segment = still
+            leader.send(beat_index=stopped, tempo_bpm=0.0)
+            await trio.sleep(5)
+            assert bb.health().paused
+            assert bb.tempo_bpm == 0
+            # It stands still, too, and does not go back.
+            assert bb.current_position() == pytest.approx(position, abs=0.1)
+            assert bb.current_beat() == int(position)
+            left = scope.beats_left
+            await trio.sleep(5)
+            assert scope.beats_left == left > 1
+            # Once the grid goes on so does the agent, and comes back to it.
+            now = leader.cluster_ns()
+            leader.segment = Segment(5, 2, stopped, now, 60_000)
+            leader.answering = True
+            leader.send(beat_index=stopped + 1)
+            await trio.sleep_forever()
+        assert scope.cancelled_caught
+        await trio.sleep(60)
+        assert bb.current_beat() == leader.index()
+        assert bb.statistics().locks == 1
+
+
+async def test_frames_of_a_grid_that_stands_still_go_on(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        beat = leader.index() + 2
+        leader.next_segment = Segment(5, 1, beat, beat * SECOND, 0)
+        await leader.beat(2)
+        leader.segment, leader.next_segment = leader.next_segment, None
+        frames = bb.statistics().frames
+        for _ in range(5):
+            await trio.sleep(1)
+            leader.send(beat_index=beat, tempo_bpm=0.0)
+        await trio.testing.wait_all_tasks_blocked()
+        health = bb.health()
+        assert (health.paused, health.current_beat, health.current_tempo) == (True, beat, 0.0)
+        assert not health.local_degradation
+        assert bb.statistics().frames == frames + 5
+        assert bb.statistics().frames_repeated == 0
+        leader.answering = False
+        await trio.sleep(2.5)
+        assert bb.health().local_degradation
+
+
+async def test_a_ramp_is_followed_from_one_frame(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat()
+        await trio.sleep(1)
+        beat = leader.index() + 2
+        ramp = propose(
+            Timeline((leader.segment,)),
+            leader.cluster_ns(),
+            120_000,
+            beat,
+            over=8,
+            beats_per_bar=4,
+            epoch=5,
+        )
+        leader.send(**ramp.told())
+        leader.answering = False
+        # All the frames after that one are lost, and whoever is alive knows what is to come.
+        switches = {}
+        async for heard in bb.beats():
+            switches[heard.index] = round(heard.tempo_bpm * 1000)
+            if heard.index == beat + 9:
+                break
+        steps = {segment.beat0: segment.milli_bpm for segment in ramp.segments[1:]}
+        assert {index: switches[index] for index in steps} == steps
+        assert bb.tempo_bpm == 120
+
+
+async def test_frames_whose_segments_do_not_join_are_counted(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat()
+        leader.send(
+            beat_index=leader.index() + 1, next_segment=Segment(5, 1, 2000, 17 * SECOND, 60_000)
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        assert bb.statistics().frames_undecodable == 1
+
+
+async def test_a_loop_that_was_blocked_blames_itself(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(10)
+        assert not bb.health().local_degradation
+        autojump_clock.jump(0.2)
+        leader.send(beat_index=leader.index())
+        await trio.sleep(0.5)
+        autojump_clock.jump(1.5)
+        # Before its own loop got round to anything.
+        assert bb.health().local_degradation
+        await leader.beat(5)
+        assert bb.health().local_degradation
+        assert bb.health().tempo_drift == "acceptable"
+        await leader.beat(5)
+        assert not bb.health().local_degradation
+
+
+async def test_a_follower_starts_soon_after_its_metronome(autojump_clock: Clock) -> None:
+    async with leading(answer=False, tempo_bpm=2.0) as (leader, bb):
+        await trio.sleep(7)
+        assert bb.health().local_degradation
+        async with trio.open_nursery() as nursery:
+            await nursery.start(leader.answer)
+            await trio.sleep(1.1)
+            assert not bb.health().local_degradation
+            nursery.cancel_scope.cancel()

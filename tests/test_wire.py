@@ -225,7 +225,11 @@ def test_notes_that_fit_stay() -> None:
 def test_the_messages_of_the_documentation_are_messages() -> None:
     text = (Path(__file__).parent.parent / "docs" / "design.md").read_text()
     messages = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
-    frame, claim, sync, sync_reply, tempo, tempo_reply = (m.encode() for m in messages)
+    record, probe, frame, claim, sync, sync_reply, tempo, tempo_reply = (
+        m.encode() for m in messages
+    )
+    assert wire.decode_record(record).segments == (SEGMENT,)
+    assert wire.decode_probe(probe).epoch == 7
     assert wire.decode_frame(frame) == FRAME
     assert wire.decode_claims(claim)[0].task_id == "election-leader-2025"
     assert wire.decode_sync_request(sync).agent_id == "chorus-agent-42"
