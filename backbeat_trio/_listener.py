@@ -215,8 +215,8 @@ class BeatListener:
         while True:
             await self._transport.wait_connected()
             self._ask.value = False
-            joining = not self.locked.is_set() or self._unexplained is not None
-            replies = await self._burst(_JOINING_PINGS if joining else _STEADY_PINGS)
+            locked = self.locked.is_set()
+            replies = await self._burst(_STEADY_PINGS if locked else _JOINING_PINGS)
             seconds = beat_ns(self._clock.segment().milli_bpm) / 1e9
             if not self.locked.is_set():
                 seconds = min(seconds, _JOINING)
