@@ -210,6 +210,7 @@ class Leader:
                 nursery.start_soon(self._answer, probes, self._answer_probe)
             if self._ledger is not None:
                 nursery.start_soon(self._keep_record)
+                nursery.start_soon(self._look_after_outages)
             task_status.started()
             # The subscriptions last as long as those who listen.
             await trio.sleep_forever()
@@ -283,6 +284,12 @@ class Leader:
                 self._look.value = True
             else:
                 await trio.sleep(_PAUSE)
+
+    async def _look_after_outages(self) -> None:
+        while True:
+            await self._transport.wait_connected(False)
+            await self._transport.wait_connected()
+            self._look.value = True
 
     def _cannot_commit(self, error: Exception) -> None:
         self._counts.commits_failed += 1

@@ -181,6 +181,7 @@ class Standby:
                 subject, request = lead_subject(self._cluster_id, epoch), self._probe(epoch)
                 # It may be on its way back to the server; another grid is the last resort.
                 absence = _ABSENT_NS
+            milli = self._clock.segment().milli_bpm if record is None else record.milli_bpm
             now = local_ns()
             try:
                 await self._transport.request(subject, request, timeout=_ASK)
@@ -191,7 +192,7 @@ class Standby:
             except TransportBroken:
                 if not self._transport.connected:
                     raise
-                if now - absent_since >= lease_ns(self._clock.segment().milli_bpm):
+                if now - absent_since >= lease_ns(milli):
                     self._seen = max(self._seen, epoch)
                     return
             else:
