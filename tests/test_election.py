@@ -394,3 +394,17 @@ async def test_two_that_lead_for_a_moment_tell_the_same_grid(autojump_clock: Clo
         assert bb.statistics().locks == 1
         seen = {(f.beat_index, f.segment.t0_ns) for _, f in made.frames}
         assert len(seen) == len({index for index, _ in seen})
+
+
+async def test_a_leader_that_is_silent_as_a_newcomer_comes(autojump_clock: Clock) -> None:
+    async with trio.open_nursery() as nursery:
+        made = Cluster(nursery)
+        await nursery.start(made.transport.run)
+        # Somebody is there to be asked, and says nothing; and there is no record.
+        async with made.transport.open_subscription(f"backbeat.sync.{CLUSTER_ID}"):
+            one = await made.start("pulse-0")
+            await trio.sleep(1.9)
+            assert not one.leads
+            await trio.sleep(0.5)
+            assert one.leads
+        nursery.cancel_scope.cancel()
