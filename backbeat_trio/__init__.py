@@ -10,6 +10,7 @@ Layers, from the bottom up; imports point downwards only:
 2     `_clock`, `_transport`, `_ledger`      beats for tasks; the in-process bus; the record
 3     `_nats`, `_nats_client`, `_jetstream`  NATS: the supervisor, one connection, what is stored
 3     `_listener`, `_emitter`, `_services`   what a session runs
+3     `_health`                              what a session tells of itself
 3     `_metronome`, `_leader`, `_standby`    the metronome: its turns, leading, standing by
 4     `_session`                             what an application does with a session
 4     `_lifecycle`                           the nursery, start-up and shutdown
@@ -37,16 +38,12 @@ from ._errors import (
     TransportClosed as TransportClosed,
     TransportError as TransportError,
 )
+from ._health import Health as Health, SessionStatistics as SessionStatistics
 from ._lifecycle import session as session
 from ._metronome import Metronome as Metronome, MetronomeStatistics as MetronomeStatistics
 from ._operations import Operation as Operation, Phase as Phase
 from ._services import Logger as Logger
-from ._session import (
-    Health as Health,
-    Session as Session,
-    SessionStatistics as SessionStatistics,
-    current_session as current_session,
-)
+from ._session import Session as Session, current_session as current_session
 from ._transport import (
     MemoryBus as MemoryBus,
     MemoryTransport as MemoryTransport,

@@ -384,11 +384,13 @@ class BeatClock:
     def beat(self, index: int, *, skipped: int = 0) -> Beat:
         """Describe a beat."""
         bar = self.beats_per_bar
+        # Of that beat, also where the next one has begun by now.
+        begun = min(self.timeline.time_of(index), self.cluster_ns())
         return Beat(
             index=index,
             downbeat=index % bar == 0,
             phase=beat_phase(index, bar),
-            tempo_bpm=self.segment().milli_bpm / 1000,
+            tempo_bpm=self.timeline.segment_at(begun).milli_bpm / 1000,
             window_id=window_id(index, bar),
             skipped=skipped,
         )

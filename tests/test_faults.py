@@ -841,6 +841,33 @@ async def test_a_hundred_thousand_budgets_end_on_one_beat(thorough: bool) -> Non
             assert bb.tempo_bpm == 20.0
 
 
+@guarded(120)
+async def test_everybody_switches_on_the_same_beat(thorough: bool, report: Report) -> None:
+    changes = 40 if thorough else 6
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        one, _ = await stack.enter_async_context(metronome(server.url, "pulse-1", bpm=600))
+        await until(lambda: one.leads)
+        everybody = await stack.enter_async_context(agents(server.url, 8))
+        first = everybody[0]
+        for number in range(changes):
+            asked = random.choice(everybody).bb
+            beat = await asked.set_tempo(random.choice([600, 900, 1200]), over=number % 3 * 4)
+            await first.bb.sleep_until(beat + 10)
+        await first.bb.sleep(2)
+    tempos: dict[int, set[float]] = {}
+    for agent in everybody:
+        for index, tempo in agent.tempos.items():
+            tempos.setdefault(index, set()).add(tempo)
+    differing = [index for index, told in tempos.items() if len(told) > 1]
+    report(
+        "switches of the tempo on the same beat, 8 agents",
+        changes=one.statistics().tempo_changes,
+        beats=len(tempos),
+        differing=len(differing),
+    )
+    assert not differing
+
+
 # 11. Every public call cancelled, while the server stands still and goes on.
 
 

@@ -27,6 +27,7 @@ LAYERS = {
     "_nats": 3,
     "_nats_client": 3,
     "_services": 3,
+    "_health": 3,
     "_listener": 3,
     "_emitter": 3,
     "_jetstream": 3,
