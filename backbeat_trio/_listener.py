@@ -300,8 +300,8 @@ class BeatListener:
             self._lock(reply, timeline, estimate.offset_at(now), estimate.frequency)
             return verdict
         if reply.epoch != self.epoch and estimate.known:
-            # The next leader's idea of the same cluster time, as far as it differs.
-            estimate.shift(best.offset_ns - estimate.offset_at(best.local_ns))
+            # The next leader has an idea of its own of the same cluster time.
+            estimate.begin_anew(best)
         verdict = estimate.add(burst)
         if verdict is Verdict.OUTLYING or not same:
             self._counters.pings_outlying += 1

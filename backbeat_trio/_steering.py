@@ -183,24 +183,31 @@ class Estimate:
         self._fit()
         return Verdict.OVERRULED
 
-    def shift(self, offset_ns: int) -> None:
-        """Move all that was measured, as another leader's cluster time differs by so much."""
-        self._points = deque(
-            (
-                ping._replace(
-                    received_ns=ping.received_ns + offset_ns, replied_ns=ping.replied_ns + offset_ns
-                )
-                for ping in self._points
-            ),
-            maxlen=_BURSTS,
-        )
+    def begin_anew(self, ping: Ping) -> None:
+        """Begin anew with another leader, who has an idea of its own of cluster time.
+
+        Its rate hardly differs, and what was known of the offset counts as much as one ping that
+        was on its way for so long. Moving the old points by what one burst says would give that
+        burst's error the weight of them all.
+
+        Args:
+          ping: the best one that the other leader has answered.
+
+        """
+        local = ping.local_ns
+        offset, half = self.offset_at(local), self.uncertainty_at(local) + round(_SLACK_NS)
+        self._prior, self._prior_sd = self._frequency, max(self._frequency_sd, _KNOWN)
+        self._points.clear()
         self._contradictions.clear()
-        self._mean_offset += offset_ns
+        if abs(ping.offset_ns - offset) <= half + ping.delay_ns / 2:
+            cluster = local + offset
+            self._points.append(Ping(local - half, cluster, cluster, local + half))
+            self._fit()
 
     def _agrees(self, ping: Ping) -> bool:
-        # The true offset lies within half the way of what was measured.
+        # The true offset lies within half the way of what was measured, now and before.
         local = ping.local_ns
-        allowed = ping.delay_ns / 2 + 4 * self._deviation(local) + _SLACK_NS
+        allowed = (ping.delay_ns + self._best_ns) / 2 + 4 * self._deviation(local) + _SLACK_NS
         return abs(ping.offset_ns - self.offset_at(local)) <= allowed
 
     def _deviation(self, local_ns: int) -> float:

@@ -236,15 +236,69 @@ def test_lies_that_contradict_one_another_never_overrule() -> None:
         agent.now += BEAT
 
 
-def test_another_leader_shifts_what_was_measured() -> None:
+def change_leader(agent: Agent, ping: Ping) -> None:
+    agent.estimate.begin_anew(ping)
+    assert agent.estimate.add([ping]) is Verdict.TAKEN
+
+
+def long_ping(agent: Agent, lie_ns: int = 0) -> Ping:
+    # All of its way is the way there, so that it is wrong by half of it.
+    sent, agent.now = agent.now, agent.now + 40_000_000
+    came = agent.now + lie_ns
+    return Ping(agent.local(sent), came, came, agent.local(agent.now))
+
+
+def offset_error(agent: Agent, lie_ns: int = 0) -> float:
+    now = agent.local(agent.now)
+    return now + agent.estimate.offset_at(now) - agent.now - lie_ns
+
+
+@pytest.mark.parametrize("lie", [-400_000, 0, 400_000, 30_000_000, -30_000_000])
+def test_the_offset_to_another_leader_is_measured_anew(lie: int) -> None:
     agent = Agent(ppm=100)
     agent.run(60)
-    frequency, now = agent.estimate.frequency, agent.local(agent.now)
-    offset = agent.estimate.offset_at(now)
-    agent.estimate.shift(400_000)
-    assert agent.estimate.offset_at(now) == offset + 400_000
-    assert agent.burst(lie_ns=400_000) is Verdict.TAKEN
-    assert agent.estimate.frequency / PARTS == pytest.approx(frequency / PARTS, abs=2e-6)
+    frequency = agent.estimate.frequency
+    change_leader(agent, min((agent.ping(lie) for _ in range(16)), key=lambda p: p.delay_ns))
+    assert abs(offset_error(agent, lie)) <= 250_000
+    for _ in range(10):
+        assert agent.burst(lie_ns=lie) is Verdict.TAKEN
+        assert abs(offset_error(agent, lie)) <= agent.estimate.uncertainty_at(
+            agent.local(agent.now)
+        )
+        agent.now += BEAT
+    assert abs(offset_error(agent, lie)) <= 150_000
+    assert agent.estimate.frequency / PARTS == pytest.approx(frequency / PARTS, abs=10e-6)
+
+
+def test_one_bad_ping_does_not_undo_what_was_known_before_another_leader() -> None:
+    agent = Agent(ppm=100)
+    agent.run(60)
+    change_leader(agent, long_ping(agent))
+    assert abs(offset_error(agent)) <= 500_000
+    # None of the good ones that follow is taken for an outlier.
+    for _ in range(10):
+        assert agent.burst() is Verdict.TAKEN
+        agent.now += BEAT
+    assert abs(offset_error(agent)) <= 150_000
+
+
+def test_one_bad_ping_of_another_leader_that_is_far_off() -> None:
+    agent, lie = Agent(ppm=100), 100_000_000
+    agent.run(60)
+    change_leader(agent, long_ping(agent, lie))
+    now = agent.local(agent.now)
+    assert abs(offset_error(agent, lie)) <= agent.estimate.uncertainty_at(now)
+    assert agent.burst(lie_ns=lie) is Verdict.TAKEN
+    assert abs(offset_error(agent, lie)) <= 250_000
+
+
+def test_good_pings_after_a_first_one_that_was_bad_are_no_outliers() -> None:
+    agent = Agent()
+    assert agent.estimate.add([long_ping(agent)]) is Verdict.TAKEN
+    assert abs(offset_error(agent)) >= 15_000_000
+    assert abs(offset_error(agent)) <= agent.estimate.uncertainty_at(agent.local(agent.now))
+    assert agent.burst() is Verdict.TAKEN
+    assert abs(offset_error(agent)) <= 250_000
 
 
 def test_nothing_comes_of_no_pings() -> None:
