@@ -43,7 +43,8 @@ _PING_TIMEOUT: Final = 0.5
 _BURST_MIN: Final = 0.25
 _BURST_MAX: Final = 5.0
 _JOINING: Final = 1.0
-# Pings that err by more than this, having been long ago, are worse than the arrival of frames.
+# Pings that err by more than their way and this, having been long ago, are worse than the arrival
+# of frames, which errs by its own way.
 _PINGS_WORSE_NS: Final = 10_000_000
 
 
@@ -176,7 +177,8 @@ class BeatListener:
         self._follow(frame, timeline)
         clock, estimate = self._clock, self._estimate
         if not self._answered and (
-            not estimate.known or estimate.uncertainty_at(received_ns) > _PINGS_WORSE_NS
+            not estimate.known
+            or estimate.uncertainty_at(received_ns) > estimate.way_ns + _PINGS_WORSE_NS
         ):
             # What a frame alone tells, wrong by its way.
             clock.steer(timeline.time_of(frame.beat_index) - received_ns)

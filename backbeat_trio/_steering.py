@@ -132,6 +132,11 @@ class Estimate:
         limit = _MAX_FREQUENCY
         return max(-limit, min(limit, round(self._frequency * PARTS)))
 
+    @property
+    def way_ns(self) -> int:
+        """The shortest way of a ping, there and back."""
+        return self._best_ns
+
     def offset_at(self, local_ns: int) -> int:
         """Return cluster time minus local time at an instant of local time."""
         return self._mean_offset + (local_ns - self._mean_local) * self.frequency // PARTS
