@@ -1,0 +1,131 @@
+"""The simulation of many agents: what it finds, and that it finds what is wrong."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+
+from backbeat_trio import _leader, _listener, _standby
+
+PATH = Path(__file__).parent.parent / "benchmarks" / "simulate.py"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("simulate", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # What is pickled is looked up there.
+    sys.modules["simulate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+simulate = load()
+
+
+@functools.cache
+def report(seed: int = 3) -> Any:
+    return simulate.simulate(40, 60.0, seed, 1)
+
+
+def figures() -> dict[str, float]:
+    return {figure.name: figure.measured for figure in report().figures}
+
+
+def test_its_rules_are_those_of_the_listener_and_the_standby() -> None:
+    names = ["JOINING_PINGS", "STEADY_PINGS", "PINGS_WORSE_NS"]
+    assert [getattr(simulate, n) for n in names] == [getattr(_listener, f"_{n}") for n in names]
+    for ns, seconds in {
+        simulate.PING_TIMEOUT_NS: _listener._PING_TIMEOUT,
+        simulate.BURST_MIN_NS: _listener._BURST_MIN,
+        simulate.BURST_MAX_NS: _listener._BURST_MAX,
+        simulate.JOINING_NS: _listener._JOINING,
+    }.items():
+        assert ns / simulate.SECOND == seconds
+    assert (simulate.LATE_NS, simulate.JITTERS) == (_standby._LATE_NS, _standby._JITTERS)
+    assert (simulate.LEASE_BEATS, simulate.LEASE_NS) == (_leader._LEASE_BEATS, _leader._LEASE_NS)
+
+
+def test_everybody_switches_on_the_same_index() -> None:
+    assert figures()["same_index"] == 100.0
+    story = simulate.tell(simulate.schedule(120.0), 120.0, random.Random("3:leaders"))
+    tempos = set(story.history.tempos.values())
+    # A change, the steps of a ramp, a pause, and a change back; one was put off by a failover.
+    assert {0, 60_000, 75_000, 80_000, 100_000} < tempos
+    assert [reign.epoch for reign in story.history.reigns] == [1, 2, 3, 4, 5]
+
+
+def test_no_beat_is_lost_or_repeated() -> None:
+    assert [figures()[name] for name in ("lost", "stalled_lost", "back", "relocks")] == [0] * 4
+
+
+def test_agents_agree_and_know_how_well() -> None:
+    found = figures()
+    assert 0.01 < found["skew"] < 0.5
+    assert 0.01 < found["beats"] < 1.0
+    assert found["honest"] >= 99.9
+    assert 0.01 < found["holdover"] < 5.0
+    assert found["drift"] >= 99.0
+
+
+def test_a_seed_gives_the_same_again() -> None:
+    again, other = (simulate.simulate(4, 40.0, seed, 1) for seed in (5, 6))
+    assert again == simulate.simulate(4, 40.0, 5, 1)
+    assert again != other
+
+
+def test_an_agent_that_hears_too_late_is_told_apart() -> None:
+    story = simulate.tell(simulate.schedule(60.0), 60.0, random.Random("7:leaders"))
+    change = story.kept[0][0].true_ns
+    world = simulate.World(story.history, 60.0, "7:agents", cut_ns=change, stalls=False)
+    outcome = simulate.live(world, 0)
+    assert not simulate.in_tempo(outcome, story.history.tempos)
+
+
+def test_a_clock_inverts() -> None:
+    clock = simulate.LocalClock(random.Random(1), 150.0, 30.0)
+    for true in (0, 1, 4_999_999_999, 5_000_000_000, 12_345_678_901):
+        local = clock.local(true)
+        assert clock.local(clock.true(local)) >= local
+        assert clock.true(local) <= true
+        assert clock.local(clock.true(local) - 1) < local
+
+
+def test_regions() -> None:
+    one, strata = simulate.simulate_regions(2, 24, 40.0, 1, 1, 120_000)
+    p99 = simulate.percentile
+    assert p99(one.within, 0.99) < 2_000_000
+    assert p99(strata.within, 0.99) < 500_000
+    # Half of what the two ways differ by cannot be measured, and is told.
+    assert strata.errors[-1] < 12_000_000
+    assert strata.honest < 90.0
+    assert strata.honest_together == one.honest == 100.0
+    assert strata.far_pings < one.far_pings
+    for way in (one, strata):
+        assert [good for lead, (good, of) in way.right.items() if lead > 3 and good != of] == []
+        assert all(of for _, of in way.right.values())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "found.json"
+    arguments = ["--agents", "4", "--seconds", "40", "--jobs", "1", "--json", str(found)]
+    missed = simulate.main(arguments)
+    results = msgspec.json.decode(found.read_bytes())
+    assert missed == (not all(figure["met"] for figure in results["figures"]))
+    assert len(results["figures"]) == len(simulate.TARGETS)
+    assert "agents that had every beat at its tempo" in capsys.readouterr().out
+
+
+def test_a_target_that_is_missed_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    hard = simulate.TARGETS | {"skew": simulate.TARGETS["skew"]._replace(target=0.0)}
+    monkeypatch.setattr(simulate, "TARGETS", hard)
+    assert simulate.main(["--agents", "4", "--seconds", "40", "--jobs", "1"]) == 1
