@@ -855,11 +855,11 @@ class Leading:
         if change.extra is None:
             return ask()
         beat = self.timeline.after(cluster)
-        while True:
+        for soonest in range(beat, beat + 100):
             with suppress(TempoRefused):
-                ask(at_beat=beat)
-                return ask(at_beat=beat + change.extra)
-            beat += 1
+                ask(at_beat=soonest)
+                return ask(at_beat=soonest + change.extra)
+        raise TempoRefused(f"{change} cannot be made on beat {beat} or soon after")
 
     def change(self, change: Change) -> int:
         """Commit a change, which takes some milliseconds, tell of it, and return its beat."""
@@ -1185,8 +1185,8 @@ class Metronome(NamedTuple):
 def region_changes(seconds: float, milli: int) -> list[Change | Failure]:
     """Return changes with leads of different lengths, and one failover."""
     changes: list[Change | Failure] = []
-    # A pause is over when everybody has been told, which takes its second.
-    step = max(12 * beat_ns(milli), 4 * SECOND)
+    # A pause is over when everybody has been told, which takes up to two seconds.
+    step = max(12 * beat_ns(milli), 6 * SECOND)
     chance = random.Random(milli)
     failed = False
     for number in range(round((seconds - 5) * SECOND - SETTLED_NS) // step):
@@ -1198,18 +1198,19 @@ def region_changes(seconds: float, milli: int) -> list[Change | Failure]:
         extra = number % 4
         if number % 5 == 4:
             changes.append(Change(at, "pause", 0, extra=extra))
-            changes.append(Change(at + round(0.65 * step), "resume", None))
+            changes.append(Change(at + step // 2, "resume", None))
         else:
             tempo = milli * 5 // 4 if number % 2 else milli
             changes.append(Change(at, "tempo", tempo, extra=extra))
     return changes
 
 
-def follow(root: History, seconds: float, chance: random.Random) -> Metronome:
+def follow(
+    root: History, seconds: float, chance: random.Random, link: tuple[Link, Link]
+) -> Metronome:
     """Have the metronome of a region follow the first region's grid."""
     clock, history = LocalClock(chance, chance.gauss(0, 50), seconds), History()
-    there, back = far(chance), far(chance)
-    metronome = Agent(root, chance, clock, up=there, down=back, seconds=seconds)
+    metronome = Agent(root, chance, clock, up=link[0], down=link[1], seconds=seconds)
     reign = Reign(1, clock, FOREVER)
     metronome.leads = reign, history
     history.reigns.append(reign)
@@ -1291,7 +1292,8 @@ def simulate_regions(
     metronomes: list[Metronome | None] = [None]
     apart = [populate(home, each, jobs)]
     for region in range(1, regions):
-        metronome = follow(root, seconds, random.Random(f"{seed}:metronome:{milli}:{region}"))
+        chance = random.Random(f"{seed}:metronome:{milli}:{region}")
+        metronome = follow(root, seconds, chance, links[region])
         metronomes.append(metronome)
         there = home._replace(history=metronome.history, seed=f"{seed}:strata:{region}")
         apart.append(populate(there, each, jobs))
