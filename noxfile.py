@@ -1,4 +1,4 @@
-"""What is run on the project: ``nox -s tests faults lint types bench``."""
+"""What is run on the project: ``nox -s tests faults lint types bench simulate``."""
 
 from __future__ import annotations
 
@@ -77,3 +77,10 @@ def bench(session: nox.Session) -> None:
     """Measure speed and memory, and print them beside their targets."""
     session.install(".[server,testing]")
     session.run("python", os.path.join("benchmarks", "bench.py"), *session.posargs)
+
+
+@nox.session(python=DEFAULT)
+def simulate(session: nox.Session) -> None:
+    """Simulate many agents, and print how well they agree beside the targets."""
+    session.install(".", *group("simulate"))
+    session.run("python", os.path.join("benchmarks", "simulate.py"), *session.posargs)
