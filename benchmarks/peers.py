@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 import msgspec
@@ -55,7 +54,7 @@ class Heard(msgspec.Struct):
 
 @final
 class Peer:
-    """A process of this file, seen from the one that started it."""
+    """A process of this kind, seen from the one that started it."""
 
     def __init__(self, process: trio.Process) -> None:
         self._process = process
@@ -98,14 +97,17 @@ async def open_process(*command: str, stderr: int | None = None) -> AsyncGenerat
 
 
 @asynccontextmanager
-async def open_peer(role: str, *arguments: str) -> AsyncGenerator[Peer, None]:
+async def open_peer(
+    role: str, *arguments: str, script: str = __file__
+) -> AsyncGenerator[Peer, None]:
     """Run a peer for the length of a block."""
-    async with open_process(sys.executable, str(Path(__file__)), role, *arguments) as peer:
+    async with open_process(sys.executable, script, role, *arguments) as peer:
         await peer.read(Ready)
         yield peer
 
 
-def _say(message: msgspec.Struct) -> None:
+def say(message: msgspec.Struct) -> None:
+    """Write a line for whoever started this process."""
     sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
     sys.stdout.buffer.flush()
 
@@ -137,7 +139,7 @@ async def listen(url: str, subject: str) -> None:
         if message.data == END:
             # One that is repeated says nothing new.
             if payloads:
-                _say(_heard(payloads, first, last))
+                say(_heard(payloads, first, last))
             payloads.clear()
             return
         last = time.perf_counter()
@@ -148,7 +150,7 @@ async def listen(url: str, subject: str) -> None:
     # Without limits, as a listener that drops would make the sender look fast.
     await client.subscribe(subject, cb=receive, pending_msgs_limit=0, pending_bytes_limit=0)
     await client.flush()
-    _say(Ready())
+    say(Ready())
     await asyncio.to_thread(sys.stdin.read)
     await client.close()
 
@@ -170,7 +172,7 @@ async def publish(url: str, subject: str, count: str) -> None:
         for number in range(int(count))
     ]
     client = await nats.connect(url, allow_reconnect=False, closed_cb=_give_up)
-    _say(Ready())
+    say(Ready())
     while await asyncio.to_thread(sys.stdin.readline):
         for claim in encoded:
             await client.publish(subject, claim)

