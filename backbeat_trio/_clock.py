@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from types import TracebackType
@@ -29,6 +30,9 @@ from ._wire import BeatPhase, Segment, beat_phase, window_id
 _AT_ONCE: Final = 1000
 # Trio's timers are late by a millisecond or so: what must not be is waited for in checkpoints.
 _NEAR_NS: Final = 2_000_000
+# Whatever else falls due on a beat runs in the same turn of Trio's loop, and at times first: so the
+# last part of the wait is no checkpoint at all.
+_SPIN_NS: Final = 100_000
 _ENDED: Final = "the beat budget ran out"
 _CLOSED: Final = "the session was closed"
 
@@ -541,13 +545,27 @@ class BeatClock:
 
     async def near_edge(self) -> None:
         """Wait for the next beat or for part of the way to it; at its end, without sleeping."""
-        left = self._edge_ns() - local_ns()
-        if left <= _NEAR_NS:
-            await trio.lowlevel.checkpoint()
+        now = local_ns()
+        left = self._edge_ns() - now
+        if left > _NEAR_NS:
+            left -= _NEAR_NS
         else:
-            # Woken by what changes the grid, or by the beat, where that is sooner.
-            with trio.move_on_after((left - _NEAR_NS) / 1e9):
-                await self._lot.park()
+            await trio.lowlevel.checkpoint()
+            if local_ns() != now:
+                self._spin()
+                return
+            # Virtual time, which stands still until everybody sleeps.
+        # Woken by what changes the grid, or by the beat, where that is sooner.
+        with trio.move_on_after(max(0, left) / 1e9):
+            await self._lot.park()
+
+    def _spin(self) -> None:
+        edge = self._edge_ns()
+        if 0 < edge - local_ns() <= _SPIN_NS:
+            # Not for ever, should Trio's clock be slow.
+            limit = time.perf_counter_ns() + 2 * _SPIN_NS
+            while local_ns() < edge and time.perf_counter_ns() < limit:
+                pass
 
     # The heap and its timer.
 

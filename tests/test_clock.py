@@ -535,6 +535,55 @@ async def test_scopes_that_were_left_are_forgotten(autojump_clock: trio.testing.
     gc.collect()
 
 
+async def test_precise_beats_come_in_virtual_time(autojump_clock: trio.testing.MockClock) -> None:
+    async with running() as clock:
+        start = trio.current_time()
+        beats = Beats(clock, bars=False, precise=True)
+        for number in range(1, 4):
+            assert (await anext(beats)).index == number
+            assert trio.current_time() - start == pytest.approx(number)
+
+
+class StepClock(trio.abc.Clock):
+    """A clock that moves on by a little whenever it is read."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def start_clock(self) -> None:
+        pass
+
+    def current_time(self) -> float:
+        self._now += 1.37e-6
+        return self._now
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return 0.0
+
+
+def test_a_precise_beat_comes_before_what_falls_due_with_it() -> None:
+    late = []
+
+    async def main() -> None:
+        async with running(bpm=6000) as clock, trio.open_nursery() as nursery:
+
+            async def work(index: int) -> None:
+                await trio.sleep_until(clock.deadline_of(index))
+                for _ in range(100):
+                    trio.current_time()
+
+            beats = Beats(clock, bars=False, precise=True)
+            for index in range(1, 41):
+                for _ in range(10):
+                    nursery.start_soon(work, index)
+                assert (await anext(beats)).index == index
+                late.append(trio.current_time() - clock.deadline_of(index))
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=StepClock())
+    assert max(late) < 20e-6
+
+
 async def test_slewing_moves_the_instant_and_never_the_beats(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
