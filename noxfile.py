@@ -74,9 +74,14 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python=DEFAULT)
 def bench(session: nox.Session) -> None:
-    """Measure speed and memory, and print them beside their targets."""
-    session.install(".[server,testing]")
-    session.run("python", os.path.join("benchmarks", "bench.py"), *session.posargs)
+    """Measure speed, memory and skew, and print them beside their targets.
+
+    Arguments are for one of the two: ``nox -s bench -- skew.py --quick``.
+    """
+    session.install(".[server,testing]", *group("bench"))
+    programs = [session.posargs] if session.posargs else [["bench.py"], ["skew.py"]]
+    for program, *arguments in programs:
+        session.run("python", os.path.join("benchmarks", program), *arguments)
 
 
 @nox.session(python=DEFAULT)
