@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final, final
+from typing import Final, TypeAlias, final
 
 import msgspec
 import trio
@@ -46,6 +46,9 @@ _JOINING: Final = 1.0
 # Pings that err by more than their way and this, having been long ago, are worse than the arrival
 # of frames, which errs by its own way.
 _PINGS_WORSE_NS: Final = 10_000_000
+
+# A frame, the timeline that it tells of, and when it came, in local ns.
+_Unexplained: TypeAlias = tuple[BeatFrame, Timeline, int]
 
 
 @final
@@ -83,7 +86,7 @@ class BeatListener:
         self._estimate = Estimate()
         self._next_index = 0
         # A frame that was not believed yet, until the leader has been asked about it.
-        self._unexplained: tuple[BeatFrame, Timeline, int] | None = None
+        self._unexplained: _Unexplained | None = None
         self._ask = AsyncBool(False)
         self._answered = False
 
@@ -217,12 +220,12 @@ class BeatListener:
         while True:
             await self._transport.wait_connected()
             self._ask.value = False
-            locked = self.locked.is_set()
+            locked, asked = self.locked.is_set(), self._unexplained
             replies = await self._burst(_STEADY_PINGS if locked else _JOINING_PINGS)
             seconds = beat_ns(self._clock.segment().milli_bpm) / 1e9
             if not self.locked.is_set():
                 seconds = min(seconds, _JOINING)
-            if not self._steer(replies):
+            if not self._steer(replies, asked):
                 seconds = _BURST_MIN
             with trio.move_on_after(min(max(seconds, _BURST_MIN), _BURST_MAX)):
                 await self._ask.wait_value(True)
@@ -255,7 +258,7 @@ class BeatListener:
                 replies.append((ping, reply))
         return replies
 
-    def _steer(self, replies: list[tuple[Ping, SyncReply]]) -> bool:
+    def _steer(self, replies: list[tuple[Ping, SyncReply]], asked: _Unexplained | None) -> bool:
         # Returns whether all is well, so that the next burst has time.
         epoch = max((reply.epoch for _, reply in replies), default=-1)
         if any(reply.epoch != epoch for _, reply in replies):
@@ -279,9 +282,10 @@ class BeatListener:
             self._counters.pings_failed += 1
             return True
         verdict = self._measure(reply, timeline, best, burst)
-        if self._unexplained is not None:
-            # Now that the clock is right it may be plain.
-            frame, told, received_ns = self._unexplained
+        if asked is not None and asked is self._unexplained:
+            # Now that the clock is right it may be plain. One that came while the leader was being
+            # asked is another question: the leader may have died with its last answer.
+            frame, told, received_ns = asked
             if not self._explains(frame, told, received_ns):
                 self._disbelieve(frame)
             else:

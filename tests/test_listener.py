@@ -61,17 +61,17 @@ async def test_frames_steer_only_where_they_are_better_than_pings(
 ) -> None:
     await trio.sleep(1)
     clock, listener = make_listener()
-    assert listener._steer([answered(delay)])
+    assert listener._steer([answered(delay)], None)
     assert listener.locked.is_set()
     assert abs(error_ns(clock)) <= 1000
     # A burst is lost, and the frame that comes then was on its way for 40 ms.
     await trio.sleep(0.54)
-    listener._steer([])
+    listener._steer([], None)
     hear_frame(listener)
     assert abs(error_ns(clock)) <= 1000
     # Of a clock whose rate is not known the pings tell little after three minutes.
     await trio.sleep(180)
-    listener._steer([])
+    listener._steer([], None)
     hear_frame(listener)
     assert error_ns(clock) == pytest.approx(-40 * MS, abs=MS)
 
@@ -79,17 +79,17 @@ async def test_frames_steer_only_where_they_are_better_than_pings(
 async def test_another_leader_is_not_believed_for_one_bad_ping(autojump_clock: Clock) -> None:
     await trio.sleep(1)
     clock, listener = make_listener()
-    assert listener._steer([answered(MS)])
+    assert listener._steer([answered(MS)], None)
     for _ in range(8):
         await trio.sleep(0.5)
-        assert listener._steer([answered(MS)])
+        assert listener._steer([answered(MS)], None)
     ping, reply = answered(200 * MS, epoch=2)
     # All of its way was the way there.
     late = reply.received_ns + 100 * MS
-    assert listener._steer([(ping._replace(received_ns=late, replied_ns=late), reply)])
+    assert listener._steer([(ping._replace(received_ns=late, replied_ns=late), reply)], None)
     assert listener.epoch == 2
     assert abs(error_ns(clock)) <= MS
     for _ in range(8):
         await trio.sleep(0.5)
-        assert listener._steer([answered(MS, epoch=2)])
+        assert listener._steer([answered(MS, epoch=2)], None)
         assert abs(error_ns(clock)) <= MS

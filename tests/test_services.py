@@ -85,14 +85,16 @@ class Leader:
         async with self.transport.open_subscription(f"backbeat.sync.{CLUSTER_ID}") as requests:
             task_status.started()
             async for request in requests:
-                if not self.answering:
-                    continue
-                now = self.cluster_ns() + self.lie_ns
-                reply = SyncReply(
-                    *(CLUSTER_ID, self.epoch, "by-hand", now, now, self.bar),
-                    *(self.segment, self.next_segment),
-                )
-                self.transport.publish_nowait(request.reply, encode(reply))
+                if self.answering:
+                    self.reply(request)
+
+    def reply(self, request: backbeat.Message) -> None:
+        now = self.cluster_ns() + self.lie_ns
+        reply = SyncReply(
+            *(CLUSTER_ID, self.epoch, "by-hand", now, now, self.bar),
+            *(self.segment, self.next_segment),
+        )
+        self.transport.publish_nowait(request.reply, encode(reply))
 
 
 @asynccontextmanager
@@ -573,3 +575,27 @@ async def test_a_follower_starts_soon_after_its_metronome(autojump_clock: Clock)
             await trio.sleep(1.1)
             assert not bb.health().local_degradation
             nursery.cancel_scope.cancel()
+
+
+async def test_a_leader_may_die_with_its_last_answer(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb), trio.open_nursery() as nursery:
+        await leader.beat(2)
+        leader.answering = False
+        subject = f"backbeat.sync.{CLUSTER_ID}"
+
+        async def succeed() -> None:
+            async with leader.transport.open_subscription(subject) as asked:
+                leader.reply(await anext(asked))
+                # The next leader's first frame comes while the rest of the burst is not answered.
+                await anext(asked)
+                leader.epoch = 6
+                leader.send(beat_index=leader.index())
+                await trio.sleep(0.1)
+                leader.answering = True
+
+        nursery.start_soon(succeed)
+        await trio.sleep(3)
+        await leader.beat(2)
+        assert bb.health().epoch == 6
+        assert bb.statistics().frames_unexplained == 0
+        assert bb.health().errors == ()
