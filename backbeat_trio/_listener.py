@@ -85,6 +85,7 @@ class BeatListener:
         self._counters = counters
         self._estimate = Estimate()
         self._next_index = 0
+        self._judged_epoch = -1
         # A frame that was not believed yet, until the leader has been asked about it.
         self._unexplained: _Unexplained | None = None
         self._ask = AsyncBool(False)
@@ -193,7 +194,10 @@ class BeatListener:
         # One that had to wait for this loop says nothing of the leader, and neither does one of a
         # grid that stands still.
         waited = clock.punctuality.is_late(local_ns() - received_ns, beat)
-        if frame.segment.milli_bpm and not waited:
+        # Nor does the first one of a leader that had to take over: it is late for a reason.
+        taken_over = self._judged_epoch not in (-1, frame.epoch)
+        self._judged_epoch = frame.epoch
+        if frame.segment.milli_bpm and not waited and not taken_over:
             self.drift.add(due, received_ns, clock.steering.cluster_at(received_ns) - due, beat)
         self.heard.unpark_all()
 
@@ -334,6 +338,7 @@ class BeatListener:
     ) -> None:
         self.epoch, self.leader_id = told.epoch, told.leader_id
         self.drift.clear()
+        self._judged_epoch = -1
         self._clock.rebase(timeline, offset_ns, told.beats_per_bar, frequency)
         self._next_index = self._clock.index()
         self.told_ns = timeline.last_beat(self._clock.cluster_ns())
