@@ -21,6 +21,7 @@ from trio_util import AsyncBool
 from ._clock import local_ns
 from ._errors import TempoRefused, TransportBroken
 from ._ledger import Conflict, Ledger
+from ._operations import check_integer
 from ._steering import Steering
 from ._tempo import propose
 from ._timeline import Timeline, beat_ns, milli_bpm
@@ -398,6 +399,7 @@ class Leader:
 
     async def change(self, bpm: float | None, *, at_beat: int | None = None, over: int = 0) -> int:
         """Commit a change of the grid; see `Metronome.change_tempo`."""
+        over = check_integer("over", over, 0)
         async with self._changing:
             try:
                 timeline, beat = await self._change(bpm, at_beat, over)

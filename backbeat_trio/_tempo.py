@@ -6,7 +6,7 @@ from typing import Final
 
 from ._errors import TempoRefused
 from ._timeline import STILL_NS, Timeline
-from ._wire import MIN_MILLI_BPM
+from ._wire import MAX_INDEX, MAX_NS, MIN_MILLI_BPM
 
 # A change must reach everybody before it takes effect.
 _LEAD_BEATS: Final = 2
@@ -79,7 +79,12 @@ def propose(
         tempo = max(MIN_MILLI_BPM, before.milli_bpm + way)
         beat = at_beat + over * step // steps
         settled = settled.change(tempo, beat, epoch=epoch, after_seq=seq)
-    return settled.change(milli, at_beat + over, epoch=epoch, after_seq=seq)
+    settled = settled.change(milli, at_beat + over, epoch=epoch, after_seq=seq)
+    last = settled.segments[-1]
+    if last.beat0 > MAX_INDEX or last.t0_ns > MAX_NS:
+        # Nobody could decode the frames that tell of it.
+        raise TempoRefused(f"beat {last.beat0} is too far ahead")
+    return settled
 
 
 def _resume(

@@ -19,8 +19,10 @@ MAX_MILLI_BPM: Final = 6_000_000
 
 # Bounds are part of the types: an integer that a float cannot hold exactly would make positions
 # differ between agents, and an unbounded one is a way to stall the arithmetic.
-Index: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
-Nanoseconds: TypeAlias = Annotated[int, Meta(ge=-(2**62), le=2**62)]
+MAX_INDEX: Final = 2**53
+MAX_NS: Final = 2**62
+Index: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_INDEX)]
+Nanoseconds: TypeAlias = Annotated[int, Meta(ge=-MAX_NS, le=MAX_NS)]
 MilliBPM: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_MILLI_BPM)]
 BeatsPerBar: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 
@@ -151,7 +153,7 @@ class Record(Struct, frozen=True, tag_field="type", tag="backbeat.metronome.v1")
     leader_id: str
     beats_per_bar: BeatsPerBar
     segments: Annotated[tuple[Segment, ...], Meta(min_length=1)]
-    high_water: Annotated[int, Meta(ge=-1, le=2**53)]
+    high_water: Annotated[int, Meta(ge=-1, le=MAX_INDEX)]
     milli_bpm: Annotated[int, Meta(ge=MIN_MILLI_BPM, le=MAX_MILLI_BPM)]
     """The tempo at which a grid that stands still goes on."""
 

@@ -93,6 +93,12 @@ def test_a_pause_that_has_not_begun_can_be_taken_back() -> None:
         change(still, 9 * SECOND, None, former=1)
 
 
+@pytest.mark.parametrize(("at_beat", "over"), [(2**53, 1), (2**53 - 1, 0), (8, 2**53)])
+def test_nothing_is_told_that_nobody_could_decode(at_beat: int, over: int) -> None:
+    with pytest.raises(TempoRefused, match="too far ahead"):
+        change(GRID, 0, 120_000, at_beat, over=over)
+
+
 # What a leader committed, and may not have told.
 
 
