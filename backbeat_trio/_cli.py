@@ -313,6 +313,10 @@ async def _open_store(
     while True:
         await transport.wait_connected()
         try:
+            if await store.open():
+                return store
+            # It may be that the server has not found the rest of its cluster yet.
+            await trio.sleep(_JETSTREAM_RETRY)
             return store if await store.open() else None
         except TransportBroken as error:
             if str(error) != told:

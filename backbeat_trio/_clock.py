@@ -457,12 +457,13 @@ class BeatClock:
         self._floor = -math.inf
         if abs(after - before) * beat_ns(present.milli_bpm) <= 1:
             self._changed()
-        elif present.milli_bpm:
+        elif present.milli_bpm and (reached := timeline.time_of(before)) != NEVER:
             target, frequency = self.steering.target_at(now), self.steering.frequency
-            self.steering.step(timeline.time_of(before) - now, at_ns=now)
+            self.steering.step(reached - now, at_ns=now)
             self.steer(target, frequency)
         else:
-            # Cluster time cannot be moved to where this grid has another position.
+            # Cluster time cannot be moved to where this grid has another position: it stands still,
+            # or will before it gets there.
             self._floor = max(before, after)
             self._changed()
 
@@ -512,18 +513,22 @@ class BeatClock:
     def _redraw(self) -> None:
         now = local_ns()
         steering, timeline = self.steering, self.timeline
-        segment = timeline.segment_at(steering.cluster_at(now))
+        cluster = steering.cluster_at(now)
+        segment, position = timeline.segment_at(cluster), timeline.position_at(cluster)
         ends = [other.t0_ns for other in timeline.segments if other.t0_ns > segment.t0_ns]
         until = [steering.local_at(min(ends))] if ends else []
         if now < steering.settled_ns:
             until.append(steering.settled_ns)
-        if not segment.milli_bpm:
+        behind = position < self._floor
+        if behind and (reached := timeline.time_of(self._floor)) != NEVER:
+            until.append(steering.local_at(reached))
+        if behind or not segment.milli_bpm:
             self._line_base, self._line_beat_s = 0.0, math.inf
-            self._line_beat = self.position() - self._shift
+            self._line_beat = max(self._floor, position) - self._shift
         elif now < steering.settled_ns or steering.frequency:
             self._line_base = now / 1e9
             self._line_beat_s = 60_000 / segment.milli_bpm / steering.rate_at(now)
-            self._line_beat = timeline.position_at(steering.cluster_at(now)) - self._shift
+            self._line_beat = position - self._shift
         else:
             # From the segment's own beginning, which keeps whole beats whole.
             self._line_base = (segment.t0_ns - steering.target_at(now)) / 1e9
@@ -602,7 +607,7 @@ class BeatClock:
         due = self._edge_ns()
         if first < edge:
             due = min(due, self._due_ns(first))
-        self._timer.deadline = due / 1e9
+        self._timer.deadline = seconds_of(due)
 
     def _expire(self, now: int) -> bool:
         # Returns whether some that are due remain.
@@ -644,7 +649,8 @@ class BeatClock:
             self._lot.unpark_all()
 
     def _overdue_ns(self) -> int:
-        return local_ns() - self._edge_ns()
+        # A beat that a step has passed over was not missed by the loop.
+        return local_ns() - max(self._edge_ns(), self.steering.corrected_ns)
 
     @property
     def loop_late(self) -> bool:
@@ -682,6 +688,16 @@ class BeatClock:
         if math.isinf(answer):
             return answer
         return self._position_at(self.steering.cluster_at(round(answer * 1e9)))
+
+
+def seconds_of(ns: int) -> float:
+    """Return an instant of local time in seconds of Trio's clock, and never one before it."""
+    seconds = ns / 1e9
+    # Far from a clock's origin floats are coarser than a nanosecond. What sleeps until too early an
+    # instant finds nothing to do, and sleeps until it again.
+    while round(seconds * 1e9) < ns:
+        seconds = math.nextafter(seconds, math.inf)
+    return seconds
 
 
 def local_ns() -> int:

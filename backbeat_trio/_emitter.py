@@ -33,8 +33,8 @@ _WAITING_CLAIMS: Final = 10_000
 _STORED_AT_ONCE: Final = 256
 _RETRY_MIN: Final = 0.1
 _RETRY_MAX: Final = 5.0
-# What the headers of a stored claim take of the largest message.
-_HEADERS: Final = 1024
+# What headers take of the largest message, at most.
+_HEADERS: Final = 512
 
 
 class Journal(Protocol):
@@ -103,6 +103,7 @@ class ClaimEmitter:
         self._unstored: dict[str, StatusClaim] = {}
         self._ids = f"{agent_id}-{secrets.token_hex(6)}"
         self._number = 0
+        self._generation = 0
         self._to_store = AsyncBool(False)
         self._beat_due = False
         self._work = AsyncBool(False)
@@ -157,7 +158,12 @@ class ClaimEmitter:
                     await self._store(self._journal)
                 await self._confirm()
             except TransportBroken:
-                await trio.lowlevel.checkpoint()
+                # Each try is heard by whoever listens: they are not to be many.
+                await trio.sleep(_RETRY_MIN)
+
+    @property
+    def _limit(self) -> int:
+        return self._transport.max_payload - (0 if self._journal is None else _HEADERS)
 
     async def _publish(self, data: bytes, *, terminal: bool = False) -> None:
         if self._journal is None or (terminal and self._way is _Way.PLAIN):
@@ -167,6 +173,10 @@ class ClaimEmitter:
 
     async def _send_queue(self) -> None:
         transport, queue = self._transport, self._queue
+        if self._journal is not None and self._generation != transport.generation:
+            # Another server, or the same one with more of its cluster, may have JetStream.
+            self._generation = transport.generation
+            self._way = _Way.UNKNOWN if self._way is _Way.PLAIN else self._way
         # What went over a connection that was lost since may be lost with it.
         lost = [claim for number, claim in self._unconfirmed if number != transport.generation]
         if lost:
@@ -174,13 +184,13 @@ class ClaimEmitter:
             self._unconfirmed = deque(kept)
             queue.extendleft((claim, True) for claim in reversed(lost))
         while queue:
-            claim, terminal = queue[0]
+            entry = claim, terminal = queue[0]
             if not terminal or self._way in (_Way.PLAIN, _Way.SILENT):
-                data = encode_claim(claim, transport.max_payload)
+                data = encode_claim(claim, self._limit)
                 await self._publish(data, terminal=terminal)
                 self._counters.claims_sent += 1
-            # Nothing was awaited since it was handed over.
-            queue.popleft()
+            # While it waited to be handed over, others may have been put before it.
+            queue.remove(entry)
             if not terminal:
                 continue
             if self._way is _Way.PLAIN:
@@ -192,10 +202,10 @@ class ClaimEmitter:
                 self._to_store.value = True
 
     async def _send_beat(self) -> None:
-        transport, operations = self._transport, self._operations
+        operations = self._operations
         self._beat_due = False
         live, beat = operations.live(), self._clock.index()
-        arrays = ClaimArrays(transport.max_payload)
+        arrays = ClaimArrays(self._limit)
         for start in range(0, len(live), _SLICE):
             claims = operations.claims(live[start : start + _SLICE], beat)
             if claims:
@@ -230,8 +240,7 @@ class ClaimEmitter:
             await self._find_way(journal)
         while self._unstored and self._way is _Way.STREAM:
             batch = list(self._unstored.items())[:_STORED_AT_ONCE]
-            limit = self._transport.max_payload - _HEADERS
-            data = [(number, encode_claim(claim, limit)) for number, claim in batch]
+            data = [(number, encode_claim(claim, self._limit)) for number, claim in batch]
             stored = await journal.store(self._subject, data)
             for (number, _), good in zip(data, stored, strict=True):
                 if good and self._unstored.pop(number, None) is not None:
@@ -249,8 +258,8 @@ class ClaimEmitter:
         except TransportBroken:
             self._way = _Way.SILENT
             if first:
-                for claim in self._unstored.values():
-                    await self._publish(encode_claim(claim, self._transport.max_payload))
+                for claim in list(self._unstored.values()):
+                    await self._publish(encode_claim(claim, self._limit))
             raise
         if self._way is _Way.PLAIN:
             self._queue.extendleft((claim, True) for claim in reversed(self._unstored.values()))

@@ -18,8 +18,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 from trio_util import AsyncBool
 
-from ._clock import local_ns
-from ._errors import TempoRefused, TransportBroken
+from ._clock import local_ns, seconds_of
+from ._errors import MetronomeUnavailable, TempoRefused, TransportBroken
 from ._ledger import Conflict, Ledger
 from ._operations import check_integer
 from ._steering import Steering
@@ -39,6 +39,7 @@ from ._wire import (
     decode_sync_request,
     decode_tempo_request,
     encode,
+    lead_subject,
     sync_subject,
     tempo_subject,
     window_id,
@@ -162,7 +163,11 @@ class Leader:
 
     def next_beat_time(self) -> float:
         """Return when the next frame is due, in seconds of Trio's clock."""
-        return self.steering.local_at(self.timeline.next_beat(self.cluster_ns())) / 1e9
+        return seconds_of(self.steering.local_at(self.timeline.next_beat(self.cluster_ns())))
+
+    def present_term(self) -> Term:
+        """Return the term as it stands now."""
+        return replace(self._term, timeline=self.timeline, sent=self.sent, milli_bpm=self.milli_bpm)
 
     # Beating.
 
@@ -202,13 +207,17 @@ class Leader:
             subscribe(sync_subject(cluster_id)) as syncs,
             subscribe(tempo_subject(cluster_id)) as tempos,
             subscribe(beat_subject(cluster_id)) as frames,
+            (
+                subscribe(lead_subject(cluster_id, self.epoch))
+                if probes is None
+                else contextlib.nullcontext(probes)
+            ) as asked,
         ):
             nursery.start_soon(self._answer, syncs, self._answer_sync)
             nursery.start_soon(self._answer, tempos, self._answer_tempo)
             nursery.start_soon(self._answer, frames, self._hear)
             nursery.start_soon(self._beat)
-            if probes is not None:
-                nursery.start_soon(self._answer, probes, self._answer_probe)
+            nursery.start_soon(self._answer, asked, self._answer_probe)
             if self._ledger is not None:
                 nursery.start_soon(self._keep_record)
                 nursery.start_soon(self._look_after_outages)
@@ -222,7 +231,7 @@ class Leader:
             if self._ledger is not None and self._stood_still():
                 # Somebody else may lead by now: nothing is said before that is known.
                 with trio.move_on_after(_COMMIT_PATIENCE), contextlib.suppress(TransportBroken):
-                    await self._save(self.timeline)
+                    await self._save()
             self.strike()
 
     def _stood_still(self) -> bool:
@@ -264,7 +273,8 @@ class Leader:
     def _publish(self, frame: BeatFrame) -> None:
         try:
             self._transport.publish_nowait(beat_subject(self._cluster_id), encode(frame))
-        except TransportBroken:
+        except (TransportBroken, ValueError):
+            # A server that takes only small messages is no reason to beat no more.
             self._counts.frames_unsent += 1
         else:
             self._counts.frames += 1
@@ -278,7 +288,7 @@ class Leader:
             self._look.value = False
             try:
                 with trio.fail_after(_COMMIT_PATIENCE):
-                    await self._save(self.timeline)
+                    await self._save()
             except (TransportBroken, trio.TooSlowError) as error:
                 self._cannot_commit(error)
                 await trio.sleep(_RETRY)
@@ -298,21 +308,23 @@ class Leader:
             self._logger.warning("beating on without the record, tempo changes refused: %s", error)
         self._reachable = False
 
-    async def _save(self, timeline: Timeline) -> None:
+    async def _save(self, proposed: Timeline | None = None) -> None:
         ledger = self._ledger
         assert ledger is not None
         async with self._committing:
-            present = replace(
-                self._term, timeline=timeline, sent=self.sent, milli_bpm=self.milli_bpm
-            )
+            # What holds when it is this one's turn: a change may just have been committed.
+            present = replace(self.present_term(), timeline=proposed or self.timeline)
             record = present.record(self._cluster_id, self._leader_id)
             while True:
+                if self._scope.cancel_called:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    # Whoever asks is none of this term's tasks.
+                    raise MetronomeUnavailable("another metronome leads")
                 try:
                     await ledger.write(record)
                 except Conflict:
                     if self._is_deposed(ledger.record):
                         self._scope.cancel("another metronome leads")
-                        await trio.lowlevel.checkpoint_if_cancelled()
                 else:
                     break
         self._counts.commits += 1

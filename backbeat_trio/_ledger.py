@@ -60,8 +60,6 @@ class Ledger:
         self.record: Record | None = None
         """What was read or written last; None for nothing, or what cannot be read."""
         self.revision: int = 0
-        self.went_back: bool = False
-        """Whether the last reading found an earlier revision: the store was wiped."""
         self.unreadable: int = 0
         """How many values were found that are no record of this cluster."""
         self._store = store
@@ -81,9 +79,6 @@ class Ledger:
         return self.record
 
     def _take(self, entry: Entry) -> None:
-        self.went_back = entry.revision < self.revision
-        if entry.revision == self.revision and self.record is not None:
-            return
         self.revision, self.record = entry.revision, None
         if not entry.data:
             return

@@ -23,7 +23,7 @@ from ._drift import Drift
 from ._errors import TransportBroken
 from ._services import Counters, Logger
 from ._steering import MIN_STEP_NS, Estimate, Ping, Verdict, best_ping
-from ._timeline import Timeline, beat_ns
+from ._timeline import NEVER, Timeline, beat_ns
 from ._transport import Transport
 from ._wire import (
     BeatFrame,
@@ -43,9 +43,13 @@ _PING_TIMEOUT: Final = 0.5
 _BURST_MIN: Final = 0.25
 _BURST_MAX: Final = 5.0
 _JOINING: Final = 1.0
+_ASK_EVERY: Final = 0.02
 # Pings that err by more than their way and this, having been long ago, are worse than the arrival
 # of frames, which errs by its own way.
 _PINGS_WORSE_NS: Final = 10_000_000
+_LOG_EVERY_NS: Final = 100_000_000
+# How many bursts in a row must contradict what frames have told.
+_CONTRADICTED: Final = 3
 
 # A frame, the timeline that it tells of, and when it came, in local ns.
 _Unexplained: TypeAlias = tuple[BeatFrame, Timeline, int]
@@ -86,6 +90,8 @@ class BeatListener:
         self._estimate = Estimate()
         self._next_index = 0
         self._judged_epoch = -1
+        self._behind = 0
+        self._logged_ns = -_LOG_EVERY_NS
         # A frame that was not believed yet, until the leader has been asked about it.
         self._unexplained: _Unexplained | None = None
         self._ask = AsyncBool(False)
@@ -104,6 +110,8 @@ class BeatListener:
                 try:
                     frame = decode_frame(message.data)
                     timeline = Timeline.of(frame)
+                    if abs(timeline.time_of(frame.beat_index)) > NEVER // 2:
+                        raise ValueError("a frame of a beat that does not come")
                 except (msgspec.DecodeError, ValueError):
                     self._counters.frames_undecodable += 1
                     continue
@@ -137,12 +145,14 @@ class BeatListener:
         return self._estimate.uncertainty_at(now) + slewing
 
     def _note(self, text: str) -> None:
-        # Once, and not every time that it is seen.
-        if not self.recent_errors or self.recent_errors[-1][1] != text:
-            self._logger.warning("%s", text)
-        else:
+        # Once, and not every time that it is seen; and not as often as somebody else likes.
+        now = local_ns()
+        if self.recent_errors and self.recent_errors[-1][1] == text:
             self.recent_errors.pop()
-        self.recent_errors.append((local_ns(), text))
+        elif now - self._logged_ns >= _LOG_EVERY_NS:
+            self._logged_ns = now
+            self._logger.warning("%s", text)
+        self.recent_errors.append((now, text))
 
     def _hear(self, frame: BeatFrame, timeline: Timeline, received_ns: int) -> None:
         counters = self._counters
@@ -180,9 +190,13 @@ class BeatListener:
             self._disbelieve(self._unexplained[0])
         self._follow(frame, timeline)
         clock, estimate = self._clock, self._estimate
-        if not self._answered and (
-            not estimate.known
-            or estimate.uncertainty_at(received_ns) > estimate.way_ns + _PINGS_WORSE_NS
+        if (
+            frame.segment.milli_bpm
+            and not self._answered
+            and (
+                not estimate.known
+                or estimate.uncertainty_at(received_ns) > estimate.way_ns + _PINGS_WORSE_NS
+            )
         ):
             # What a frame alone tells, wrong by its way.
             clock.steer(timeline.time_of(frame.beat_index) - received_ns)
@@ -224,6 +238,7 @@ class BeatListener:
         while True:
             await self._transport.wait_connected()
             self._ask.value = False
+            begun = trio.current_time()
             locked, asked = self.locked.is_set(), self._unexplained
             replies = await self._burst(_STEADY_PINGS if locked else _JOINING_PINGS)
             seconds = beat_ns(self._clock.segment().milli_bpm) / 1e9
@@ -233,6 +248,8 @@ class BeatListener:
                 seconds = _BURST_MIN
             with trio.move_on_after(min(max(seconds, _BURST_MIN), _BURST_MAX)):
                 await self._ask.wait_value(True)
+            # However much there is to ask about, there is a limit to asking.
+            await trio.sleep_until(begun + _ASK_EVERY)
 
     async def _ask_again(self) -> None:
         # Whatever has happened meanwhile, it is known a moment after the connection is back.
@@ -313,7 +330,18 @@ class BeatListener:
             # The next leader has an idea of its own of the same cluster time.
             estimate.begin_anew(best)
         verdict = estimate.add(burst)
-        if verdict is Verdict.OUTLYING or not same:
+        if verdict is Verdict.OVERRULED:
+            # Cluster time has jumped: frames from before and after it make no line.
+            self.drift.clear()
+        if self._is_mistaken(timeline, same=same, epoch=reply.epoch):
+            self._counters.frames_unexplained += 1
+            self._note("the leader knows nothing of what frames in its name have told")
+            if same:
+                clock.adopt(timeline)
+            else:
+                now = local_ns()
+                self._lock(reply, timeline, estimate.offset_at(now), estimate.frequency)
+        if verdict is Verdict.OUTLYING or not timeline.continues(clock.timeline):
             self._counters.pings_outlying += 1
             self._note("a ping's answer contradicts what is known of cluster time")
             return Verdict.OUTLYING
@@ -321,6 +349,17 @@ class BeatListener:
         now = local_ns()
         clock.steer(estimate.offset_at(now), estimate.frequency)
         return verdict
+
+    def _is_mistaken(self, timeline: Timeline, *, same: bool, epoch: int) -> bool:
+        # Once, an answer may have been on its way for longer than the frame that told of a change.
+        # Where the leader goes on not to know of it, the frame was not the leader's.
+        known = self._clock.timeline.segments[-1].seq
+        behind = epoch == self.epoch and (not same or timeline.segments[-1].seq < known)
+        self._behind = self._behind + 1 if behind else 0
+        if self._behind < _CONTRADICTED:
+            return False
+        self._behind = 0
+        return True
 
     def _decide_unanswered(self) -> None:
         # A leader that beats and answers no pings: its frames tell the time, if less well. Another

@@ -62,6 +62,8 @@ class MetronomeStatistics(NamedTuple):
     commits_failed: int
     frames_foreign: int
     """Frames of a higher epoch than the own one, heard while leading."""
+    records_unreadable: int
+    """Values found in the record's place that were none of this cluster."""
 
 
 @final
@@ -117,7 +119,8 @@ class Metronome:
 
     def statistics(self) -> MetronomeStatistics:
         """Return the counters."""
-        return MetronomeStatistics(**vars(self._counts))
+        unreadable = 0 if self._ledger is None else self._ledger.unreadable
+        return MetronomeStatistics(**vars(self._counts), records_unreadable=unreadable)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Lead whenever it is this one's turn, until cancelled.
@@ -166,6 +169,7 @@ class Metronome:
 
     async def _run_by_turns(self, ledger: Ledger, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
+        former: Term | None = None
         while True:
             async with AsyncExitStack() as stack:
                 async with trio.open_nursery() as nursery:
@@ -190,6 +194,7 @@ class Metronome:
                         counts=self._counts,
                         logger=self._logger,
                         seen=self._seen,
+                        former=former,
                     )
                     term, probes = await standby.wait_for_turn(
                         stack, self._first_term(0, nonce=secrets.token_hex(8))
@@ -200,6 +205,7 @@ class Metronome:
                     leader.strike()
                     nursery.cancel_scope.cancel()
                 await self._lead(leader, probes)
+                former = leader.present_term()
                 self._seen = max(self._seen, ledger.record.epoch if ledger.record else -1)
 
     def _first_term(self, epoch: int, *, nonce: str = "") -> Term:

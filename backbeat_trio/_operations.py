@@ -38,6 +38,8 @@ ESTIMATES: Final = {
 """Minimum and maximum of beats of the operation types known by name; the maximum is the budget."""
 
 DEFAULT_ESTIMATE: Final = 8
+# Characters of a type or an id.
+_LONGEST: Final = 1000
 """Budget, in beats, of an operation of another type that names none: a bar by default."""
 
 
@@ -61,6 +63,13 @@ def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, not {number}")
     return number
+
+
+def _name(name: str, value: str) -> str:
+    # It must fit into any message, and unlike notes it cannot be shortened.
+    if len(_text(name, value)) > _LONGEST:
+        raise ValueError(f"`{name}` must have at most {_LONGEST} characters")
+    return value
 
 
 def _text(name: str, value: str) -> str:
@@ -206,8 +215,8 @@ class Operations:
     ) -> tuple[Operation, StatusClaim]:
         """Register an operation that starts in ``beat``."""
         operation = Operation.__new__(Operation)
-        operation.type = _text("type", type)
-        operation.id = _text("id", id)
+        operation.type = _name("type", type)
+        operation.id = _name("id", id)
         if beats is None:
             operation.beats = ESTIMATES.get(type, (0, DEFAULT_ESTIMATE))[1]
         else:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any, Final, final
 
+import msgspec
 import trio
 from msgspec.structs import replace
 
@@ -25,7 +26,17 @@ from ._listener import BeatListener
 from ._tempo import reschedule
 from ._timeline import Timeline
 from ._transport import Message, Transport
-from ._wire import Probe, Record, Segment, SyncRequest, encode, lead_subject, sync_subject
+from ._wire import (
+    Probe,
+    Record,
+    Segment,
+    SyncRequest,
+    decode_probe,
+    decode_sync_reply,
+    encode,
+    lead_subject,
+    sync_subject,
+)
 
 # How late a frame may be, and how often a leader that owes one is asked.
 _LATE_NS: Final = 8_000_000
@@ -56,6 +67,7 @@ class Standby:
         counts: Counts,
         logger: logging.Logger,
         seen: int,
+        former: Term | None = None,
     ) -> None:
         self._clock = clock
         self._listener = listener
@@ -67,6 +79,8 @@ class Standby:
         self._logger = logger
         # The highest epoch that was heard of, in this life or an earlier one.
         self._seen = seen
+        # The term that ended for this standby to begin; it may be all that is left of the grid.
+        self._former = former
         self._troubled = False
         self._generation = transport.generation
         listener.on_stale = self._tell
@@ -148,17 +162,20 @@ class Standby:
     async def _is_gone(self, epoch: int, told: int) -> bool:
         """Ask the leader of an epoch whether it lives, until it is clear or it is heard."""
         subject, probe = lead_subject(self._cluster_id, epoch), self._probe(epoch)
-        silent_since = local_ns()
+        silent_since, patience = local_ns(), _PROBE_EVERY
         while self._listener.told_ns == told:
             begun = trio.current_time()
             self._counts.probes += 1
             try:
-                await self._transport.request(subject, probe, timeout=_PROBE_EVERY)
+                answer = await self._transport.request(subject, probe, timeout=patience)
+                # What answers otherwise, such as a stream of these subjects, is no leader.
+                decode_probe(answer.data)
             except NoResponders:
                 return True
-            except TransportBroken:
-                if not self._transport.connected:
-                    raise
+            except (TransportBroken, msgspec.DecodeError):
+                self._check_connected()
+                # Where the way is long an answer is, too, and so is the news that nobody is there.
+                patience = min(2 * patience, _ASK)
                 if local_ns() - silent_since >= lease_ns(self._clock.segment().milli_bpm):
                     return True
             else:
@@ -184,14 +201,14 @@ class Standby:
             milli = self._clock.segment().milli_bpm if record is None else record.milli_bpm
             now = local_ns()
             try:
-                await self._transport.request(subject, request, timeout=_ASK)
+                answer = await self._transport.request(subject, request, timeout=_ASK)
+                (decode_sync_reply if record is None else decode_probe)(answer.data)
             except NoResponders:
                 if now - absent_since >= absence:
                     self._seen = max(self._seen, epoch)
                     return
-            except TransportBroken:
-                if not self._transport.connected:
-                    raise
+            except (TransportBroken, msgspec.DecodeError):
+                self._check_connected()
                 if now - absent_since >= lease_ns(milli):
                     self._seen = max(self._seen, epoch)
                     return
@@ -199,6 +216,10 @@ class Standby:
                 absent_since = local_ns()
             with trio.move_on_after(_ASK):
                 await locked.wait()
+
+    def _check_connected(self) -> None:
+        if not self._transport.connected:
+            raise TransportBroken("the connection is gone")
 
     @staticmethod
     def _epoch_of(record: Record | None) -> int:
@@ -231,7 +252,9 @@ class Standby:
 
     def _make_term(self, record: Record | None, epoch: int, fresh: Term) -> Term:
         if not self._listener.locked.is_set():
-            return replace(fresh, epoch=epoch, **self._begin_again(record, epoch))
+            return self._go_on(record, epoch, fresh) or replace(
+                fresh, epoch=epoch, **self._begin_again(record, epoch)
+            )
         clock, now = self._clock, self._clock.cluster_ns()
         timeline, incarnation = clock.timeline.since(now), fresh.incarnation
         milli = timeline.segments[0].milli_bpm
@@ -257,6 +280,21 @@ class Standby:
             incarnation=incarnation,
             nonce=fresh.nonce,
         )
+
+    def _go_on(self, record: Record | None, epoch: int, fresh: Term) -> Term | None:
+        """Return the term before this one, taken up again, where nobody has led in between.
+
+        Whoever wrote the record that ended it has died before the first frame.
+        """
+        former = self._former
+        if former is None or record is None:
+            return None
+        committed, now = Timeline(record.segments), former.steering.cluster_at(local_ns())
+        bar = former.beats_per_bar
+        if not (committed.continues(former.timeline) or former.timeline.continues(committed)):
+            return None
+        timeline = reschedule(former.timeline, committed, now, beats_per_bar=bar, epoch=epoch)
+        return replace(former, epoch=epoch, nonce=fresh.nonce, timeline=timeline)
 
     def _begin_again(self, record: Record | None, epoch: int) -> dict[str, Any]:
         """Return what differs from a fresh term where all who knew the time of a grid are gone."""

@@ -267,6 +267,11 @@ class Steering:
         self._base_ns = self._from_ns = 0
         self._base_offset = self._from_cluster = offset_ns
 
+    @property
+    def corrected_ns(self) -> int:
+        """The local time of the last correction; of earlier instants it tells nothing."""
+        return self._from_ns
+
     def target_at(self, local_ns: int) -> int:
         """Return the offset that is aimed at, cluster time minus local time, at an instant."""
         return self._base_offset + (local_ns - self._base_ns) * self.frequency // PARTS

@@ -13,6 +13,8 @@ _LEAD_BEATS: Final = 2
 LEAD_NS: Final = 250_000_000
 # The steps of a ramp: they all ride in every frame.
 _STEPS: Final = 64
+# The most segments that may be pending, as all of them ride in every frame.
+_PENDING: Final = 256
 
 
 def propose(
@@ -39,14 +41,14 @@ def propose(
         on with ``former``.
       at_beat: the beat at which to change.
       over: so many beats it takes to come from the present tempo to the new one, in equal steps of
-        whole beats.
+        whole beats; not for a pause.
       former: the tempo before the grid stood still.
       beats_per_bar: the length of a bar.
       epoch: the term of leadership in which it is made.
 
     Raises:
       TempoRefused: where ``at_beat`` is past or too soon, and for what cannot be done to a grid
-        that stands still, or to one that does not.
+        that stands still, or to one that does not, or that frames have no room for.
 
     """
     timeline = timeline.since(cluster_ns)
@@ -72,8 +74,12 @@ def propose(
     before = kept[-1] if kept else present
     if not before.milli_bpm:
         raise TempoRefused(f"the grid stands still from beat {before.beat0} on")
+    if over and not milli:
+        raise TempoRefused("a pause is no ramp")
     settled, seq = Timeline((present, *kept)), timeline.segments[-1].seq
     steps = min(over, _STEPS)
+    if len(kept) + steps >= _PENDING:
+        raise TempoRefused("too many changes are pending")
     for step in range(steps):
         way = (milli - before.milli_bpm) * (2 * step + 1) // (2 * steps)
         tempo = max(MIN_MILLI_BPM, before.milli_bpm + way)
@@ -128,7 +134,7 @@ def reschedule(
             told,
             cluster_ns,
             last.milli_bpm if present.milli_bpm else None,
-            over=last.beat0 - first.beat0,
+            over=last.beat0 - first.beat0 if last.milli_bpm else 0,
             former=last.milli_bpm,
             beats_per_bar=beats_per_bar,
             epoch=epoch,

@@ -52,6 +52,9 @@ class Segment(Struct, frozen=True, gc=False):
             raise ValueError("`milli_bpm` is neither 0 nor a tempo")
 
 
+LaterSegments: TypeAlias = Annotated[tuple[Segment, ...], Meta(max_length=1024)]
+
+
 class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v1"):
     """What the metronome's leader publishes once a beat."""
 
@@ -66,7 +69,7 @@ class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v
     leader_id: str
     segment: Segment
     next_segment: Segment | None = None
-    later_segments: tuple[Segment, ...] | UnsetType = UNSET
+    later_segments: LaterSegments | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.segment.beat0 > self.beat_index:
@@ -108,7 +111,7 @@ class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
     beats_per_bar: BeatsPerBar
     segment: Segment
     next_segment: Segment | None = None
-    later_segments: tuple[Segment, ...] | UnsetType = UNSET
+    later_segments: LaterSegments | UnsetType = UNSET
 
 
 class TempoRequest(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1"):

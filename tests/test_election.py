@@ -408,3 +408,127 @@ async def test_a_leader_that_is_silent_as_a_newcomer_comes(autojump_clock: Clock
             await trio.sleep(0.5)
             assert one.leads
         nursery.cancel_scope.cancel()
+
+
+async def test_a_change_that_a_bar_comes_in_between_of_stays_in_the_record(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        leader = one.metronome._leader
+        assert leader is not None
+        # Its commit is on its way as the bar asks for the record to be written.
+        downbeat = leader.steering.local_at(leader.timeline.time_of(8)) / 1e9
+        await trio.sleep_until(downbeat - 0.0002)
+        await one.metronome.change_tempo(120)
+        await trio.sleep(0.1)
+        assert decode_record(made.store.entry.data).segments[-1].milli_bpm == 120_000
+        one.scope.cancel()
+        await trio.sleep(15)
+        assert two.leads
+        assert bb.tempo_bpm == 120
+
+
+async def test_a_deposed_leader_changes_nothing(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)):
+        # It hears nobody, and has the record all the same.
+        one.transport.sever()
+        await trio.sleep(4)
+        assert one.leads
+        assert two.leads
+        before = made.store.entry
+        with pytest.raises(backbeat.MetronomeUnavailable, match="another metronome leads"):
+            await one.metronome.change_tempo(240)
+        assert made.store.entry == before
+        await trio.sleep(1)
+        assert not one.leads
+
+
+async def test_a_stream_that_acknowledges_probes_is_no_leader(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)), trio.open_nursery() as nursery:
+
+        async def acknowledge() -> None:
+            async with made.transport.open_subscription("backbeat.>") as messages:
+                async for message in messages:
+                    if message.reply:
+                        made.transport.publish_nowait(message.reply, b'{"stream":"ALL","seq":1}')
+
+        nursery.start_soon(acknowledge)
+        await trio.sleep(1)
+        one.scope.cancel()
+        await trio.sleep(4)
+        # It cannot be told from a leader that stands still, but it does not last longer than that.
+        assert two.leads
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_standby_far_from_its_server_learns_who_is_gone(autojump_clock: Clock) -> None:
+    async with cluster(2) as (_, (one, two)):
+        request = two.transport.request
+
+        async def slow(subject: str, data: bytes, *, timeout: float) -> backbeat.Reply:
+            if timeout <= 0.006:
+                await trio.sleep(timeout)
+                raise backbeat.TransportBroken("no answer in time")
+            await trio.sleep(0.006)
+            return await request(subject, data, timeout=timeout - 0.006)
+
+        two.transport.request = slow  # type: ignore[method-assign]
+        one.scope.cancel()
+        await trio.sleep(1.2)
+        assert two.leads
+        assert two.metronome.statistics().probes <= 3
+
+
+async def test_a_metronome_that_runs_alone_is_left_to_lead(autojump_clock: Clock) -> None:
+    async with trio.open_nursery() as nursery:
+        made = Cluster(nursery)
+        await nursery.start(made.transport.run)
+        transport = backbeat.MemoryTransport(made.bus)
+        alone = backbeat.Metronome(
+            transport, cluster_id=CLUSTER_ID, leader_id="alone", tempo_bpm=60
+        )
+        await nursery.start(transport.run)
+        await nursery.start(alone.run)
+        await trio.sleep(2.5)
+        other = await made.start("other")
+        await trio.sleep(3)
+        assert alone._leader is not None
+        alone._leader.sent += 1
+        await trio.sleep(3)
+        assert alone.leads
+        assert not other.leads
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_leader_that_was_replaced_by_the_dead_leads_again(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        record = decode_record(made.store.entry.data)
+        dead = msgspec.structs.replace(record, epoch=record.epoch + 1, nonce="dead")
+        made.store.entry = Entry(encode(dead), made.store.entry.revision + 1)
+        await trio.sleep(12)
+        assert one.metronome.statistics().deposed == 1
+        assert one.leads
+        # With the grid that it had.
+        assert bb.statistics().locks == 1
+        assert made.indices() == sorted(set(made.indices()))
+        assert made.indices()[-1] == bb.current_beat()
+
+
+async def test_frames_that_are_too_large_do_not_end_a_leader(autojump_clock: Clock) -> None:
+    async with cluster(1) as (_, (one,)):
+        one.transport.max_payload = 100
+        await trio.sleep(3)
+        one.transport.max_payload = 1 << 20
+        await trio.sleep(2)
+        assert one.leads
+        assert one.metronome.statistics().frames_unsent >= 2
+
+
+async def test_far_from_the_clocks_origin(mock_clock: Clock) -> None:
+    # Floats are coarser than nanoseconds there.
+    mock_clock.jump(3e8)
+    mock_clock.autojump_threshold = 0
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        await one.metronome.change_tempo(33.3)
+        await bb.sleep(20)
+        assert bb.tempo_bpm == 33.3

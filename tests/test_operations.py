@@ -273,3 +273,11 @@ class OperationMachine(RuleBasedStateMachine):
 
 
 TestOperationMachine: Any = OperationMachine.TestCase
+
+
+@pytest.mark.parametrize("field", ["type", "id"])
+def test_a_name_that_no_message_could_hold_is_refused(field: str) -> None:
+    options: dict[str, Any] = {field: "x" * 1001}
+    with pytest.raises(ValueError, match=f"`{field}` must have at most 1000 characters"):
+        Owner().start(**options)
+    Owner().start(**{field: "x" * 1000})

@@ -199,7 +199,7 @@ async def test_a_frame_from_far_ahead_is_asked_about_and_not_believed(
     async with leading() as (leader, bb):
         await leader.beat(2)
         leader.send(beat_index=5000)
-        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(0.03)
         assert bb.statistics().frames_unexplained == 1
         frames = bb.statistics().frames
         await leader.beat(2)
@@ -599,3 +599,117 @@ async def test_a_leader_may_die_with_its_last_answer(autojump_clock: Clock) -> N
         assert bb.health().epoch == 6
         assert bb.statistics().frames_unexplained == 0
         assert bb.health().errors == ()
+
+
+@pytest.mark.parametrize("ahead", [0, 4])
+async def test_a_frame_that_was_not_the_leaders_is_not_followed_for_ever(
+    ahead: int, autojump_clock: Clock
+) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(5)
+        index = leader.index() + 1
+        slow = Segment(5, 7, index + ahead, (index + ahead) * SECOND, 100)
+        with bb.move_on_after(30) as scope:
+            # Somebody else tells of another tempo, in the leader's name.
+            await trio.sleep(0.999)
+            if ahead:
+                leader.send(beat_index=index, next_segment=slow)
+            else:
+                leader.send(beat_index=index, segment=slow)
+            await trio.sleep(0.01)
+            await leader.beat(60)
+        assert scope.cancel_called
+        assert bb.tempo_bpm == 60
+        assert bb.current_beat() == leader.index()
+        assert bb.statistics().frames_unexplained == 1
+        assert bb.statistics().locks == (1 if ahead else 2)
+
+
+async def test_an_agent_ahead_of_a_pause_that_it_missed(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.answering = False
+        beat = leader.index()
+        await trio.sleep(6.5)
+        # Meanwhile the cluster slowed down, and is about to stand still before the agent's beat.
+        slow = (beat + 2) * SECOND
+        leader.segment = Segment(5, 1, beat + 2, slow, 12_000)
+        leader.next_segment = Segment(5, 2, beat + 4, slow + 10 * SECOND, 0)
+        before = bb.current_position()
+        with bb.move_on_after(3) as scope:
+            leader.send(beat_index=leader.index())
+            await trio.testing.wait_all_tasks_blocked()
+            assert bb.current_position() == pytest.approx(before, abs=0.01)
+            leader.answering = True
+            await trio.sleep(3)
+            assert bb.current_position() >= before
+            assert scope.beats_left == pytest.approx(3, abs=0.01)
+            assert not bb.health().paused
+
+
+async def test_a_budget_entered_while_the_grid_catches_up(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.answering = False
+        await trio.sleep(4.5)
+        stopped = leader.index() - 3
+        leader.segment = Segment(5, 1, stopped, stopped * SECOND, 0)
+        leader.send(beat_index=stopped, tempo_bpm=0.0)
+        await trio.sleep(2)
+        resumed = leader.cluster_ns() + 3 * SECOND // 2
+        leader.next_segment = Segment(5, 2, stopped, resumed, 60_000)
+        leader.send(beat_index=stopped, tempo_bpm=0.0)
+        await trio.sleep(2)
+        position = bb.current_position()
+        with bb.move_on_after(3) as scope:
+            assert scope.beats_left == pytest.approx(3)
+            await trio.sleep(1)
+            assert bb.current_position() >= position
+            assert scope.beats_left <= 3
+
+
+async def test_a_jump_of_the_leader_is_not_this_loops_fault(autojump_clock: Clock) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(10)
+        leader.offset_ns += 3 * SECOND
+        await trio.sleep(3.3)
+        assert bb.current_beat() == leader.index()
+        await leader.beat(2)
+        assert not bb.health().local_degradation
+        await leader.beat(20)
+        assert bb.health().tempo_drift == "acceptable"
+
+
+async def test_frames_alone_do_not_move_a_grid_that_stands_still(autojump_clock: Clock) -> None:
+    async with leading(answer=False) as (leader, bb):
+        await leader.beat(3)
+        beat = leader.index() + 2
+        leader.next_segment = Segment(5, 1, beat, beat * SECOND, 0)
+        await leader.beat(2)
+        leader.segment, leader.next_segment = leader.next_segment, None
+        for _ in range(60):
+            await trio.sleep(1)
+            leader.send(beat_index=beat, tempo_bpm=0.0)
+            await trio.testing.wait_all_tasks_blocked()
+        resumed = leader.cluster_ns() + 3 * SECOND // 2
+        leader.next_segment = Segment(5, 2, beat, resumed, 60_000)
+        leader.send(beat_index=beat, tempo_bpm=0.0)
+        await trio.sleep(1.5)
+        leader.segment, leader.next_segment = leader.next_segment, None
+        await leader.beat(8)
+        assert bb.current_beat() == leader.index()
+        assert bb.statistics().frames_unexplained == 0
+
+
+async def test_forged_epochs_do_not_make_agents_ask_without_pause(
+    autojump_clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        before = bb.statistics().pings
+        for number in range(500):
+            leader.send(epoch=10**6 + number, beat_index=leader.index() + 1)
+            await trio.sleep(0.001)
+        assert bb.statistics().pings - before <= 4 * 0.5 / 0.02 + 8
+        assert len(caplog.records) < 15
+        assert bb.health().epoch == 5
