@@ -436,8 +436,9 @@ class Session:
         Not a checkpoint. An operation that is live when the session is left fails then.
 
         Args:
-          type: one of the known types or any other name.
-          id: unique among the live operations of the session; by default made up.
+          type: one of the known types or any other name, of at most 1,000 characters.
+          id: unique among the live operations of the session, of at most 1,000 characters; by
+            default made up.
           beats: the estimate, in whole beats, 1 or more; by default the type's maximum.
           data: kept with the operation, in this process.
 
