@@ -29,9 +29,10 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
+from report import Figure, Target
 from rich.console import Console
 from rich.table import Table
 
@@ -83,19 +84,6 @@ HOLDOVER_NS: Final = 60 * SECOND
 CHUNK: Final = 20
 
 
-class Target(NamedTuple):
-    """What is promised of one figure."""
-
-    what: str
-    bound: Literal["≤", "≥"]
-    target: float
-    unit: str
-
-    def met(self, measured: float) -> bool:
-        """Tell whether a figure keeps the promise."""
-        return measured <= self.target if self.bound == "≤" else measured >= self.target
-
-
 TARGETS: Final = {
     "same_index": Target("agents that had every beat at its tempo", "≥", 100.0, "%"),
     "lost": Target("beats skipped by agents whose loop never stalls", "≤", 0, ""),
@@ -114,14 +102,6 @@ REGION_TARGETS: Final = {
     "honest": Target("errors within both uncertainties together", "≥", 99.9, "%"),
     "lead": Target("on the same index, with a lead of 3 beats or more", "≥", 100.0, "%"),
 }
-
-
-class Figure(NamedTuple):
-    """What was measured of a target."""
-
-    name: str
-    measured: float
-    note: str
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -25,7 +25,12 @@ def load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # What is pickled is looked up there.
     sys.modules["simulate"] = module
-    spec.loader.exec_module(module)
+    # As for a program that is run: its folder comes first.
+    sys.path.insert(0, str(PATH.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(PATH.parent))
     return module
 
 
