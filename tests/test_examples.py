@@ -74,16 +74,19 @@ async def test_the_commands_of_the_readme(tmp_path: Path) -> None:
         "        print('locked', not bb.health().local_degradation)\n"
         "trio.run(main)\n"
     )
-    async with NatsServer() as server:
+    async with NatsServer(["-js"]) as server:
         lines = cluster.replace("nats://127.0.0.1:4222", server.url).splitlines()
-        assert lines[0] == "nats-server &"
+        assert lines[0] == "nats-server -js &"
+        assert lines[1] == lines[2]
         assert lines[1].startswith("backbeat pulse ")
         script = "\n".join(
             [
-                lines[1].replace("--bpm 120 &", "--bpm 600 2> log &"),
-                "until grep -q leads log; do sleep 0.1; done",
-                lines[2],
-                "kill $!; wait",
+                lines[1].replace("--bpm 120 &", "--bpm 600 2> one & one=$!"),
+                "until grep -q leads one; do sleep 0.1; done",
+                lines[2].replace("--bpm 120 &", "--bpm 600 2> two & two=$!"),
+                "until grep -q locked two; do sleep 0.1; done",
+                lines[3],
+                "kill $one $two; wait",
             ]
         )
         assert "locked True" in await run("sh", "-c", script, cwd=tmp_path, env=path)
