@@ -262,6 +262,7 @@ class Agent:
         self.estimate = Estimate()
         self.drift, self.punctuality = Drift(), Punctuality()
         self.unexplained: Frame | None = None
+        self.asked: Frame | None = None
         self.unexplained_local = 0
         self.ask = self.answered = False
         # What the clock keeps.
@@ -346,8 +347,8 @@ class Agent:
 
     def _sync(self, now: int) -> None:
         if self.burst is None:
-            self.ask = False
-            joining = self.locked_ns == FOREVER or self.unexplained is not None
+            self.ask, self.asked = False, self.unexplained
+            joining = self.locked_ns == FOREVER
             self.burst, end = self._ping(now, JOINING_PINGS if joining else STEADY_PINGS)
             self.burst_ns = self._awake(end)
             return
@@ -476,8 +477,8 @@ class Agent:
             return True
         verdict = self._measure(now, epoch, replies[-1][2], best, burst)
         self.burst_verdicts[verdict] += 1
-        if self.unexplained is not None:
-            frame, local = self.unexplained, self.unexplained_local
+        if self.asked is not None and self.asked is self.unexplained:
+            frame, local = self.asked, self.unexplained_local
             self.unexplained = None
             if self._explains(frame, local) and frame.beat >= self.next_frame:
                 self._accept(now, frame, local)
