@@ -65,10 +65,6 @@ class Ledger:
         self._store = store
         self._cluster_id = cluster_id
 
-    async def open(self) -> bool:
-        """See `Store.open`."""
-        return await self._store.open()
-
     async def read(self) -> Record | None:
         """Read the record. A checkpoint.
 

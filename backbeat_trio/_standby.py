@@ -138,12 +138,12 @@ class Standby:
             deadline = max(deadline, trio.current_time())
             if await self._is_heard(told, deadline):
                 continue
+            late = trio.current_time() - deadline
             if transport.generation != self._generation:
                 # Who leads may not have come back yet.
                 self._generation = transport.generation
                 if await self._is_heard(told, trio.current_time() + _RECONNECT_GRACE):
                     continue
-            late = trio.current_time() - deadline
             if late > patience / 1e9 and await self._is_heard(told, trio.current_time() + late):
                 # It was here that time was lost.
                 continue
