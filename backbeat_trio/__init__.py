@@ -5,6 +5,7 @@ Layers, from the bottom up; imports point downwards only:
 ====  =====================================  ======================================
 0     `_errors`, `_wire`                     errors; the wire contract
 1     `_timeline`, `_steering`, `_drift`     pure: the grid, cluster time, punctuality
+1     `_grid`, `_follower`                   pure: where an agent is, and whom it believes
 1     `_tempo`, `_operations`, `_config`     pure: changes of the grid, phases, settings
 1     `server`                               a nats-server of one's own
 2     `_clock`, `_transport`, `_ledger`      beats for tasks; the in-process bus; the record

@@ -19,8 +19,9 @@ from msgspec import Struct
 from trio import CancelScope, current_time
 from trio.lowlevel import Task, current_task
 
-from ._drift import Punctuality
+from ._drift import Punctuality, is_late
 from ._errors import BeatBudgetExceeded, SessionClosed
+from ._grid import Grid
 from ._steering import Steering
 from ._timeline import NEVER, Timeline, beat_ns
 from ._wire import BeatPhase, Segment, beat_phase, window_id
@@ -306,7 +307,7 @@ class Beats:
             if clock.closed:
                 clock.raise_closed()
             index = clock.index()
-            step = clock.beats_per_bar if self._bars else 1
+            step = clock.grid.beats_per_bar if self._bars else 1
             newest = index - index % step
             if newest - clock._index_shift > self._last:
                 break
@@ -324,21 +325,14 @@ class Beats:
 
 @final
 class BeatClock:
-    """The position of an agent on the grid, the timer that follows it, and who waits for it."""
+    """The grid as the tasks of this run see it: the timer that follows it, and who waits for it."""
 
-    def __init__(
-        self, timeline: Timeline, steering: Steering, beats_per_bar: int, *, enforcing: bool = True
-    ) -> None:
-        self.timeline: Timeline = timeline
-        self.steering: Steering = steering
-        self.beats_per_bar: int = beats_per_bar
+    def __init__(self, grid: Grid, *, enforcing: bool = True) -> None:
+        self.grid: Grid = grid
         self.closed: bool = False
         self.punctuality: Punctuality = Punctuality()
         self.on_rebase: Callable[[int], None] = lambda beats: None
         self._enforcing = enforcing
-        # Where a grid stands still behind this clock, which had not heard of it in time: the clock
-        # stands still, too, where it is.
-        self._floor = -math.inf
         self._shift = 0.0
         self._index_shift = 0
         self._heap: list[_Entry] = []
@@ -349,53 +343,50 @@ class BeatClock:
         self._armed = math.inf
         self._lot = trio.lowlevel.ParkingLot()
         self._next_index = self.index() + 1
+        grid.on_rebase, grid.on_change = self._rebased, self._changed
         self._redraw()
 
     @classmethod
     def local(cls, milli: int, beats_per_bar: int, *, enforcing: bool = True) -> BeatClock:
         """Make a clock on a grid of its own, that begins now with beat 0."""
         timeline = Timeline((Segment(0, 0, 0, 0, milli),))
-        return cls(timeline, Steering(-local_ns()), beats_per_bar, enforcing=enforcing)
+        return cls(Grid(timeline, Steering(-local_ns()), beats_per_bar), enforcing=enforcing)
 
     # Reading.
 
     def cluster_ns(self) -> int:
         """Return the present cluster time."""
-        return self.steering.cluster_at(local_ns())
+        return self.grid.cluster_at(local_ns())
 
     def index(self) -> int:
         """Return the index of the present beat."""
-        index = self.timeline.index_at(self.cluster_ns())
-        return index if index >= self._floor else int(self._floor)
+        return self.grid.index_at(local_ns())
 
     def position(self) -> float:
         """Return the present position in beats."""
-        return self._position_at(self.cluster_ns())
-
-    def _position_at(self, cluster_ns: int) -> float:
-        return max(self._floor, self.timeline.position_at(cluster_ns))
+        return self.grid.position_at(local_ns())
 
     def segment(self) -> Segment:
         """Return the segment in force."""
-        return self.timeline.segment_at(self.cluster_ns())
+        return self.grid.segment_at(local_ns())
 
     def deadline_of(self, position: float) -> float:
         """Return when a position will be reached, in seconds of Trio's clock, as things stand."""
         if math.isinf(position):
             return position
-        cluster_ns = self.timeline.time_of(position)
-        return math.inf if cluster_ns == NEVER else self.steering.local_at(cluster_ns) / 1e9
+        reached = self.grid.local_at(position)
+        return math.inf if reached == NEVER else reached / 1e9
 
     def beat(self, index: int, *, skipped: int = 0) -> Beat:
         """Describe a beat."""
-        bar = self.beats_per_bar
+        bar, timeline = self.grid.beats_per_bar, self.grid.timeline
         # Of that beat, also where the next one has begun by now.
-        begun = min(self.timeline.time_of(index), self.cluster_ns())
+        begun = min(timeline.time_of(index), self.cluster_ns())
         return Beat(
             index=index,
             downbeat=index % bar == 0,
             phase=beat_phase(index, bar),
-            tempo_bpm=self.timeline.segment_at(begun).milli_bpm / 1000,
+            tempo_bpm=timeline.segment_at(begun).milli_bpm / 1000,
             window_id=window_id(index, bar),
             skipped=skipped,
         )
@@ -442,54 +433,12 @@ class BeatClock:
 
     # Moving.
 
-    def adopt(self, timeline: Timeline) -> None:
-        """Follow another course of the same grid, without a jump of the position.
-
-        A change that was announced ahead leaves no difference. Where the difference is found
-        afterwards, cluster time starts from the present position and is steered to where it
-        belongs: it never runs back.
-        """
-        now = local_ns()
-        cluster = self.steering.cluster_at(now)
-        before = self._position_at(cluster)
-        after = timeline.position_at(cluster)
-        present = timeline.segment_at(cluster)
-        self.timeline = timeline
-        self._floor = -math.inf
-        if abs(after - before) * beat_ns(present.milli_bpm) <= 1:
-            self._changed()
-        elif present.milli_bpm and (reached := timeline.time_of(before)) != NEVER:
-            target, frequency = self.steering.target_at(now), self.steering.frequency
-            self.steering.step(reached - now, at_ns=now)
-            self.steer(target, frequency)
-        else:
-            # Cluster time cannot be moved to where this grid has another position: it stands still,
-            # or will before it gets there.
-            self._floor = max(before, after)
-            self._changed()
-
-    def steer(self, offset_ns: int, frequency: int = 0) -> None:
-        """Move cluster time towards a measured offset and frequency (see `Steering.correct`)."""
-        now = local_ns()
-        beat = beat_ns(self.segment().milli_bpm)
-        self.steering.correct(now, offset_ns, beat_ns=beat, frequency=frequency)
-        self._changed()
-
-    def rebase(
-        self, timeline: Timeline, offset_ns: int, beats_per_bar: int, frequency: int = 0
-    ) -> None:
-        """Move to another grid; deadlines keep the beats they have left."""
-        position, index = self.position(), self.index()
-        self.timeline = timeline
-        self._floor = -math.inf
-        self.steering.step(offset_ns, at_ns=local_ns(), frequency=frequency)
-        self.beats_per_bar = beats_per_bar
-        self._shift += self.position() - position
-        moved = self.index() - index
-        self._index_shift += moved
+    def _rebased(self, beats: float, index: int) -> None:
+        # Deadlines keep the beats they have left.
+        self._shift += beats
+        self._index_shift += index
         self._next_index = self.index() + 1
-        self.on_rebase(moved)
-        self._changed()
+        self.on_rebase(index)
 
     def _changed(self) -> None:
         self._redraw()
@@ -512,20 +461,20 @@ class BeatClock:
     # segment, or while slewing until that is over. Once closed it holds no more.
 
     def _redraw(self) -> None:
-        now = local_ns()
-        steering, timeline = self.steering, self.timeline
+        now, grid = local_ns(), self.grid
+        steering, timeline = grid.steering, grid.timeline
         cluster = steering.cluster_at(now)
         segment, position = timeline.segment_at(cluster), timeline.position_at(cluster)
         ends = [other.t0_ns for other in timeline.segments if other.t0_ns > segment.t0_ns]
         until = [steering.local_at(min(ends))] if ends else []
         if now < steering.settled_ns:
             until.append(steering.settled_ns)
-        behind = position < self._floor
-        if behind and (reached := timeline.time_of(self._floor)) != NEVER:
-            until.append(steering.local_at(reached))
+        behind = position < grid.floor
+        if behind and (reached := grid.local_at(grid.floor)) != NEVER:
+            until.append(reached)
         if behind or not segment.milli_bpm:
             self._line_base, self._line_beat_s = 0.0, math.inf
-            self._line_beat = max(self._floor, position) - self._shift
+            self._line_beat = max(grid.floor, position) - self._shift
         elif now < steering.settled_ns or steering.frequency:
             self._line_base = now / 1e9
             self._line_beat_s = 60_000 / segment.milli_bpm / steering.rate_at(now)
@@ -575,10 +524,10 @@ class BeatClock:
     # The heap and its timer.
 
     def _edge_ns(self) -> int:
-        return self.steering.local_at(self.timeline.time_of(self._next_index))
+        return self.grid.local_at(self._next_index)
 
     def _due_ns(self, key: float) -> int:
-        return self.steering.local_at(self.timeline.time_of(key + self._shift))
+        return self.grid.local_at(key + self._shift)
 
     def _due(self, key: float) -> bool:
         return key != math.inf and (key == -math.inf or self._due_ns(key) <= local_ns())
@@ -611,7 +560,7 @@ class BeatClock:
 
     def _expire(self, now: int) -> bool:
         # Returns whether some that are due remain.
-        limit = self._position_at(self.steering.cluster_at(now)) - self._shift
+        limit = self.grid.position_at(now) - self._shift
         for _ in range(_AT_ONCE):
             key = self._first()
             if key > limit and (key == math.inf or self._due_ns(key) > now):
@@ -650,15 +599,14 @@ class BeatClock:
 
     def _overdue_ns(self) -> int:
         # A beat that a step has passed over was not missed by the loop.
-        return local_ns() - max(self._edge_ns(), self.steering.corrected_ns)
+        return local_ns() - max(self._edge_ns(), self.grid.steering.corrected_ns)
 
     @property
     def loop_late(self) -> bool:
         """Whether this task's own loop is late with its beats, or was lately."""
         if self.punctuality.late:
             return True
-        late = self._overdue_ns()
-        return self.punctuality.is_late(late, beat_ns(self.segment().milli_bpm))
+        return is_late(self._overdue_ns(), beat_ns(self.segment().milli_bpm))
 
     def effective_deadline(self) -> float:
         """Return the position at which the current task will be cancelled, as things stand."""
@@ -687,7 +635,7 @@ class BeatClock:
                 return scope.deadline
         if math.isinf(answer):
             return answer
-        return self._position_at(self.steering.cluster_at(round(answer * 1e9)))
+        return self.grid.position_at(round(answer * 1e9))
 
 
 def seconds_of(ns: int) -> float:

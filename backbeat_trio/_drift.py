@@ -26,6 +26,11 @@ _LATE: Final = 0.1
 _LATE_NS: Final = 5_000_000
 
 
+def is_late(late_ns: int, beat_ns: int) -> bool:
+    """Tell whether what waited for an agent's own loop waited for longer than it may."""
+    return late_ns > max(_LATE_NS, _LATE * beat_ns)
+
+
 @final
 class Drift:
     """How far the frames are from the grid that they announce.
@@ -128,10 +133,6 @@ class Punctuality:
         """Whether one of the last beats was late."""
         return self._good < _REGAINED
 
-    def is_late(self, late_ns: int, beat_ns: int) -> bool:
-        """Tell whether a delay is more than it may be."""
-        return late_ns > max(_LATE_NS, _LATE * beat_ns)
-
     def add(self, late_ns: int, beat_ns: int) -> None:
         """Take in how late a beat was."""
-        self._good = 0 if self.is_late(late_ns, beat_ns) else self._good + 1
+        self._good = 0 if is_late(late_ns, beat_ns) else self._good + 1

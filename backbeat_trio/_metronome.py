@@ -21,7 +21,6 @@ from ._errors import MetronomeUnavailable, TransportBroken
 from ._leader import Counts, Leader, Term
 from ._ledger import Ledger, Store
 from ._listener import BeatListener
-from ._services import Counters
 from ._standby import Standby
 from ._steering import Steering
 from ._timeline import Timeline, milli_bpm
@@ -180,7 +179,6 @@ class Metronome:
                         cluster_id=self._cluster_id,
                         agent_id=self._leader_id,
                         logger=self._logger,
-                        counters=Counters(),
                     )
                     await nursery.start(clock.run)
                     await nursery.start(listener.run)

@@ -23,19 +23,9 @@ class Logger(Protocol):
 
 @final
 class Counters:
-    """What a session counts; made an immutable snapshot by `Session.statistics`."""
+    """What a session counts of claims; made an immutable snapshot by `Session.statistics`."""
 
     def __init__(self) -> None:
-        self.frames = 0
-        self.frames_undecodable = 0
-        self.frames_foreign = 0
-        self.frames_stale_epoch = 0
-        self.frames_repeated = 0
-        self.frames_unexplained = 0
-        self.pings = 0
-        self.pings_failed = 0
-        self.pings_outlying = 0
-        self.locks = 0
         self.claims_sent = 0
         self.claims_stored = 0
         self.claims_coalesced = 0

@@ -24,6 +24,7 @@ from ._errors import (
     TempoRefused,
     TransportBroken,
 )
+from ._follower import Counts
 from ._health import Health, SessionStatistics, health_claim
 from ._listener import BeatListener
 from ._operations import Operation, Operations, Phase, check_integer
@@ -108,7 +109,6 @@ class Session:
                 cluster_id=config.cluster_id,
                 agent_id=config.agent_id,
                 logger=logger,
-                counters=self._counters,
             )
             self._emitter = ClaimEmitter(
                 self._clock,
@@ -237,7 +237,7 @@ class Session:
 
     def current_bar(self) -> int:
         """Return the number of the present bar: the beat's index // beats per bar."""
-        return self._clock.index() // self._clock.beats_per_bar
+        return self._clock.index() // self._clock.grid.beats_per_bar
 
     @property
     def tempo_bpm(self) -> float:
@@ -513,17 +513,18 @@ class Session:
 
     def health(self) -> Health:
         """Return how the session is doing. Not a checkpoint; fine at any time, also afterwards."""
-        listener, transport = self._listener, self._transport
+        transport, now = self._transport, local_ns()
+        follower = None if self._listener is None else self._listener.follower
         connected = transport is not None and transport.connected and not self._clock.closed
         degraded = self._config.enabled and (
             not connected
-            or listener is None
-            or not listener.locked.is_set()
-            or listener.in_holdover
+            or follower is None
+            or not follower.locked
+            or follower.in_holdover(now)
             or self._clock.loop_late
         )
-        followed = None if listener is None or not listener.locked.is_set() else listener
-        uncertainty = None if followed is None else followed.uncertainty_ns()
+        followed = follower if follower is not None and follower.locked else None
+        uncertainty = None if followed is None else followed.uncertainty_ns(now)
         counters = None if transport is None else transport.statistics()
         return Health(
             enabled=self._config.enabled,
@@ -531,8 +532,8 @@ class Session:
             connected=connected,
             current_beat=self._clock.index(),
             current_tempo=self.tempo_bpm,
-            measured_bpm=None if listener is None else listener.measured_bpm,
-            tempo_drift="unknown" if listener is None else listener.drift.verdict,
+            measured_bpm=None if follower is None else follower.measured_bpm(now),
+            tempo_drift="unknown" if follower is None else follower.drift.verdict,
             reconnect_count=0 if counters is None else max(0, counters.connects - 1),
             active_operations=len(self._operations),
             local_degradation=degraded,
@@ -558,9 +559,11 @@ class Session:
 
     def statistics(self) -> SessionStatistics:
         """Return the counters. Not a checkpoint; fine at any time."""
-        counters, emitter, transport = self._counters, self._emitter, self._transport
+        emitter, transport = self._emitter, self._transport
+        followed = Counts() if self._listener is None else self._listener.follower.counts
         return SessionStatistics(
-            **vars(counters),
+            **vars(followed),
+            **vars(self._counters),
             claims_pending=0 if emitter is None else emitter.pending,
             live_scopes=self._clock.live_scopes,
             transport=None if transport is None else transport.statistics(),

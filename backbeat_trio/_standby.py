@@ -71,6 +71,7 @@ class Standby:
     ) -> None:
         self._clock = clock
         self._listener = listener
+        self._follower = listener.follower
         self._transport = transport
         self._ledger = ledger
         self._cluster_id = cluster_id
@@ -83,7 +84,7 @@ class Standby:
         self._former = former
         self._troubled = False
         self._generation = transport.generation
-        listener.on_stale = self._tell
+        self._follower.on_stale = self._tell
 
     async def wait_for_turn(
         self, stack: AsyncExitStack, fresh: Term
@@ -117,7 +118,7 @@ class Standby:
         # A leader that was replaced without knowing, as it stood still or was cut off.
         with contextlib.suppress(TransportBroken):
             self._transport.publish_nowait(
-                lead_subject(self._cluster_id, epoch), self._probe(self._listener.epoch)
+                lead_subject(self._cluster_id, epoch), self._probe(self._follower.epoch)
             )
 
     def _probe(self, epoch: int) -> bytes:
@@ -127,14 +128,14 @@ class Standby:
 
     async def _until_gone(self) -> None:
         """Wait until nobody leads any more, as far as can be told from here."""
-        listener, clock, transport = self._listener, self._clock, self._transport
+        follower, grid, transport = self._follower, self._clock.grid, self._transport
         excused_ns = 0
         await self._join()
-        while listener.locked.is_set():
-            told = listener.told_ns
-            due = clock.timeline.next_beat(max(told, excused_ns))
-            patience = max(_LATE_NS, _JITTERS * listener.drift.jitter_ns)
-            deadline = (clock.steering.local_at(due) + patience) / 1e9
+        while follower.locked:
+            told = follower.told_ns
+            due = grid.timeline.next_beat(max(told, excused_ns))
+            patience = max(_LATE_NS, _JITTERS * follower.drift.jitter_ns)
+            deadline = (grid.steering.local_at(due) + patience) / 1e9
             deadline = max(deadline, trio.current_time())
             if await self._is_heard(told, deadline):
                 continue
@@ -147,7 +148,7 @@ class Standby:
             if late > patience / 1e9 and await self._is_heard(told, trio.current_time() + late):
                 # It was here that time was lost.
                 continue
-            epoch = max(listener.epoch, self._epoch_of(self._ledger.record))
+            epoch = max(follower.epoch, self._epoch_of(self._ledger.record))
             if await self._is_gone(epoch, told):
                 self._seen = max(self._seen, epoch)
                 return
@@ -155,15 +156,15 @@ class Standby:
 
     async def _is_heard(self, told: int, deadline: float) -> bool:
         with trio.move_on_at(deadline):
-            while self._listener.told_ns == told:
-                await self._listener.heard.park()
-        return self._listener.told_ns != told
+            while self._follower.told_ns == told:
+                await self._listener.followed.park()
+        return self._follower.told_ns != told
 
     async def _is_gone(self, epoch: int, told: int) -> bool:
         """Ask the leader of an epoch whether it lives, until it is clear or it is heard."""
         subject, probe = lead_subject(self._cluster_id, epoch), self._probe(epoch)
         silent_since, patience = local_ns(), _PROBE_EVERY
-        while self._listener.told_ns == told:
+        while self._follower.told_ns == told:
             begun = trio.current_time()
             self._counts.probes += 1
             try:
@@ -235,7 +236,7 @@ class Standby:
         if self._epoch_of(record) > self._seen:
             # Somebody else has, meanwhile.
             return None
-        epoch = max(ledger.revision, self._seen, self._listener.epoch) + 1
+        epoch = max(ledger.revision, self._seen, self._follower.epoch) + 1
         term = self._make_term(record, epoch, fresh)
         async with AsyncExitStack() as held:
             # Before it is known who leads, so that whoever learns of it finds somebody to probe.
@@ -251,31 +252,31 @@ class Standby:
         return term, probes
 
     def _make_term(self, record: Record | None, epoch: int, fresh: Term) -> Term:
-        if not self._listener.locked.is_set():
+        if not self._follower.locked:
             return self._go_on(record, epoch, fresh) or replace(
                 fresh, epoch=epoch, **self._begin_again(record, epoch)
             )
-        clock, now = self._clock, self._clock.cluster_ns()
-        timeline, incarnation = clock.timeline.since(now), fresh.incarnation
+        grid, now = self._clock.grid, self._clock.cluster_ns()
+        timeline, incarnation = grid.timeline.since(now), fresh.incarnation
         milli = timeline.segments[0].milli_bpm
         if record is not None:
             committed = Timeline(record.segments)
             milli = milli or record.milli_bpm
-            if committed.continues(clock.timeline) or clock.timeline.continues(committed):
+            if committed.continues(grid.timeline) or grid.timeline.continues(committed):
                 incarnation = record.incarnation
                 timeline = reschedule(
-                    clock.timeline,
+                    grid.timeline,
                     committed,
                     now,
-                    beats_per_bar=clock.beats_per_bar,
+                    beats_per_bar=grid.beats_per_bar,
                     epoch=epoch,
                 )
         return Term(
             epoch=epoch,
             timeline=timeline,
-            steering=clock.steering,
-            beats_per_bar=clock.beats_per_bar,
-            sent=clock.timeline.index_at(self._listener.told_ns),
+            steering=grid.steering,
+            beats_per_bar=grid.beats_per_bar,
+            sent=grid.timeline.index_at(self._follower.told_ns),
             milli_bpm=milli or fresh.milli_bpm,
             incarnation=incarnation,
             nonce=fresh.nonce,

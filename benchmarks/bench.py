@@ -114,10 +114,10 @@ async def bench_scope(sizes: Sizes) -> Outcome:
 
 def time_adopt(clock: BeatClock, milli: int) -> float:
     """Return the seconds that a change of tempo takes which is in force from now on."""
-    changed = clock.timeline.change(milli, clock.index(), epoch=1)
+    changed = clock.grid.timeline.change(milli, clock.index(), epoch=1)
     timeline = Timeline(changed.segments[-1:])
     begin = time.perf_counter()
-    clock.adopt(timeline)
+    clock.grid.adopt(timeline, local_ns())
     return time.perf_counter() - begin
 
 

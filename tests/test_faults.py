@@ -231,8 +231,8 @@ class Agent:
     def lateness(self, frame: BeatFrame, received_ns: int) -> float:
         """Return by how many milliseconds a frame came after its beat."""
         clock = self.bb._clock
-        due = clock.timeline.time_of(frame.beat_index)
-        return (clock.steering.cluster_at(received_ns) - due) / 1e6
+        due = clock.grid.timeline.time_of(frame.beat_index)
+        return (clock.grid.cluster_at(received_ns) - due) / 1e6
 
     def check(self) -> None:
         """Check that no beat was lost and none came twice."""
@@ -786,8 +786,8 @@ async def test_clocks_of_agents_are_wrong() -> None:
         assert positions == sorted(positions)
         errors = []
         for instant, position in marks:
-            cluster_ns = clock.steering.cluster_at(local + round((instant - now) * 1e9))
-            errors.append((position - clock.timeline.position_at(cluster_ns)) * 60_000 / 240)
+            believed = clock.grid.position_at(local + round((instant - now) * 1e9))
+            errors.append((position - believed) * 60_000 / 240)
         assert statistics.median(map(abs, errors)) < 5.0
     assert len(seen) == len(WRONG)
 

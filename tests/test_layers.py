@@ -17,6 +17,8 @@ LAYERS = {
     "_timeline": 1,
     "_steering": 1,
     "_drift": 1,
+    "_grid": 1,
+    "_follower": 1,
     "_tempo": 1,
     "_operations": 1,
     "_config": 1,
@@ -47,6 +49,12 @@ BESIDE = {
     ("_transport", "_clock"),
     ("_nats", "_nats_client"),
     ("_tempo", "_timeline"),
+    ("_grid", "_steering"),
+    ("_grid", "_timeline"),
+    ("_follower", "_drift"),
+    ("_follower", "_grid"),
+    ("_follower", "_steering"),
+    ("_follower", "_timeline"),
     ("_listener", "_services"),
     ("_emitter", "_services"),
     ("_jetstream", "_nats"),
@@ -54,13 +62,15 @@ BESIDE = {
     ("_standby", "_listener"),
     ("_metronome", "_leader"),
     ("_metronome", "_listener"),
-    ("_metronome", "_services"),
     ("_metronome", "_standby"),
     ("_lifecycle", "_session"),
     ("_cli", "_demo"),
     ("__main__", "_cli"),
 }
-PURE = {"_wire", "_timeline", "_steering", "_drift", "_tempo", "_operations", "_config"}
+PURE = {
+    *("_wire", "_timeline", "_steering", "_drift", "_grid", "_follower", "_tempo", "_operations"),
+    "_config",
+}
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:
