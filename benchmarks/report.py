@@ -67,13 +67,21 @@ def machine() -> dict[str, Any]:
 
 
 def amount(value: float, unit: str) -> str:
-    text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{text}{'' if unit == 'x' else ' '}{unit}"
+    text = f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
+    return f"{text}{'' if unit == 'x' else ' '}{unit}".rstrip()
 
 
-def show(figures: Iterable[Figure], targets: Mapping[str, Target]) -> None:
-    load, cores = os.getloadavg()[0], os.cpu_count()
-    caption = f"load of the last minute, with what was measured: {load:.1f} on {cores} cores"
+def make_console() -> Console:
+    """Make a console that is wide enough for the notes, also where it is none."""
+    console = Console()
+    console.width = max(console.width, 150)
+    return console
+
+
+def make_table(
+    figures: Iterable[Figure], targets: Mapping[str, Target], caption: str | None = None
+) -> Table:
+    """Make a table of figures beside their targets."""
     table = Table("what", "measured", "target", "met", "note", caption=caption)
     for figure in figures:
         target = targets[figure.name]
@@ -84,9 +92,17 @@ def show(figures: Iterable[Figure], targets: Mapping[str, Target]) -> None:
             "yes" if target.met(figure.measured) else "no",
             figure.note,
         )
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(table)
+    return table
+
+
+def results_of(figures: Iterable[Figure], targets: Mapping[str, Target]) -> list[dict[str, Any]]:
+    """Return figures with their targets, as they go into a file."""
+    return [
+        targets[figure.name]._asdict()
+        | figure._asdict()
+        | {"met": targets[figure.name].met(figure.measured)}
+        for figure in figures
+    ]
 
 
 async def _measure(benchmark: Callable[[S], Awaitable[Outcome]], sizes: S) -> Outcome:
@@ -113,16 +129,13 @@ def run(
     sizes = quick if arguments.quick else full
     outcomes = {name: trio.run(_measure, benchmarks[name], sizes) for name in arguments.only}
     figures = [figure for found, _ in outcomes.values() for figure in found]
-    show(figures, targets)
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    caption = f"load of the last minute, with what was measured: {load:.1f} on {cores} cores"
+    make_console().print(make_table(figures, targets, caption))
     results = {
         "machine": machine(),
         "quick": arguments.quick,
-        "figures": [
-            targets[figure.name]._asdict()
-            | figure._asdict()
-            | {"met": targets[figure.name].met(figure.measured)}
-            for figure in figures
-        ],
+        "figures": results_of(figures, targets),
         "rounds": {name: rounds for name, (_, rounds) in outcomes.items()},
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

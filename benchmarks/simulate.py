@@ -19,13 +19,13 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import regions
-from report import Figure, Target
+from report import Figure, Target, make_console, make_table, results_of
 from rich.console import Console
 from rich.table import Table
 from story import schedule, tell
@@ -206,25 +206,6 @@ def hold_over(agents: int, seed: int, jobs: int) -> list[float]:
 # What is shown.
 
 
-def amount(value: float, unit: str) -> str:
-    text = f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
-    return f"{text} {unit}".rstrip()
-
-
-def show(figures: Iterable[Figure], targets: dict[str, Target], console: Console) -> None:
-    table = Table("what", "measured", "target", "met", "note")
-    for figure in figures:
-        target = targets[figure.name]
-        table.add_row(
-            target.what,
-            amount(figure.measured, target.unit),
-            f"{target.bound} {amount(target.target, target.unit)}",
-            "yes" if target.met(figure.measured) else "no",
-            figure.note,
-        )
-    console.print(table)
-
-
 def show_bars(title: str, values: Sequence[float], unit: str, console: Console) -> None:
     """Print a histogram, of steps that double."""
     table = Table(title, "share", "", box=None)
@@ -269,27 +250,6 @@ def plot(path: Path, report: Report, title: str) -> None:
     plt.close(figure)
 
 
-class Verdicts(NamedTuple):
-    """Figures, beside what is promised of them."""
-
-    figures: list[Figure]
-    targets: dict[str, Target]
-
-    @property
-    def met(self) -> bool:
-        """Whether all promises are kept."""
-        return all(self.targets[figure.name].met(figure.measured) for figure in self.figures)
-
-    def results(self) -> list[dict[str, Any]]:
-        """Return them as they go into a file."""
-        return [
-            self.targets[figure.name]._asdict()
-            | figure._asdict()
-            | {"met": self.targets[figure.name].met(figure.measured)}
-            for figure in self.figures
-        ]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Simulate many agents on the pure core.")
     parser.add_argument("--agents", type=int, help="default 10000; with --regions 300")
@@ -309,8 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     agents, seconds = arguments.agents or usual[0], arguments.seconds or usual[1]
     if seconds < 40 or agents < max(2, 2 * arguments.regions):
         parser.error("too little to simulate")
-    console = Console()
-    console.width = max(console.width, 150)
+    console = make_console()
     begun = time.perf_counter()
     results: dict[str, Any] = {"agents": agents, "seconds": seconds, "seed": arguments.seed}
     if arguments.regions:
@@ -322,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for milli, found in ways.items():
             regions.show(milli, found, console)
-        verdicts = Verdicts(regions.figures_of(ways), regions.TARGETS)
+        figures, targets = regions.figures_of(ways), regions.TARGETS
         results["regions"] = {
             str(m): [regions.results_of(way) for way in w] for m, w in ways.items()
         }
@@ -330,15 +289,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = simulate(agents, seconds, arguments.seed, arguments.jobs)
         for name, values in report.bars.items():
             show_bars(name, values, "ms", console)
-        verdicts = Verdicts(report.figures, TARGETS)
+        figures, targets = report.figures, TARGETS
         results |= report.numbers | {
             "marks": report.marks,
             "spreads": [spread._asdict() for spread in report.spreads],
         }
         if arguments.plot:
             plot(arguments.plot, report, f"{agents:,} agents, seed {arguments.seed}")
-    results["figures"] = verdicts.results()
-    show(verdicts.figures, verdicts.targets, console)
+    results["figures"] = results_of(figures, targets)
+    console.print(make_table(figures, targets))
     console.print(
         f"{agents:,} agents for {seconds:g} s, seed {arguments.seed}, "
         f"simulated in {time.perf_counter() - begun:.0f} s by {arguments.jobs} jobs"
@@ -348,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.json.write_bytes(
             msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n"
         )
-    return not verdicts.met
+    return not all(targets[figure.name].met(figure.measured) for figure in figures)
 
 
 if __name__ == "__main__":
