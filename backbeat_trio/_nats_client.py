@@ -2,8 +2,8 @@
 
 nats-py is asyncio. A client lives in a thread of its own, made through anyio's blocking portal, and
 is never used again once its connection is lost: one that hangs (a half-open socket with full
-buffers, a close that never ends) is abandoned and not waited for. This is the only module that
-knows nats-py, anyio and asyncio.
+buffers, a close that never ends) is abandoned and not waited for. Only this module and `_jetstream`
+(whose functions run in that thread) know nats-py and asyncio, and only this one anyio.
 
 Both directions are a hand-over, not an await. To the thread: a deque, and one wake-up for all that
 is in it. From the thread: a deque, and one idempotent `run_sync_soon`. Arrival and departure are

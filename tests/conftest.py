@@ -17,3 +17,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("backbeat")
     group.addoption("--faults", action="store_true", help="the faults as often as they should be")
     group.addoption("--figures", metavar="FILE", help="write what the faults measured, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "again(times): with --faults, run it so many times")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("again")
+    if mark is not None and metafunc.config.getoption("--faults"):
+        metafunc.fixturenames.append("_round")
+        metafunc.parametrize("_round", range(*mark.args))
