@@ -81,6 +81,7 @@ class Follower:
         self.leader_id: str = ""
         self.told_ns: int = 0
         """The instant, in cluster time, at which the last frame that was followed was due."""
+        self._told_at_ns = 0
         self.question: Heard | None = None
         """A frame that is not believed before the leader was asked about it."""
         self.drift: Drift = Drift()
@@ -113,8 +114,10 @@ class Follower:
         if not self.locked:
             return False
         patience = max(MIN_STEP_NS, beat_ns(self.grid.segment_at(now_ns).milli_bpm) // 4)
-        missing = self.grid.timeline.next_beat(self.due_ns())
-        return self.grid.cluster_at(now_ns) > missing + patience
+        # By when the last one came, and not by cluster time: that may be far off, and on its way
+        # back, while every frame is heard.
+        silence = self.grid.timeline.next_beat(self.due_ns()) - self.told_ns
+        return now_ns - self._told_at_ns > silence + patience
 
     def measured_bpm(self, now_ns: int) -> float | None:
         """Return the tempo of the frames' arrivals; None before there are two."""
@@ -163,9 +166,13 @@ class Follower:
         return False
 
     def _explains(self, heard: Heard) -> bool:
-        # A frame of the present leader may be late, but not early.
+        # A frame of the present leader may be late, but not early; and it tells of what is known of
+        # the grid, or of something newer.
         frame, timeline, received_ns = heard
         if not self.locked or frame.epoch != self.epoch:
+            return False
+        present = self.grid.timeline
+        if not timeline.shares(present) and timeline.segments[-1].seq <= present.segments[-1].seq:
             return False
         late = self.grid.cluster_at(received_ns) - timeline.time_of(frame.beat_index)
         return late >= -max(MIN_STEP_NS, beat_ns(frame.segment.milli_bpm) // 4)
@@ -186,7 +193,7 @@ class Follower:
         if not moves:
             # It says the same at every instant that it comes, give or take its way.
             due = timeline.last_beat(late + MIN_STEP_NS)
-        self.told_ns = due
+        self.told_ns, self._told_at_ns = due, received_ns
         beat = beat_ns(frame.segment.milli_bpm)
         # One that had to wait for this loop says nothing of the leader, and neither does one of a
         # grid that stands still, nor the first one of a leader that had to take over: it is late
@@ -211,7 +218,7 @@ class Follower:
         frame, self.question = self.question.frame, None
         self.counts.frames_unexplained += 1
         self.on_odd(
-            f"a frame of epoch {frame.epoch} and beat {frame.beat_index} that epoch {self.epoch} "
+            f"a frame of epoch {frame.epoch} that the leader of epoch {self.epoch} "
             "does not bear out"
         )
 
@@ -292,7 +299,8 @@ class Follower:
         self, reply: SyncReply, timeline: Timeline, best: Ping, burst: list[Ping], now_ns: int
     ) -> Verdict:
         grid, estimate = self.grid, self._estimate
-        same = timeline.continues(grid.timeline)
+        apart = best.local_ns + best.offset_ns - grid.cluster_at(best.local_ns)
+        same = timeline.continues(grid.timeline, apart)
         if not self.locked or (reply.epoch != self.epoch and not same):
             self._estimate = estimate = Estimate()
             verdict = estimate.add(burst)
@@ -310,9 +318,10 @@ class Follower:
             self.on_odd("the leader knows nothing of what frames in its name have told")
             if same:
                 grid.adopt(timeline, now_ns)
+                self._next_index = min(self._next_index, grid.index_at(now_ns) + 1)
             else:
                 self._lock(reply, timeline, estimate.offset_at(now_ns), now_ns, estimate.frequency)
-        if verdict is Verdict.OUTLYING or not timeline.continues(grid.timeline):
+        if verdict is Verdict.OUTLYING or not timeline.continues(grid.timeline, apart):
             self.counts.pings_outlying += 1
             self.on_odd("a ping's answer contradicts what is known of cluster time")
             return Verdict.OUTLYING
@@ -338,9 +347,11 @@ class Follower:
             return
         heard, self.question = self.question, None
         frame, timeline, received_ns = heard
-        if not self.locked or not timeline.continues(self.grid.timeline):
+        due = timeline.time_of(frame.beat_index)
+        apart = due - self.grid.cluster_at(received_ns)
+        if not self.locked or not timeline.continues(self.grid.timeline, apart):
             self._estimate = Estimate()
-            offset = timeline.time_of(frame.beat_index) - received_ns
+            offset = due - received_ns
             self._lock(frame, timeline, offset, now_ns)
         self._accept(heard, now_ns)
 
@@ -365,7 +376,7 @@ class Follower:
             frequency=frequency,
         )
         self._next_index = grid.index_at(now_ns)
-        self.told_ns = timeline.last_beat(grid.cluster_at(now_ns))
+        self.told_ns, self._told_at_ns = timeline.last_beat(grid.cluster_at(now_ns)), now_ns
         self.counts.locks += 1
         self.on_lock()
         self.on_followed()

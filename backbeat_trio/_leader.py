@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, final
 
@@ -53,6 +54,8 @@ _COMMIT_PATIENCE: Final = 2.0
 _RETRY: Final = 1.0
 # Between two writings, whoever asks for them.
 _PAUSE: Final = 0.02
+# For how long whoever asks for a change waits for the answer.
+_STALE_NS: Final = 2_500_000_000
 # What is left of the time before a change when its commit is given up.
 _MARGIN_NS: Final = 50_000_000
 # Servers check who publishes on a subject, and not who asks for an answer on it: whoever may ask
@@ -79,6 +82,8 @@ class Term(Struct, frozen=True):
     """The tempo at which a grid that stands still goes on."""
     incarnation: str = ""
     nonce: str = ""
+    told_seq: int = -1
+    """The last segment that anybody was told of."""
 
     def record(self, cluster_id: str, leader_id: str) -> Record:
         """Return what is to be kept of the grid as the term begins."""
@@ -92,6 +97,8 @@ class Term(Struct, frozen=True):
             segments=self.timeline.segments,
             high_water=self.sent,
             milli_bpm=self.milli_bpm,
+            told_seq=self.told_seq,
+            written_ms=time.time_ns() // 1_000_000,
         )
 
 
@@ -133,6 +140,7 @@ class Leader:
         self.epoch: int = term.epoch
         self.sent: int = term.sent
         self.milli_bpm: int = term.milli_bpm
+        self.told_seq: int = term.told_seq
         self.beats_per_bar: int = term.beats_per_bar
         self.steering: Steering = term.steering
         self._term = term
@@ -167,7 +175,13 @@ class Leader:
 
     def present_term(self) -> Term:
         """Return the term as it stands now."""
-        return replace(self._term, timeline=self.timeline, sent=self.sent, milli_bpm=self.milli_bpm)
+        return replace(
+            self._term,
+            timeline=self.timeline,
+            sent=self.sent,
+            milli_bpm=self.milli_bpm,
+            told_seq=self.told_seq,
+        )
 
     # Beating.
 
@@ -190,10 +204,14 @@ class Leader:
             self.epoch,
         )
         self.keep(self)
-        with self._scope:
-            # The first frame may be overdue: it waits for no subscription.
-            self.strike()
-            await self._run(probes, task_status)
+        try:
+            with self._scope:
+                # The first frame may be overdue: it waits for no subscription.
+                self.strike()
+                await self._run(probes, task_status)
+        except trio.Cancelled:
+            self._logger.info("metronome stops - epoch=%d beat=%d", self.epoch, self.sent)
+            raise
         if self._scope.cancelled_caught:
             self._counts.deposed += 1
             self._logger.warning("another metronome leads: no longer in epoch %d", self.epoch)
@@ -254,20 +272,20 @@ class Leader:
             if index % self.beats_per_bar == 0:
                 self._look.value = True
 
-    def frame(self, index: int) -> BeatFrame:
+    def frame(self, index: int, timeline: Timeline | None = None) -> BeatFrame:
         """Make the frame of a beat of the present segments."""
-        bar = self.beats_per_bar
+        bar, timeline = self.beats_per_bar, timeline or self.timeline
         return BeatFrame(
             cluster_id=self._cluster_id,
             beat_index=index,
             downbeat=index % bar == 0,
             phase=beat_phase(index, bar),
-            tempo_bpm=self.timeline.segments[0].milli_bpm / 1000,
+            tempo_bpm=timeline.segments[0].milli_bpm / 1000,
             beats_per_bar=bar,
             window_id=window_id(index, bar),
             epoch=self.epoch,
             leader_id=self._leader_id,
-            **self.timeline.told(),
+            **timeline.told(),
         )
 
     def _publish(self, frame: BeatFrame) -> None:
@@ -278,6 +296,14 @@ class Leader:
             self._counts.frames_unsent += 1
         else:
             self._counts.frames += 1
+            self._note_told()
+
+    def _note_told(self) -> None:
+        # Soon it is in the record, too: what nobody was told of is put off by who comes next.
+        seq = self.timeline.segments[-1].seq
+        if seq > self.told_seq:
+            self.told_seq = seq
+            self._look.value = True
 
     # The record.
 
@@ -382,6 +408,7 @@ class Leader:
     async def _answer_sync(self, request: Message) -> SyncReply:
         self._own(decode_sync_request(request.data).cluster_id)
         self._counts.syncs += 1
+        self._note_told()
         return SyncReply(
             cluster_id=self._cluster_id,
             epoch=self.epoch,
@@ -393,14 +420,22 @@ class Leader:
         )
 
     async def _answer_tempo(self, request: Message) -> TempoReply:
-        wanted = decode_tempo_request(request.data)
+        try:
+            wanted = decode_tempo_request(request.data)
+        except msgspec.DecodeError as error:
+            self._counts.undecodable += 1
+            return self._refuse(f"the request cannot be read: {error}")
         self._own(wanted.cluster_id)
+        if local_ns() - request.received_ns > _STALE_NS:
+            # Whoever asked was told by now that nobody took the request.
+            self._counts.refused += 1
+            return self._refuse("the request has waited for too long")
         try:
             beat = await self.change(
                 wanted.tempo_bpm, at_beat=wanted.at_beat, over=wanted.over_beats or 0
             )
         except (TempoRefused, ValueError) as error:
-            return TempoReply(self._cluster_id, ok=False, error=str(error), epoch=self.epoch)
+            return self._refuse(str(error))
         return TempoReply(
             self._cluster_id,
             ok=True,
@@ -408,6 +443,9 @@ class Leader:
             effective_beat=beat,
             segment=self.timeline.segments[-1],
         )
+
+    def _refuse(self, why: str) -> TempoReply:
+        return TempoReply(self._cluster_id, ok=False, error=why, epoch=self.epoch)
 
     async def change(self, bpm: float | None, *, at_beat: int | None = None, over: int = 0) -> int:
         """Commit a change of the grid; see `Metronome.change_tempo`."""
@@ -419,14 +457,21 @@ class Leader:
                 self._counts.refused += 1
                 raise
         still = not self.timeline.segments[0].milli_bpm
+        given_up = [s for s in self.timeline.segments[1:] if s not in timeline.segments]
         self.timeline = timeline
         self.keep(self)
         self._counts.tempo_changes += 1
-        self._logger.info(
-            "metronome changes tempo - tempo=%g from beat=%d",
-            timeline.segments[-1].milli_bpm / 1000,
-            beat,
-        )
+        tempo = timeline.segments[-1].milli_bpm / 1000
+        if not tempo:
+            self._logger.info("metronome pauses - on beat=%d", beat)
+        elif still:
+            self._logger.info("metronome goes on - tempo=%g from beat=%d", tempo, beat)
+        else:
+            self._logger.info("metronome changes tempo - tempo=%g from beat=%d", tempo, beat)
+        for segment in given_up:
+            self._logger.info(
+                "given up for it - tempo=%g from beat=%d", segment.milli_bpm / 1000, segment.beat0
+            )
         if still:
             # A frame of a grid that stands still may come at any time: now it has news.
             self.strike()
@@ -448,6 +493,8 @@ class Leader:
             epoch=self.epoch,
         )
         first = next(segment for segment in timeline.segments if segment not in known)
+        if len(encode(self.frame(self.sent, timeline))) > self._transport.max_payload:
+            raise TempoRefused("frames that tell of it would be larger than the server takes")
         if self._ledger is not None:
             await self._commit(timeline, (first.t0_ns - now - _MARGIN_NS) / 1e9)
         return timeline, first.beat0

@@ -28,7 +28,7 @@ from ._wire import (
 _PING_TIMEOUT: Final = 0.5
 # However much there is to ask about, there is a limit to asking.
 _ASK_EVERY: Final = 0.02
-_LOG_EVERY_NS: Final = 100_000_000
+_LOG_EVERY_NS: Final = 1_000_000_000
 
 
 @final
@@ -79,6 +79,7 @@ class BeatListener:
                         raise ValueError("a frame of a beat that does not come")
                 except (msgspec.DecodeError, ValueError):
                     self.follower.counts.frames_undecodable += 1
+                    self._on_odd("a frame that cannot be decoded")
                     continue
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
@@ -118,7 +119,13 @@ class BeatListener:
                 break
             except msgspec.DecodeError:
                 counts.pings_failed += 1
+                self._on_odd("an answer to a ping that cannot be decoded")
                 continue
+            except ValueError as error:
+                # A server that takes only small messages: then there are frames.
+                counts.pings_failed += 1
+                self._on_odd(f"no pings: {error}")
+                break
             if reply.cluster_id == self._cluster_id:
                 ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)
                 answers.append((ping, reply))
@@ -141,9 +148,9 @@ class BeatListener:
     def _on_odd(self, text: str) -> None:
         # Once, and not every time that it is seen; and not as often as somebody else likes.
         now = local_ns()
-        if self.recent_errors and self.recent_errors[-1][1] == text:
-            self.recent_errors.pop()
-        elif now - self._logged_ns >= _LOG_EVERY_NS:
+        others = [entry for entry in self.recent_errors if entry[1] != text]
+        known = len(others) < len(self.recent_errors)
+        self.recent_errors = deque((*others, (now, text)), maxlen=self.recent_errors.maxlen)
+        if not known and now - self._logged_ns >= _LOG_EVERY_NS:
             self._logged_ns = now
             self._logger.warning("%s", text)
-        self.recent_errors.append((now, text))

@@ -21,11 +21,13 @@ from ._errors import MetronomeUnavailable, TransportBroken
 from ._leader import Counts, Leader, Term
 from ._ledger import Ledger, Store
 from ._listener import BeatListener
+from ._operations import check_integer
 from ._standby import Standby
 from ._steering import Steering
-from ._timeline import Timeline, milli_bpm
+from ._timeline import ORIGINS_NS, Timeline, milli_bpm
 from ._transport import MemoryBus, Message, Transport
 from ._wire import (
+    MAX_BEATS_PER_BAR,
     Segment,
     SyncReply,
     SyncRequest,
@@ -74,11 +76,14 @@ class Metronome:
       cluster_id: the cluster to lead.
       leader_id: the name that goes into the frames.
       tempo_bpm: tempo of a grid that begins here, 0.1 to 6,000 beats per minute.
-      beats_per_bar: bar length of such a grid.
+      beats_per_bar: bar length of such a grid, 1 to 1,000,000 beats.
       bus: the in-process bus whose grid it takes over and keeps; None where there is none.
       store: what it shares with other metronomes of the cluster, such as a key in JetStream; None
         where there is nothing.
       logger: where it says what it does.
+
+    Raises:
+      TypeError, ValueError: for a tempo or a bar length that is none; the text names it.
 
     """
 
@@ -98,7 +103,9 @@ class Metronome:
         self._cluster_id = cluster_id
         self._leader_id = leader_id
         self._milli = milli_bpm("tempo_bpm", tempo_bpm)
-        self._beats_per_bar = beats_per_bar
+        self._beats_per_bar = check_integer("beats_per_bar", beats_per_bar, 1)
+        if beats_per_bar > MAX_BEATS_PER_BAR:
+            raise ValueError(f"`beats_per_bar` must be at most {MAX_BEATS_PER_BAR:,}")
         self._bus = bus
         self._ledger = None if store is None else Ledger(store, cluster_id)
         self._logger = logger or logging.getLogger("backbeat_trio")
@@ -207,11 +214,11 @@ class Metronome:
                 self._seen = max(self._seen, ledger.record.epoch if ledger.record else -1)
 
     def _first_term(self, epoch: int, *, nonce: str = "") -> Term:
-        timeline = Timeline((Segment(epoch, 0, 0, 0, self._milli),))
+        origin = secrets.randbelow(ORIGINS_NS)
         return Term(
             epoch=epoch,
-            timeline=timeline,
-            steering=Steering(-local_ns()),
+            timeline=Timeline((Segment(epoch, 0, 0, origin, self._milli),)),
+            steering=Steering(origin - local_ns()),
             beats_per_bar=self._beats_per_bar,
             sent=-1,
             milli_bpm=self._milli,

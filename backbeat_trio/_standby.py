@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any, Final, final
+from typing import Final, final
 
 import msgspec
 import trio
@@ -27,6 +28,8 @@ from ._tempo import reschedule
 from ._timeline import Timeline
 from ._transport import Message, Transport
 from ._wire import (
+    MAX_INDEX,
+    MAX_NS,
     Probe,
     Record,
     Segment,
@@ -48,6 +51,8 @@ _RECONNECT_GRACE: Final = 0.5
 _RETRY: Final = 0.2
 # How long nobody must be there before a grid begins again, and how long an answer may take.
 _ABSENT_NS: Final = 1_000_000_000
+# What the wall clocks of two machines may differ by.
+_WALL_NS: Final = 2_000_000_000
 _ASK: Final = 0.1
 
 
@@ -82,6 +87,8 @@ class Standby:
         self._seen = seen
         # The term that ended for this standby to begin; it may be all that is left of the grid.
         self._former = former
+        self._why = ""
+        self._stands_by = False
         self._troubled = False
         self._generation = transport.generation
         self._follower.on_stale = self._tell
@@ -131,6 +138,9 @@ class Standby:
         follower, grid, transport = self._follower, self._clock.grid, self._transport
         excused_ns = 0
         await self._join()
+        if follower.locked and not self._stands_by:
+            self._stands_by = True
+            self._logger.info("stands by - leader=%s epoch=%d", follower.leader_id, follower.epoch)
         while follower.locked:
             told = follower.told_ns
             due = grid.timeline.next_beat(max(told, excused_ns))
@@ -172,12 +182,14 @@ class Standby:
                 # What answers otherwise, such as a stream of these subjects, is no leader.
                 decode_probe(answer.data)
             except NoResponders:
+                self._why = "its process is gone"
                 return True
             except (TransportBroken, msgspec.DecodeError):
                 self._check_connected()
                 # Where the way is long an answer is, too, and so is the news that nobody is there.
                 patience = min(2 * patience, _ASK)
                 if local_ns() - silent_since >= lease_ns(self._clock.segment().milli_bpm):
+                    self._why = "it is silent"
                     return True
             else:
                 return False
@@ -207,11 +219,13 @@ class Standby:
             except NoResponders:
                 if now - absent_since >= absence:
                     self._seen = max(self._seen, epoch)
+                    self._why = "nobody leads"
                     return
             except (TransportBroken, msgspec.DecodeError):
                 self._check_connected()
                 if now - absent_since >= lease_ns(milli):
                     self._seen = max(self._seen, epoch)
+                    self._why = "nobody leads"
                     return
             else:
                 absent_since = local_ns()
@@ -236,7 +250,7 @@ class Standby:
         if self._epoch_of(record) > self._seen:
             # Somebody else has, meanwhile.
             return None
-        epoch = max(ledger.revision, self._seen, self._follower.epoch) + 1
+        epoch = self._next_epoch(record)
         term = self._make_term(record, epoch, fresh)
         async with AsyncExitStack() as held:
             # Before it is known who leads, so that whoever learns of it finds somebody to probe.
@@ -249,68 +263,103 @@ class Standby:
                 return None
             stack.push_async_exit(held.pop_all())
         self._counts.takeovers += 1
+        cluster_ns = term.steering.cluster_at(local_ns())
+        self._logger.info(
+            "takes over from %s: %s - epoch=%d beat=%d, %.1f ms after it",
+            self._follower.leader_id or "nobody",
+            self._why,
+            epoch,
+            term.timeline.index_at(cluster_ns),
+            (cluster_ns - term.timeline.last_beat(cluster_ns)) / 1e6,
+        )
         return term, probes
 
+    def _next_epoch(self, record: Record | None) -> int:
+        known = (self._ledger.revision, self._epoch_of(record), self._seen, self._follower.epoch)
+        # One that somebody made up must not be the last that there can be.
+        return max(epoch for epoch in known if epoch < MAX_INDEX) + 1
+
     def _make_term(self, record: Record | None, epoch: int, fresh: Term) -> Term:
-        if not self._follower.locked:
-            return self._go_on(record, epoch, fresh) or replace(
-                fresh, epoch=epoch, **self._begin_again(record, epoch)
+        follower, grid = self._follower, self._clock.grid
+        if follower.locked:
+            timeline = grid.timeline.since(self._clock.cluster_ns())
+            present = Term(
+                epoch=epoch,
+                timeline=timeline,
+                steering=grid.steering,
+                beats_per_bar=grid.beats_per_bar,
+                sent=grid.timeline.index_at(follower.told_ns),
+                milli_bpm=timeline.segments[0].milli_bpm or fresh.milli_bpm,
+                incarnation=fresh.incarnation,
+                nonce=fresh.nonce,
+                told_seq=grid.timeline.segments[-1].seq,
             )
-        grid, now = self._clock.grid, self._clock.cluster_ns()
-        timeline, incarnation = grid.timeline.since(now), fresh.incarnation
-        milli = timeline.segments[0].milli_bpm
-        if record is not None:
-            committed = Timeline(record.segments)
-            milli = milli or record.milli_bpm
-            if committed.continues(grid.timeline) or grid.timeline.continues(committed):
-                incarnation = record.incarnation
-                timeline = reschedule(
-                    grid.timeline,
-                    committed,
-                    now,
-                    beats_per_bar=grid.beats_per_bar,
-                    epoch=epoch,
-                )
-        return Term(
-            epoch=epoch,
+            return self._go_on(present, record, epoch) or present
+        # It may have led before, and be all that is left of the grid.
+        if self._former is not None:
+            former = replace(self._former, epoch=epoch, nonce=fresh.nonce)
+            term = self._go_on(former, record, epoch)
+            if term is not None:
+                return term
+        return self._begin_again(record, replace(fresh, epoch=epoch))
+
+    def _go_on(self, known: Term, record: Record | None, epoch: int) -> Term | None:
+        """Return the term with which the grid of the record goes on; None where it is another."""
+        if record is None:
+            return None
+        committed, now = Timeline(record.segments), known.steering.cluster_at(local_ns())
+        apart = committed.time_of(record.high_water) - now
+        if not (
+            committed.continues(known.timeline, apart) or known.timeline.continues(committed, apart)
+        ):
+            return None
+        bar = known.beats_per_bar
+        # What was beaten was told of, too.
+        beaten = [s.seq for s in record.segments if s.beat0 <= record.high_water]
+        told_seq = max([min(record.told_seq, record.segments[-1].seq), *beaten])
+        timeline = reschedule(
+            known.timeline, committed, now, told_seq=told_seq, beats_per_bar=bar, epoch=epoch
+        )
+        return replace(
+            known,
             timeline=timeline,
-            steering=grid.steering,
-            beats_per_bar=grid.beats_per_bar,
-            sent=grid.timeline.index_at(self._follower.told_ns),
-            milli_bpm=milli or fresh.milli_bpm,
-            incarnation=incarnation,
-            nonce=fresh.nonce,
+            # What somebody else has beaten, unheard here, is not to come again.
+            sent=max(known.sent, min(record.high_water, timeline.index_at(now) + bar)),
+            milli_bpm=timeline.segments[0].milli_bpm or record.milli_bpm,
+            incarnation=record.incarnation,
+            told_seq=max(known.told_seq, told_seq),
         )
 
-    def _go_on(self, record: Record | None, epoch: int, fresh: Term) -> Term | None:
-        """Return the term before this one, taken up again, where nobody has led in between.
-
-        Whoever wrote the record that ended it has died before the first frame.
-        """
-        former = self._former
-        if former is None or record is None:
-            return None
-        committed, now = Timeline(record.segments), former.steering.cluster_at(local_ns())
-        bar = former.beats_per_bar
-        if not (committed.continues(former.timeline) or former.timeline.continues(committed)):
-            return None
-        timeline = reschedule(former.timeline, committed, now, beats_per_bar=bar, epoch=epoch)
-        return replace(former, epoch=epoch, nonce=fresh.nonce, timeline=timeline)
-
-    def _begin_again(self, record: Record | None, epoch: int) -> dict[str, Any]:
-        """Return what differs from a fresh term where all who knew the time of a grid are gone."""
+    def _begin_again(self, record: Record | None, fresh: Term) -> Term:
+        """Return the term of another grid, where all who knew the time of the last one are gone."""
+        epoch, origin = fresh.epoch, fresh.timeline.segments[0].t0_ns
         if record is None:
-            segment = Segment(epoch, 0, 0, 0, self._clock.segment().milli_bpm)
-            return {"timeline": Timeline((segment,)), "sent": -1}
-        # No beat comes twice: the record may be behind by what was beaten since the last bar.
-        bar, last = record.beats_per_bar, record.segments[-1]
-        beat0 = (record.high_water // bar + 2) * bar
+            segment = Segment(epoch, 0, 0, origin, self._clock.segment().milli_bpm)
+            return replace(fresh, timeline=Timeline((segment,)))
+        committed, bar = Timeline(record.segments), record.beats_per_bar
+        # No beat comes twice: neither those that were beaten since the record was written last, nor
+        # those that agents have counted by themselves. Only wall clocks tell how many these are.
+        elapsed = 0 if record.written_ms is None else time.time_ns() - record.written_ms * 1_000_000
+        passed = committed.index_at(
+            committed.time_of(record.high_water) + max(0, elapsed) + _WALL_NS
+        )
+        beat0 = (max(record.high_water, passed) // bar + 2) * bar
         self._logger.warning(
             "nobody is left of epoch %d: the grid begins again with beat %d", record.epoch, beat0
         )
-        return {
-            "timeline": Timeline((Segment(epoch, 0, beat0, 0, last.milli_bpm),)),
-            "sent": beat0 - 1,
-            "beats_per_bar": bar,
-            "milli_bpm": last.milli_bpm or record.milli_bpm,
-        }
+        begun = [segment for segment in record.segments if segment.beat0 <= beat0]
+        milli = (begun or record.segments)[-1].milli_bpm
+        timeline = Timeline((Segment(epoch, 0, beat0, origin, milli),))
+        for segment in record.segments:
+            if segment.beat0 > beat0:
+                changed = timeline.change(segment.milli_bpm, segment.beat0, epoch=epoch)
+                if changed.segments[-1].t0_ns > MAX_NS:
+                    break
+                timeline = changed
+        return replace(
+            fresh,
+            timeline=timeline,
+            sent=beat0 - 1,
+            beats_per_bar=bar,
+            milli_bpm=milli or record.milli_bpm,
+        )

@@ -27,6 +27,7 @@ def propose(
     former: int = 0,
     beats_per_bar: int,
     epoch: int,
+    after_seq: int = -1,
 ) -> Timeline:
     """Return the timeline with a change in it.
 
@@ -45,6 +46,7 @@ def propose(
       former: the tempo before the grid stood still.
       beats_per_bar: the length of a bar.
       epoch: the term of leadership in which it is made.
+      after_seq: a number that the new segments' are to be greater than.
 
     Raises:
       TempoRefused: where ``at_beat`` is past or too soon, and for what cannot be done to a grid
@@ -54,7 +56,7 @@ def propose(
     timeline = timeline.since(cluster_ns)
     present = timeline.segments[0]
     if not present.milli_bpm:
-        return _resume(timeline, cluster_ns, milli, former, epoch=epoch)
+        return _resume(timeline, cluster_ns, milli, former, epoch=epoch, after_seq=after_seq)
     earliest = max(timeline.after(cluster_ns) + _LEAD_BEATS, timeline.after(cluster_ns + LEAD_NS))
     index = timeline.index_at(cluster_ns)
     if milli is None:
@@ -76,7 +78,7 @@ def propose(
         raise TempoRefused(f"the grid stands still from beat {before.beat0} on")
     if over and not milli:
         raise TempoRefused("a pause is no ramp")
-    settled, seq = Timeline((present, *kept)), timeline.segments[-1].seq
+    settled, seq = Timeline((present, *kept)), max(after_seq, timeline.segments[-1].seq)
     steps = min(over, _STEPS)
     if len(kept) + steps >= _PENDING:
         raise TempoRefused("too many changes are pending")
@@ -94,38 +96,57 @@ def propose(
 
 
 def _resume(
-    timeline: Timeline, cluster_ns: int, milli: int | None, former: int, *, epoch: int
+    timeline: Timeline,
+    cluster_ns: int,
+    milli: int | None,
+    former: int,
+    *,
+    epoch: int,
+    after_seq: int,
 ) -> Timeline:
     if milli is not None:
         raise TempoRefused("the grid stands still: have it go on first")
     if len(timeline.segments) > 1:
         raise TempoRefused("the grid is about to go on")
     # Everybody is told of a grid that stands still once a second.
-    return timeline.resume(former, timeline.next_beat(cluster_ns + STILL_NS), epoch=epoch)
+    goes_on = timeline.next_beat(cluster_ns + STILL_NS)
+    return timeline.resume(former, goes_on, epoch=epoch, after_seq=after_seq)
 
 
 def reschedule(
-    told: Timeline, committed: Timeline, cluster_ns: int, *, beats_per_bar: int, epoch: int
+    heard: Timeline,
+    committed: Timeline,
+    cluster_ns: int,
+    *,
+    told_seq: int,
+    beats_per_bar: int,
+    epoch: int,
 ) -> Timeline:
     """Return the timeline to go on with after a leader that may not have told of its last change.
 
-    What was committed and is far enough ahead stays as it is. What would have to have happened
-    already is put off, as nobody has heard of it.
+    What was told is in force, or will be, whether it was heard here or not. What was committed and
+    is far enough ahead stays as it is, too. What nobody was told of, and would have to have
+    happened already, is put off.
 
     Args:
-      told: what was heard of the grid.
+      heard: what was heard of the grid, here.
       committed: what the record says of it.
       cluster_ns: now.
+      told_seq: the last segment that somebody was told of, as the record has it.
       beats_per_bar: the length of a bar.
       epoch: the term of leadership that begins.
 
     """
-    known = told.segments[-1].seq
+    known = max(heard.segments[-1].seq, told_seq)
+    if heard.segments[-1].seq >= committed.segments[-1].seq:
+        return heard.since(cluster_ns)
     untold = [segment for segment in committed.segments if segment.seq > known]
-    if not untold:
-        return told.since(cluster_ns)
-    if untold[0].t0_ns >= cluster_ns + LEAD_NS and committed.continues(told):
+    if not untold or untold[0].t0_ns >= cluster_ns + LEAD_NS:
         return committed.since(cluster_ns)
+    told = heard
+    if told_seq > heard.segments[-1].seq:
+        kept = tuple(segment for segment in committed.segments if segment.seq <= known)
+        told = Timeline(kept) if kept else heard
     told = told.since(cluster_ns)
     present = told.segments[0]
     first, last = untold[0], untold[-1]
@@ -138,6 +159,12 @@ def reschedule(
             former=last.milli_bpm,
             beats_per_bar=beats_per_bar,
             epoch=epoch,
+            after_seq=last.seq,
         )
     except TempoRefused:
-        return told
+        stop = told.segments[-1]
+        if stop.milli_bpm or not last.milli_bpm:
+            return told
+        # It was not to stand still any more, and will for as long as it takes to tell so.
+        goes_on = max(stop.t0_ns, cluster_ns) + 2 * STILL_NS
+        return told.resume(last.milli_bpm, goes_on, epoch=epoch, after_seq=last.seq)

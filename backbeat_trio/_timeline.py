@@ -26,6 +26,12 @@ STILL_NS: Final = 1_000_000_000
 # The time of what will not come: later than all that the wire can tell.
 NEVER: Final = 1 << 63
 
+# Each grid begins at an instant of its own, somewhere in eighteen years: so no segment of one is a
+# segment of another, and what is told of two grids differs by more than clocks ever do. Only those
+# that stop while their machine sleeps differ by minutes.
+ORIGINS_NS: Final = 1 << 59
+_APART_NS: Final = 3600 * 1_000_000_000
+
 # By how much another implementation may round an edge differently.
 _ROUNDING_NS: Final = 1000
 
@@ -170,10 +176,10 @@ class Timeline(Struct, frozen=True):
         t0_ns = _edge(last, at_beat)
         return self._added(tuple(kept), at_beat, t0_ns, milli, epoch, after_seq)
 
-    def resume(self, milli: int, cluster_ns: int, *, epoch: int) -> Timeline:
-        """Return the timeline of a grid that stands still, going on at an instant to come."""
-        still = self.segments[0]
-        return self._added((still,), still.beat0, cluster_ns, milli, epoch)
+    def resume(self, milli: int, cluster_ns: int, *, epoch: int, after_seq: int = -1) -> Timeline:
+        """Return the timeline of a grid that comes to stand still, going on at an instant then."""
+        still = self.segments[-1]
+        return self._added(self.segments, still.beat0, cluster_ns, milli, epoch, after_seq)
 
     def _added(
         self,
@@ -201,9 +207,22 @@ class Timeline(Struct, frozen=True):
         present = self.segment_at(cluster_ns)
         return Timeline(self.segments[self.segments.index(present) :])
 
-    def continues(self, other: Timeline) -> bool:
-        """Tell whether both are of one grid: this one knows the other's segments or later ones."""
+    def shares(self, other: Timeline) -> bool:
+        """Tell whether both know one segment, which no two grids have in common."""
+        return not set(self.segments).isdisjoint(other.segments)
+
+    def continues(self, other: Timeline, apart_ns: int) -> bool:
+        """Tell whether both are of one grid: this one knows the other's segments or later ones.
+
+        Args:
+          other: what is known.
+          apart_ns: by how much the cluster times differ that the two are read by, at one instant.
+
+        """
         mine, theirs = self.segments[0], other.segments[0]
-        return not set(self.segments).isdisjoint(other.segments) or (
-            mine.seq > theirs.seq and mine.beat0 >= theirs.beat0 and mine.t0_ns > theirs.t0_ns
+        return self.shares(other) or (
+            abs(apart_ns) < _APART_NS
+            and mine.seq > theirs.seq
+            and mine.beat0 >= theirs.beat0
+            and mine.t0_ns > theirs.t0_ns
         )

@@ -16,6 +16,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 MIN_MILLI_BPM: Final = 100
 MAX_MILLI_BPM: Final = 6_000_000
+MAX_BEATS_PER_BAR: Final = 1_000_000
 
 # Bounds are part of the types: an integer that a float cannot hold exactly would make positions
 # differ between agents, and an unbounded one is a way to stall the arithmetic.
@@ -23,8 +24,9 @@ MAX_INDEX: Final = 2**53
 MAX_NS: Final = 2**62
 Index: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_INDEX)]
 Nanoseconds: TypeAlias = Annotated[int, Meta(ge=-MAX_NS, le=MAX_NS)]
+Milliseconds: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_INDEX)]
 MilliBPM: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_MILLI_BPM)]
-BeatsPerBar: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
+BeatsPerBar: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_BEATS_PER_BAR)]
 
 ClaimState: TypeAlias = Literal["executing", "done", "failed", "waiting"]
 BeatPhase: TypeAlias = Literal["downbeat", "upbeat"]
@@ -156,9 +158,13 @@ class Record(Struct, frozen=True, tag_field="type", tag="backbeat.metronome.v1")
     leader_id: str
     beats_per_bar: BeatsPerBar
     segments: Annotated[tuple[Segment, ...], Meta(min_length=1)]
-    high_water: Annotated[int, Meta(ge=-1, le=MAX_INDEX)]
+    high_water: Annotated[int, Meta(ge=-1, le=MAX_INDEX // 2)]
     milli_bpm: Annotated[int, Meta(ge=MIN_MILLI_BPM, le=MAX_MILLI_BPM)]
     """The tempo at which a grid that stands still goes on."""
+    told_seq: Annotated[int, Meta(ge=-1, le=MAX_INDEX)] = MAX_INDEX
+    """The last segment that anybody was told of; by default all of them were."""
+    written_ms: Milliseconds | None = None
+    """When it was written by the wall clock of who wrote it, for where nothing else is left."""
 
 
 class _Other(Struct, tag_field="type", tag=""):

@@ -133,6 +133,7 @@ def tell(
         now = change.true_ns
         reign.end_ns, reign.gone = now, change.gone
         committed = leader.timeline
+        told_seq = committed.segments[-1].seq
         if change.untold is not None:
             committed = leader.proposed(change.untold._replace(true_ns=now))
         successor, now = take_turns(waiting, now, change.gone, chance)
@@ -146,6 +147,7 @@ def tell(
             successor.grid.timeline.since(cluster),
             committed,
             cluster,
+            told_seq=told_seq,
             beats_per_bar=BEATS_PER_BAR,
             epoch=reign.epoch,
         )

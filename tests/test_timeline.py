@@ -64,8 +64,8 @@ def test_a_grid_that_stood_still_lost_nothing_but_time(
     resumed = still.since(stop).resume(milli, stop + pause + 1, epoch=2)
     assert resumed.time_of(at_beat) == stop
     assert resumed.time_of(at_beat + 1) == stop + pause + 1 + beat_ns(milli)
-    assert resumed.continues(timeline)
-    assert resumed.continues(still)
+    assert resumed.continues(timeline, 0)
+    assert resumed.shares(still)
     assert Timeline.of(Grid(**resumed.told())) == resumed
 
 
@@ -102,9 +102,13 @@ def test_the_next_beat_is_the_next(timeline: Timeline, later: int) -> None:
 
 def test_a_new_incarnation_does_not_continue_another() -> None:
     old = Timeline((Segment(3, 2, 100, 10**12, 60_000), Segment(3, 3, 108, 10**12 + 1, 1000)))
-    assert not Timeline((Segment(9, 0, 0, 0, 60_000),)).continues(old)
-    assert Timeline(old.segments[1:]).continues(old)
-    assert Timeline((Segment(4, 9, 500, 10**13, 60_000),)).continues(old)
+    assert not Timeline((Segment(9, 0, 0, 0, 60_000),)).continues(old, 0)
+    assert Timeline(old.segments[1:]).continues(old, 10**18)
+    later = Timeline((Segment(4, 9, 500, 10**13, 60_000),))
+    assert later.continues(old, 10**9)
+    # By its numbers it could, but its time is another one.
+    assert not later.continues(old, 10**13)
+    assert not later.continues(old, -(10**13))
 
 
 @given(timelines(), st.integers(0, 10**13))
