@@ -15,10 +15,13 @@ from backbeat_trio._ledger import Conflict, Entry
 from backbeat_trio._wire import (
     BeatFrame,
     Probe,
+    Segment,
     decode_frame,
     decode_record,
+    decode_tempo_reply,
     encode,
     lead_subject,
+    tempo_subject,
 )
 from backbeat_trio.testing import CLUSTER_ID, open_session
 
@@ -532,3 +535,180 @@ async def test_far_from_the_clocks_origin(mock_clock: Clock) -> None:
         await one.metronome.change_tempo(33.3)
         await bb.sleep(20)
         assert bb.tempo_bpm == 33.3
+
+
+# What is not to be undone, and what is not to be taken for something else.
+
+
+async def test_a_change_in_force_outlives_a_leader_who_has_not_heard_of_it(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        two.transport.sever()
+        await trio.sleep(1)
+        beat = await bb.set_tempo(240)
+        await bb.sleep_until(beat + 100)
+        one.scope.cancel()
+        two.transport.restore()
+        await trio.sleep(5)
+        assert two.leads
+        assert bb.tempo_bpm == 240
+        assert bb.statistics().locks == 1
+        indices = made.indices()
+        assert indices == sorted(set(indices))
+        assert bb.current_beat() - indices[-1] in (0, 1)
+
+
+async def test_what_was_told_is_soon_in_the_record(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        beat = await bb.set_tempo(240)
+        # By the answer to a ping, or with the next frame.
+        await trio.sleep(1.1)
+        assert bb.current_beat() < beat
+        record = decode_record(made.store.entry.data)
+        assert record.told_seq == record.segments[-1].seq == 1
+        assert one.leads
+
+
+async def test_a_change_for_later_is_still_for_later_when_the_grid_begins_again(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        assert await bb.set_tempo(600, at_beat=100_000) == 100_000
+        assert await bb.pause(at_beat=200_000) == 200_000
+        one.scope.cancel()
+        await trio.sleep(1)
+        await made.start("pulse-9")
+        await trio.sleep(5)
+        assert bb.tempo_bpm == 60
+        present, faster, still = made.frames[-1][1].segment, *bb._clock.grid.timeline.segments[1:]
+        assert present.beat0 < 100
+        assert (faster.beat0, faster.milli_bpm) == (100_000, 600_000)
+        assert (still.beat0, still.milli_bpm) == (200_000, 0)
+
+
+async def test_no_beat_comes_twice_though_the_record_was_out(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A wall clock that goes with the test's own.
+    clock = trio.lowlevel.current_clock()
+    monkeypatch.setattr("time.time_ns", lambda: round((clock.current_time() + 10**9) * 1e9))
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        await bb.set_tempo(300)
+        await trio.sleep(20)
+        made.store.answering = False
+        await trio.sleep(60)
+        one.scope.cancel()
+        await trio.sleep(30)
+        made.store.answering = True
+        alone = bb.current_beat()
+        await made.start("pulse-9")
+        await trio.sleep(5)
+        assert made.indices() == sorted(set(made.indices()))
+        # Nor is any counted twice by who went on alone.
+        assert alone < made.frames[-1][1].segment.beat0 < alone + 32
+        assert bb.current_beat() - made.indices()[-1] in (0, 1)
+
+
+async def test_another_grid_that_begins_just_as_the_last_one_is_another(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        await trio.sleep(60)
+        one.scope.cancel()
+        await trio.sleep(1)
+        # With all that was stored.
+        made.store.entry = Entry(b"", 0)
+        await made.start("pulse-9")
+        await trio.sleep(20)
+        assert bb.health().epoch == made.frames[0][1].epoch == made.frames[-1][1].epoch
+        assert made.indices()[-1] < 30
+        assert bb.current_beat() - made.indices()[-1] in (0, 1)
+        assert bb.statistics().locks == 2
+        assert not bb.health().local_degradation
+
+
+async def test_who_was_away_while_a_grid_began_and_changed_is_not_mistaken(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(1) as (made, (one,)):
+        away = backbeat.MemoryTransport(made.bus)
+        async with (
+            open_session(made.bus, agent_id="near") as near,
+            open_session(transport=away, agent_id="far") as far,
+        ):
+            await trio.sleep(10)
+            away.sever()
+            one.scope.cancel()
+            await trio.sleep(600)
+            await made.start("pulse-9")
+            await trio.sleep(5)
+            # Its number is greater than that of all that is known far away.
+            await near.set_tempo(100)
+            await trio.sleep(20)
+            away.restore()
+            await trio.sleep(2)
+            assert far.statistics().locks == 2
+            assert far.current_position() == pytest.approx(near.current_position(), abs=1e-3)
+
+
+async def test_an_epoch_that_somebody_made_up_is_not_the_last(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        one.scope.cancel()
+        await trio.sleep(1)
+        epoch = 2**53
+        segment = Segment(epoch, 0, 1000, 0, 60_000)
+        forged = BeatFrame(
+            *(CLUSTER_ID, 1000, True, "downbeat", 60.0, 8, "w-125", epoch, "forger", segment)
+        )
+        nine = await made.start("pulse-9")
+        made.transport.publish_nowait(f"backbeat.beat.{CLUSTER_ID}", encode(forged))
+        await trio.sleep(20)
+        assert nine.leads
+        assert nine.metronome.epoch < epoch
+        assert made.frames[-1][1].leader_id == "pulse-9"
+        assert bb.health().leader_id == "pulse-9"
+        assert decode_record(made.store.entry.data).leader_id == "pulse-9"
+
+
+async def test_requests_that_nobody_waits_for_any_more_are_refused(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        made.store.answering = False
+        asked: list[str] = []
+
+        async def ask(bpm: float) -> None:
+            with pytest.raises(backbeat.BackbeatError) as caught:
+                await bb.set_tempo(bpm)
+            asked.append(type(caught.value).__name__)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(ask, 100 + number)
+        made.store.answering = True
+        await trio.sleep(30)
+        assert asked.count("MetronomeUnavailable") >= 6
+        assert bb.tempo_bpm == 60
+        assert one.metronome.statistics().tempo_changes == 0
+        assert one.metronome.statistics().refused == 8
+
+
+async def test_a_change_that_no_frame_has_room_for_is_refused(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        one.transport.max_payload = 4096
+        with pytest.raises(backbeat.TempoRefused, match="larger than the server takes"):
+            await bb.set_tempo(120, over=64)
+        beat = await bb.set_tempo(120, over=8)
+        await bb.sleep_until(beat + 9)
+        assert bb.tempo_bpm == 120
+        assert made.indices() == sorted(set(made.indices()))
+
+
+async def test_a_request_that_cannot_be_read_is_answered(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)):
+        answer = await made.transport.request(
+            tempo_subject(CLUSTER_ID), b'{"type": "backbeat.tempo.v1"}', timeout=1
+        )
+        reply = decode_tempo_reply(answer.data)
+        assert not reply.ok
+        assert "cannot be read" in str(reply.error)
+        assert one.metronome.statistics().undecodable == 1

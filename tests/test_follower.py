@@ -197,6 +197,51 @@ def test_frames_that_say_nothing_new_are_counted(agent: Agent) -> None:
     assert (counts.frames, counts.frames_repeated, counts.frames_foreign) == (1, 1, 1)
 
 
+def test_a_frame_that_explains_itself_alone_is_asked_about(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.now += SECOND // 2
+    # In the leader's name, with an older segment that nobody knows, and far ahead by it.
+    newer = TIMELINE.change(120_000, 1, epoch=1).since(agent.now + AHEAD)
+    agent.answer(agent.answered(timeline=newer))
+    made_up = Timeline((Segment(1, 0, 10**9, agent.now + AHEAD, 120_000),))
+    assert agent.hear(10**9, timeline=made_up)
+    agent.answer(agent.answered(timeline=newer))
+    assert agent.follower.counts.frames_unexplained == 1
+    agent.now += SECOND // 2
+    assert not agent.hear(timeline=newer)
+    assert agent.follower.counts.frames == 1
+
+
+def test_who_is_steered_back_for_long_hears_the_leader_all_the_same(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.hear()
+    # Three seconds, six beats, ahead: it takes half a minute to slew that.
+    agent.grid.steering.step(AHEAD + 3 * SECOND, at_ns=agent.now)
+    for _ in range(4):
+        agent.now += SECOND // 2
+        agent.answer(agent.answered())
+        agent.hear()
+        assert not agent.follower.in_holdover(agent.now + SECOND // 2)
+    assert agent.error_ns == pytest.approx(0, abs=MS)
+    assert agent.grid.cluster_at(agent.now) > agent.now + AHEAD + 2 * SECOND
+    # So nobody else is believed.
+    assert not agent.hear(epoch=0)
+    assert agent.stale == [0]
+    agent.now += 2 * SECOND
+    assert agent.follower.in_holdover(agent.now)
+
+
+def test_a_new_grid_of_the_same_epoch_is_followed_after_three_bursts(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    other = Timeline((Segment(1, 0, 0, 7 * 10**15, 120_000),))
+    for _ in range(3):
+        agent.now += SECOND // 2
+        agent.answer(agent.answered(timeline=other, lie_ns=7 * 10**15))
+    assert agent.follower.counts.locks == 2
+    assert agent.grid.timeline == other
+    assert agent.error_ns == pytest.approx(7 * 10**15, abs=MS)
+
+
 def test_answers_that_do_not_join_are_counted(agent: Agent) -> None:
     ping, reply = agent.answered()
     broken = Segment(1, 1, 0, 0, 60_000)
