@@ -56,6 +56,7 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     frames: int
     """Beat frames that were followed."""
     frames_undecodable: int
+    """Messages on the frames' subject that are no frames."""
     frames_foreign: int
     """Frames of another cluster."""
     frames_stale_epoch: int
@@ -65,6 +66,7 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     frames_unexplained: int
     """Frames that the leader's own answers did not bear out."""
     pings: int
+    """Pings sent."""
     pings_failed: int
     """Pings that brought no answer, or none that could be decoded."""
     pings_outlying: int
@@ -72,6 +74,7 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     locks: int
     """How many times the position moved to the cluster's grid."""
     claims_sent: int
+    """Claims handed to the server, or acknowledged by the stream."""
     claims_stored: int
     """Terminal claims that the stream in JetStream has acknowledged."""
     claims_coalesced: int

@@ -47,8 +47,9 @@ class MetronomeStatistics(NamedTuple):
     syncs: int
     """Sync requests answered."""
     tempo_changes: int
+    """Changes of the tempo committed, pauses and going on among them."""
     refused: int
-    """Tempo changes refused."""
+    """Changes refused."""
     undecodable: int
     """Requests dropped because they could not be decoded, were for another cluster, or wanted their
     answer on a subject that is nobody's inbox."""
@@ -61,6 +62,7 @@ class MetronomeStatistics(NamedTuple):
     commits: int
     """Writings of the record."""
     commits_failed: int
+    """Writings that were given up, as the store did not answer in time."""
     frames_foreign: int
     """Frames of a higher epoch than the own one, heard while leading."""
     records_unreadable: int
@@ -129,9 +131,14 @@ class Metronome:
         return MetronomeStatistics(**vars(self._counts), records_unreadable=unreadable)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Lead whenever it is this one's turn, until cancelled.
+        """Lead whenever it is this one's turn, until cancelled. A checkpoint.
 
-        Reports itself started as soon as it leads, or has to wait.
+        It reports itself started as soon as it leads, or has to wait. Where the transport or the
+        store is out of reach it tries on. To be run once.
+
+        Raises:
+          TransportClosed: where the transport is closed.
+
         """
         if self._bus is not None:
             await self._run_on_bus(self._bus, task_status)
@@ -257,11 +264,21 @@ class Metronome:
         return self._leader
 
     def current_beat(self) -> int:
-        """Return the index of the present beat."""
+        """Return the index of the present beat. Not a checkpoint.
+
+        Raises:
+          MetronomeUnavailable: where this metronome does not lead.
+
+        """
         return self._present().current_beat()
 
     def next_beat_time(self) -> float:
-        """Return when the next frame is due, in seconds of Trio's clock."""
+        """Return when the next frame is due, in seconds of Trio's clock. Not a checkpoint.
+
+        Raises:
+          MetronomeUnavailable: where this metronome does not lead.
+
+        """
         return self._present().next_beat_time()
 
     async def change_tempo(

@@ -228,15 +228,19 @@ class Session:
     # Time.
 
     def current_position(self) -> float:
-        """Return the position: the index of the present beat, and how much of it has passed."""
+        """Return the position: the index of the present beat, and how much of it has passed.
+
+        Not a checkpoint. On one grid it never goes back; on locking, and when the cluster's grid
+        begins a new incarnation, it changes grid.
+        """
         return self._clock.position()
 
     def current_beat(self) -> int:
-        """Return the index of the present beat."""
+        """Return the index of the present beat. Not a checkpoint."""
         return self._clock.index()
 
     def current_bar(self) -> int:
-        """Return the number of the present bar: the beat's index // beats per bar."""
+        """Return the number of the present bar: beat index // beats per bar. Not a checkpoint."""
         return self._clock.index() // self._clock.grid.beats_per_bar
 
     @property

@@ -712,3 +712,23 @@ async def test_a_request_that_cannot_be_read_is_answered(autojump_clock: Clock) 
         assert not reply.ok
         assert "cannot be read" in str(reply.error)
         assert one.metronome.statistics().undecodable == 1
+
+
+async def test_who_led_before_goes_on_with_what_the_one_after_it_did(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        one.transport.sever()
+        await trio.sleep(4)
+        assert two.leads
+        beat = await bb.set_tempo(240)
+        await bb.sleep_until(beat + 50)
+        # All that is left of the grid is a metronome that knows nothing of the last minute.
+        two.scope.cancel()
+        one.transport.restore()
+        await trio.sleep(5)
+        assert one.leads
+        assert one.metronome.statistics().deposed == 1
+        assert bb.tempo_bpm == 240
+        assert bb.statistics().locks == 1
+        indices = made.indices()
+        assert indices == sorted(set(indices))
+        assert bb.current_beat() - indices[-1] in (0, 1)
