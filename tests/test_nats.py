@@ -1445,12 +1445,13 @@ async def test_frames_on_the_wire() -> None:
     assert {subject for subject, _ in plain.heard} == {BEATS}
     frames = [parse(data) for _, data in plain.heard]
     epoch = metronome.epoch
-    slow = {"epoch": epoch, "seq": 0, "beat0": 0, "t0_ns": 0, "milli_bpm": 600_000}
+    begun = frames[0]["segment"]["t0_ns"]
+    slow = {"epoch": epoch, "seq": 0, "beat0": 0, "t0_ns": begun, "milli_bpm": 600_000}
     quick = {
         "epoch": epoch,
         "seq": 1,
         "beat0": change,
-        "t0_ns": change * 100_000_000,
+        "t0_ns": begun + change * 100_000_000,
         "milli_bpm": 1_200_000,
     }
     last = -1
