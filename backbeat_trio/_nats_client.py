@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar, final
 
 import nats.aio.client
 import nats.errors
+import nats.js.errors
 import trio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from nats.aio.msg import Msg
@@ -391,6 +392,18 @@ class Client:
             return TLSFailed(f"no trusted TLS connection to {where}: {text}")
         return TransportBroken(f"no connection to {where}: {text}")
 
+    def _translate_call(self, error: Exception) -> Exception:
+        # The connection stands, and what was asked over it was refused or not answered: that is to
+        # be told, and not that there were no connection.
+        where = self.server.url
+        if isinstance(error, nats.js.errors.APIError) and error.description:
+            return TransportBroken(f"JetStream on {where}: {error.description}")
+        if isinstance(error, nats.js.errors.ServiceUnavailableError):
+            return TransportBroken(f"JetStream on {where}: nobody answers")
+        if isinstance(error, (nats.errors.TimeoutError, TimeoutError)):
+            return TransportBroken(f"JetStream on {where}: no answer in time")
+        return self._translate(error)
+
     def _keep(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
@@ -492,7 +505,7 @@ class Client:
         except BackbeatError as error:
             self._tell(item.outcome.settle, None, error)
         except Exception as error:  # noqa: BLE001 - the edge: whatever it was becomes one of ours
-            self._tell(item.outcome.settle, None, self._translate(error))
+            self._tell(item.outcome.settle, None, self._translate_call(error))
         else:
             self._tell(item.outcome.settle, value, None)
 

@@ -25,6 +25,8 @@ from urllib.parse import quote
 import msgspec
 import nats
 import nats.aio.client
+import nats.errors
+import nats.js.errors
 import nkeys
 import pytest
 import trio
@@ -717,6 +719,31 @@ async def test_paused_server_that_goes_on() -> None:
         server.resume()
         await degraded(bb, False)
         assert bb.health().reconnect_count >= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            nats.js.errors.BadRequestError(400, "stream names it 'x'", 10001),
+            "JetStream on {url}: stream names it 'x'",
+        ),
+        (nats.js.errors.ServiceUnavailableError(), "JetStream on {url}: nobody answers"),
+        (nats.errors.TimeoutError(), "JetStream on {url}: no answer in time"),
+        (nats.errors.ConnectionClosedError(), "no connection to {url}: connection closed"),
+    ],
+)
+@guarded
+async def test_what_becomes_of_a_call_is_told_in_its_own_words(error: Exception, told: str) -> None:
+    async def refused(client: nats.aio.client.Client) -> None:
+        raise error
+
+    async with NatsServer() as server, running(server.url) as transport:
+        await transport.wait_connected()
+        with pytest.raises(TransportBroken) as caught:
+            await transport.call(refused)
+        assert str(caught.value) == told.format(url=server.url)
+        assert transport.connected
 
 
 @guarded
