@@ -28,7 +28,7 @@ from ._timeline import milli_bpm
 from ._wire import StatusClaim, bucket_of, encode, is_token
 
 if TYPE_CHECKING:
-    from ._ledger import Store
+    from ._jetstream import KeyValueStore
     from ._nats import NatsTransport
 
 _TIMED_OUT: Final = 124
@@ -37,6 +37,12 @@ _NOT_RUNNABLE: Final = 126
 _NOT_FOUND: Final = 127
 _SIGNALLED: Final = 128
 _JETSTREAM_RETRY: Final = 1.0
+# Limits of the stream of terminal claims: field of the settings, name on the server, unit.
+_LIMITS: Final = (
+    ("claims_max_age", "max_age", " s"),
+    ("claims_max_bytes", "max_bytes", ""),
+    ("claims_replicas", "num_replicas", ""),
+)
 
 # Field of the settings: flag, variable of the NATS command line, key of its contexts, help.
 _CONNECTION: Final = {
@@ -283,7 +289,8 @@ async def _pulse(options: argparse.Namespace) -> int:
             logger.warning("%s; trying on", error)
         store = await _open_store(transport, config, options.replicas, logger)
         if store is not None and config.store_claims:
-            await _make_stream(transport, config, logger)
+            # The beats need it for nothing.
+            nursery.start_soon(_make_stream, transport, config, logger)
         metronome = Metronome(
             transport,
             cluster_id=config.cluster_id,
@@ -305,24 +312,36 @@ async def _pulse(options: argparse.Namespace) -> int:
 
 async def _open_store(
     transport: NatsTransport, config: BackbeatConfig, replicas: int | None, logger: logging.Logger
-) -> Store | None:
-    from ._jetstream import KeyValueStore
+) -> KeyValueStore | None:
+    from ._jetstream import KeyValueStore, Refused
 
-    store = KeyValueStore(transport, bucket_of(config.cluster_id), replicas=replicas)
+    bucket = bucket_of(config.cluster_id)
+    store = KeyValueStore(transport, bucket, replicas=replicas)
     told = ""
     while True:
         await transport.wait_connected()
         try:
-            if await store.open():
-                return store
-            # It may be that the server has not found the rest of its cluster yet.
-            await trio.sleep(_JETSTREAM_RETRY)
-            return store if await store.open() else None
+            if not await store.open():
+                # It may be that the server has not found the rest of its cluster yet.
+                await trio.sleep(_JETSTREAM_RETRY)
+                if not await store.open():
+                    return None
+        except Refused as error:
+            raise BackbeatError(f"the record of the grid cannot be kept: {error}") from error
         except TransportBroken as error:
             if str(error) != told:
                 told = str(error)
-                logger.warning("JetStream does not answer; trying on: %s", error)
+                logger.warning("the record of the grid cannot be kept yet; trying on: %s", error)
             await trio.sleep(_JETSTREAM_RETRY)
+            continue
+        if store.short:
+            _tell_short(f"KV_{bucket}", store.replicas, logger)
+        elif replicas not in (None, store.replicas):
+            logger.warning(
+                "stream KV_%s exists with num_replicas %s, not %s: it is left as it is",
+                *(bucket, store.replicas, replicas),
+            )
+        return store
 
 
 async def _make_stream(
@@ -330,11 +349,51 @@ async def _make_stream(
 ) -> None:
     from ._jetstream import ClaimStream
 
-    # Agents make it where they may, which is not everywhere. The beats need it for nothing.
-    try:
-        await ClaimStream(transport, config).open()
-    except TransportBroken as error:
-        logger.warning("no stream of terminal claims: %s", error)
+    # Agents make it where they may, which is not everywhere.
+    stream, told = ClaimStream(transport, config), ""
+    while True:
+        await transport.wait_connected()
+        try:
+            found = await stream.open()
+        except TransportBroken as error:
+            if str(error) != told:
+                told = str(error)
+                logger.warning("no stream of terminal claims yet; trying on: %s", error)
+            await trio.sleep(_JETSTREAM_RETRY)
+            continue
+        if not found:
+            logger.warning("no stream of terminal claims: %s", stream.reason)
+        elif stream.limits is not None:
+            if stream.short:
+                _tell_short(stream.name, stream.limits["claims_replicas"], logger)
+            _tell_difference(stream.name, stream.limits, config, logger)
+        return
+
+
+def _tell_short(stream: str, copies: float | None, logger: logging.Logger) -> None:
+    logger.warning(
+        "stream %s has %s copies, as the cluster has no more servers with JetStream; "
+        "once it has: nats stream edit %s --replicas 3",
+        *(stream, copies, stream),
+    )
+
+
+def _tell_difference(
+    stream: str, limits: Mapping[str, float], config: BackbeatConfig, logger: logging.Logger
+) -> None:
+    # Of what nobody has set, the defaults are no wish.
+    wanted = {
+        field: getattr(config, field)
+        for field in limits
+        if os.environ.get(f"{PREFIX}{field.upper()}")
+    }
+    differing = ", ".join(
+        f"{name} {limits[field]:.12g}{unit}, not {wanted[field]:.12g}{unit}"
+        for field, name, unit in _LIMITS
+        if field in wanted and wanted[field] != limits[field]
+    )
+    if differing:
+        logger.warning("stream %s exists with %s: it is left as it is", stream, differing)
 
 
 async def _status(options: argparse.Namespace) -> int:

@@ -21,8 +21,9 @@ PREFIX: Final = "CHORUS_BACKBEAT_"
 
 _TRUE: Final = frozenset({"1", "t", "true", "y", "yes", "on"})
 _FALSE: Final = frozenset({"0", "f", "false", "n", "no", "off"})
-_MAX_BEATS: Final = 1_000_000
-_MAX_REPLICAS: Final = 5
+MAX_BEATS: Final = 1_000_000
+MAX_REPLICAS: Final = 5
+_INTEGERS: Final = (int, int | None)
 _SECRET: Final = frozenset({"password", "token"})
 
 
@@ -96,8 +97,10 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds for which it keeps a claim; 0 is for ever."""
     claims_max_bytes: int = 1_073_741_824
     """How large it may become before the oldest claims go; -1 is without limit."""
-    claims_replicas: int = 1
-    """Copies of it in a cluster of servers, 1 to 5."""
+    claims_replicas: int | None = None
+    """Copies of it, 1 to 5; None is three in a cluster of servers, and one otherwise.
+
+    A cluster that has no third server keeps two."""
     user: str | None = None
     password: str | None = None
     token: str | None = None
@@ -133,10 +136,11 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
         except ValueError:
             raise _refused("tempo_bpm", self.tempo_bpm, "must be from 0.1 to 6000") from None
         for name, least in (("beats_per_bar", 1), ("health_beats", 0)):
-            if not least <= getattr(self, name) <= _MAX_BEATS:
-                raise _refused(name, getattr(self, name), f"must be from {least} to {_MAX_BEATS}")
-        if not 1 <= self.claims_replicas <= _MAX_REPLICAS:
-            raise _refused("claims_replicas", self.claims_replicas, "must be from 1 to 5")
+            if not least <= getattr(self, name) <= MAX_BEATS:
+                raise _refused(name, getattr(self, name), f"must be from {least} to {MAX_BEATS}")
+        replicas = self.claims_replicas
+        if replicas is not None and not 1 <= replicas <= MAX_REPLICAS:
+            raise _refused("claims_replicas", replicas, f"must be from 1 to {MAX_REPLICAS}")
         if self.claims_max_bytes < 1 and self.claims_max_bytes != -1:
             raise _refused("claims_max_bytes", self.claims_max_bytes, "must be 1 or more, or -1")
         if not is_token(self.claims_stream):
@@ -245,8 +249,8 @@ def _check_type(field: msgspec.structs.FieldInfo, value: object) -> None:
     kind = field.type
     if kind is float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    elif kind is int:
-        good = isinstance(value, int) and not isinstance(value, bool)
+    elif kind in _INTEGERS:
+        good = isinstance(value, kind) and not isinstance(value, bool)
     else:
         good = isinstance(value, kind)
     if not good:
@@ -262,9 +266,9 @@ def _parse(kind: Any, text: str) -> object:
         if word in _FALSE:
             return False
         raise ValueError("must be true or false")
-    if kind is float or kind is int:
+    if kind is float or kind in _INTEGERS:
         try:
-            return kind(text)
+            return float(text) if kind is float else int(text)
         except ValueError:
             raise ValueError(
                 "must be a number" if kind is float else "must be an integer"

@@ -6,8 +6,9 @@ The functions with a ``client`` run in the thread of the connection, as nats-py 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Final, final
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar, final
 
 import nats.js.api
 import nats.js.errors
@@ -28,15 +29,84 @@ _KEY: Final = "metronome"
 _PASS_BY: Final = {"Nats-Expected-Stream": "-"}
 # For how long the stream knows a claim again that comes twice, in seconds.
 _DUPLICATE_WINDOW: Final = 600.0
-# Replicas, where nothing is said of them and there is a cluster of servers.
-_REPLICAS: Final = 3
+# Copies, where nothing is said of them: the most that there are servers for is taken.
+_COPIES: Final = (3, 2, 1)
+_NO_PEERS: Final = 10005
+_INVALID: Final = 10052
 _NOT_CLUSTERED: Final = 10074
 _NOT_ENABLED: Final = (10039, 10076)
+# What the server says where it left out no server of its cluster for a reason: there are no more.
+# One that is down or has not been heard of yet is told behind a comma.
+_TOO_FEW: Final = "no suitable peers for placement"
+# For how long it must say so, in seconds, as not every version of it tells of all reasons.
+_SETTLING: Final = 5.0
+
+T = TypeVar("T")
+
+
+class Refused(TransportBroken):
+    """JetStream refuses what was asked of it, and would do so again."""
 
 
 def _absent(error: nats.js.errors.APIError) -> bool:
     # Nobody answers at all, or an account without JetStream; and not one that is busy electing.
     return error.err_code is None or error.err_code in _NOT_ENABLED
+
+
+def _may_pass(error: nats.js.errors.APIError) -> bool:
+    # Some server of the cluster is away or still unknown; and not one that has no room.
+    text = error.description or ""
+    return error.err_code == _NO_PEERS and (
+        text == _TOO_FEW or "offline" in text or "miscellaneous" in text
+    )
+
+
+@final
+class _Copies:
+    """How many copies a stream is made with."""
+
+    def __init__(self, wanted: int | None) -> None:
+        self.short = False
+        """Whether it was made with fewer than there should be, for want of servers."""
+        self._wanted = wanted
+        self._too_few_since: float | None = None
+
+    async def make(self, create: Callable[[int], Awaitable[T]]) -> tuple[T, int]:
+        """Return what was made, and its copies: those wanted, or as many as there are servers for.
+
+        Raises:
+          Refused: where the server will never keep so many.
+          nats.js.errors.APIError: for any other refusal; one that may pass is to be tried again.
+        """
+        too_few = False
+        for copies in _COPIES if self._wanted is None else (self._wanted,):
+            try:
+                made = await create(copies)
+            except nats.js.errors.APIError as error:
+                if error.err_code == _NOT_CLUSTERED and self._wanted is None:
+                    continue
+                too_few = error.err_code == _NO_PEERS and error.description == _TOO_FEW
+                if too_few and self._settled():
+                    continue
+                if not too_few:
+                    self._too_few_since = None
+                self._check(error, copies)
+                raise
+            self.short = too_few
+            return made, copies
+        raise Refused(f"the cluster has too few servers with JetStream for {copies} copies")
+
+    def _settled(self) -> bool:
+        now = time.monotonic()
+        if self._too_few_since is None:
+            self._too_few_since = now
+        return now >= self._too_few_since + _SETTLING
+
+    def _check(self, error: nats.js.errors.APIError, copies: int) -> None:
+        if error.err_code == _NOT_CLUSTERED:
+            raise Refused(f"the server keeps no {copies} copies: it is not in a cluster") from None
+        if error.err_code == _INVALID:
+            raise Refused(f"the server refuses: {error.description}") from None
 
 
 @final
@@ -46,7 +116,8 @@ class KeyValueStore:
     Args:
       transport: run by somebody else.
       bucket: the bucket, made where it is missing.
-      replicas: 1 to 5; None is three in a cluster of servers, and one otherwise.
+      replicas: 1 to 5; None is three in a cluster of servers (two where there is no third), and one
+        otherwise.
 
     """
 
@@ -55,16 +126,24 @@ class KeyValueStore:
     ) -> None:
         self._transport = transport
         self._bucket = bucket
-        self._replicas = replicas
+        self.replicas: int | None = None
+        """The copies that it has, once `open` has returned True."""
+        self._copies = _Copies(replicas)
         self._opened: tuple[Client, KeyValue] | None = None
 
     async def open(self) -> bool:
         """Make the bucket where it is missing; return whether the server has JetStream.
 
         Raises:
-          TransportBroken: where JetStream does not answer.
+          TransportBroken: where JetStream does not answer, or cannot make it at present.
+          Refused: where it will never make it.
         """
         return await self._transport.call(self._open)
+
+    @property
+    def short(self) -> bool:
+        """Whether it was made with fewer copies than it should have, for want of servers."""
+        return self._copies.short
 
     async def read(self) -> Entry:
         """See `Store.read`."""
@@ -80,7 +159,9 @@ class KeyValueStore:
 
     async def _open(self, client: Client) -> bool:
         try:
-            await self._bucket_of(client)
+            bucket = await self._bucket_of(client)
+            if self.replicas is None:
+                self.replicas = (await bucket.status()).stream_info.config.num_replicas
         except nats.js.errors.APIError as error:
             if _absent(error):
                 return False
@@ -102,14 +183,13 @@ class KeyValueStore:
             bucket=self._bucket,
             description="The grid of a BACKBEAT cluster",
             storage=nats.js.api.StorageType.FILE,
-            replicas=self._replicas or _REPLICAS,
         )
-        try:
-            return await js.create_key_value(config)
-        except nats.js.errors.APIError as error:
-            if self._replicas is not None or error.err_code != _NOT_CLUSTERED:
-                raise
-        return await js.create_key_value(config.evolve(replicas=1))
+
+        async def create(copies: int) -> KeyValue:
+            return await js.create_key_value(config.evolve(replicas=copies))
+
+        bucket, self.replicas = await self._copies.make(create)
+        return bucket
 
     async def _read(self, client: Client) -> Entry:
         bucket = await self._bucket_of(client)
@@ -142,18 +222,33 @@ class ClaimStream:
     def __init__(self, transport: NatsTransport, config: BackbeatConfig) -> None:
         self._transport = transport
         self._config = config
-        self._name = config.claims_stream
+        self.name = config.claims_stream
+        """The stream that takes the claims; another one's, where that was there before."""
+        self.limits: dict[str, float] | None = None
+        """What it is limited to, by the fields of the settings, once `open` has returned True."""
+        self.reason = ""
+        """Why there is none, once `open` has returned False."""
+        self._copies = _Copies(config.claims_replicas)
+
+    @property
+    def short(self) -> bool:
+        """Whether it was made with fewer copies than it should have, for want of servers."""
+        return self._copies.short
 
     async def open(self) -> bool:
         """See `Journal.open`."""
         refused = self._transport.statistics().permission_errors
         try:
             reason = await self._transport.call(self._open)
+        except Refused as error:
+            reason = str(error)
         except TransportBroken:
             if self._transport.statistics().permission_errors == refused:
                 raise
             # Somebody who may not ask has no stream, as far as that goes.
+            self.reason = "permissions do not let it be asked for"
             return False
+        self.reason = reason or ""
         if reason:
             self._transport.note_error(f"no stream of terminal claims: {reason}")
         return reason is None
@@ -162,21 +257,30 @@ class ClaimStream:
         # Returns why there is none; nothing where that is as it should be.
         js, wanted = client.jetstream(timeout=_PATIENCE), self._config.claims_stream
         try:
-            await js.stream_info(wanted)
+            info = await js.stream_info(wanted)
         except nats.js.errors.NotFoundError:
             return await self._find_or_create(js)
         except nats.js.errors.APIError as error:
             if _absent(error):
                 return ""
             raise
-        self._name = wanted
+        self._take(info)
         return None
+
+    def _take(self, info: nats.js.api.StreamInfo) -> None:
+        config = info.config
+        self.name = config.name or self._config.claims_stream
+        self.limits = {
+            "claims_max_age": config.max_age or 0.0,
+            "claims_max_bytes": config.max_bytes or -1,
+            "claims_replicas": config.num_replicas or 1,
+        }
 
     async def _find_or_create(self, js: JetStreamContext) -> str | None:
         # Whoever made a stream of these subjects beforehand has chosen its name.
         subject = status_subject(self._config.agent_id)
         try:
-            self._name = await js.find_stream_name_by_subject(subject)
+            self.name = await js.find_stream_name_by_subject(subject)
         except nats.js.errors.NotFoundError:
             return await self._create(js)
         return None
@@ -192,16 +296,21 @@ class ClaimStream:
             discard=nats.js.api.DiscardPolicy.OLD,
             max_age=age or None,
             max_bytes=config.claims_max_bytes,
-            num_replicas=config.claims_replicas,
             duplicate_window=min(age, _DUPLICATE_WINDOW) if age else _DUPLICATE_WINDOW,
         )
+
+        async def create(copies: int) -> nats.js.api.StreamInfo:
+            return await js.add_stream(stream.evolve(num_replicas=copies))
+
         try:
-            await js.add_stream(stream)
+            info, _ = await self._copies.make(create)
         except nats.js.errors.ServiceUnavailableError:
             raise
         except nats.js.errors.APIError as error:
+            if _may_pass(error):
+                raise
             return error.description or "refused"
-        self._name = config.claims_stream
+        self._take(info)
         return None
 
     async def store(self, subject: str, claims: Sequence[tuple[str, bytes]]) -> list[bool]:
@@ -211,7 +320,7 @@ class ClaimStream:
             js = client.jetstream(timeout=_PATIENCE)
             answers = await asyncio.gather(
                 *(
-                    js.publish(subject, data, stream=self._name, headers={"Nats-Msg-Id": number})
+                    js.publish(subject, data, stream=self.name, headers={"Nats-Msg-Id": number})
                     for number, data in claims
                 ),
                 return_exceptions=True,

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import trio
 
-from backbeat_trio import ConfigError, StatusClaim, _cli as cli
+from backbeat_trio import BackbeatConfig, ConfigError, StatusClaim, _cli as cli
+from backbeat_trio._jetstream import ClaimStream
+from backbeat_trio._nats import NatsTransport
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
 
 CLEAN = {
@@ -40,12 +42,14 @@ async def backbeat(
 
 
 @asynccontextmanager
-async def program(*arguments: str) -> AsyncGenerator[trio.Process, None]:
+async def program(
+    *arguments: str, env: Mapping[str, str] | None = None
+) -> AsyncGenerator[trio.Process, None]:
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "backbeat_trio", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=CLEAN,
+        env=CLEAN | dict(env or {}),
     )
     try:
         yield process
@@ -212,11 +216,35 @@ async def test_metronomes_with_jetstream_take_turns() -> None:
 
 
 async def test_replicas_that_cannot_be() -> None:
-    async with (
-        NatsServer(["-js"]) as server,
-        program("pulse", "-s", server.url, "--replicas", "3") as pulse,
-    ):
-        assert "replicas" in await line_with(pulse.stderr, "JetStream does not answer")
+    async with NatsServer(["-js"]) as server:
+        done = await backbeat("pulse", "-s", server.url, "--replicas", "3")
+        assert done.returncode == 1
+        assert done.stderr.decode() == (
+            "backbeat: the record of the grid cannot be kept: "
+            "the server keeps no 3 copies: it is not in a cluster\n"
+        )
+
+
+async def test_streams_that_exist_with_other_limits_are_left_as_they_are() -> None:
+    async with NatsServer(["-js"]) as server:
+        async with program("pulse", "-s", server.url, "--bpm", "600") as pulse:
+            await line_with(pulse.stderr, "metronome leads")
+            config = BackbeatConfig(nats_url=server.url, agent_id="a")
+            transport = NatsTransport(config)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(transport.run)
+                await transport.wait_connected()
+                assert await ClaimStream(transport, config).open()
+                nursery.cancel_scope.cancel()
+        env = {
+            "CHORUS_BACKBEAT_CLAIMS_MAX_AGE": "3600",
+            "CHORUS_BACKBEAT_CLAIMS_MAX_BYTES": "1073741824",
+            "CHORUS_BACKBEAT_CLAIMS_REPLICAS": "3",
+        }
+        async with program("pulse", "-s", server.url, "--replicas", "3", env=env) as pulse:
+            differing = "max_age 604800 s, not 3600 s, num_replicas 1, not 3: it is left as it is"
+            told = await line_with(pulse.stderr, f"stream BACKBEAT_STATUS exists with {differing}")
+            assert "KV_backbeat-chorus-production exists with num_replicas 1, not 3: it is" in told
 
 
 async def test_claims() -> None:

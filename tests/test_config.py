@@ -19,6 +19,7 @@ def test_defaults() -> None:
     assert config.nats_url == "nats://backbeat-nats:4222"
     assert config.tempo_bpm == 2.0
     assert config.beats_per_bar == 8
+    assert config.claims_replicas is None
     assert BackbeatConfig.from_env({}).node_id != config.node_id
 
 
@@ -31,6 +32,7 @@ def test_variables() -> None:
             "CHORUS_BACKBEAT_NATS_URL": "tls://a:1, nats://b,c:3",
             "CHORUS_BACKBEAT_TEMPO_BPM": "120.5",
             "CHORUS_BACKBEAT_BEATS_PER_BAR": "4",
+            "CHORUS_BACKBEAT_CLAIMS_REPLICAS": "5",
             "CHORUS_BACKBEAT_NODE_ID": "",
             "CHORUS_BACKBEAT_SOMETHING_ELSE": "of another program",
             "ELSE": "x",
@@ -39,6 +41,7 @@ def test_variables() -> None:
     assert not config.enabled
     assert (config.cluster_id, config.agent_id) == ("dev", "agent-42")
     assert (config.tempo_bpm, config.beats_per_bar) == (120.5, 4)
+    assert config.claims_replicas == 5
     assert [server.url for server in config.servers] == ["tls://a:1", "nats://b:4222", "nats://c:3"]
 
 
@@ -85,6 +88,9 @@ def test_true(text: str) -> None:
         ("TEMPO_BPM", "fast"),
         ("BEATS_PER_BAR", "0"),
         ("BEATS_PER_BAR", "4.5"),
+        ("BEATS_PER_BAR", "1000001"),
+        ("CLAIMS_REPLICAS", "0"),
+        ("CLAIMS_REPLICAS", "many"),
         ("HEALTH_BEATS", "-1"),
         ("LOCK_TIMEOUT", "-1"),
         ("LOCK_TIMEOUT", "inf"),
@@ -117,6 +123,8 @@ def test_refused_variables_are_named_with_their_value(variable: str, text: str) 
         ("tempo_bpm", math.nan),
         ("beats_per_bar", 4.0),
         ("beats_per_bar", True),
+        ("claims_replicas", True),
+        ("claims_replicas", 2.0),
         ("password", 5),
         ("node_id", ""),
     ],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from nats.aio.client import Client
 from nats.js.api import DiscardPolicy, StreamConfig, StreamInfo
 
 import backbeat_trio as backbeat
-from backbeat_trio import BackbeatConfig, ConfigError, Session, StatusClaim
-from backbeat_trio._jetstream import ClaimStream, KeyValueStore
+from backbeat_trio import BackbeatConfig, ConfigError, Session, StatusClaim, _jetstream
+from backbeat_trio._jetstream import ClaimStream, KeyValueStore, Refused
 from backbeat_trio._nats import NatsTransport
 from backbeat_trio._wire import decode_claims
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
@@ -240,6 +241,122 @@ async def test_an_account_without_jetstream() -> None:
             assert isinstance(transport, NatsTransport)
             assert not await KeyValueStore(transport, "backbeat-c").open()
             assert bb.statistics().claims_stored == 0
+
+
+@asynccontextmanager
+async def cluster(number: int) -> AsyncGenerator[list[NatsServer], None]:
+    """Run servers that are one JetStream."""
+    with ExitStack() as sockets:
+        bound = [sockets.enter_context(socket.socket()) for _ in range(number)]
+        for each in bound:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in bound]
+    routes = ", ".join(f"nats-route://127.0.0.1:{port}" for port in ports)
+    servers = [
+        NatsServer(
+            ["-js"],
+            config=f"server_name: s{port}\n"
+            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{routes}] }}\n",
+        )
+        for port in ports
+    ]
+    async with AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server)
+        yield servers
+
+
+async def settled(open_it: Callable[[], Awaitable[bool]]) -> list[str]:
+    """Try until there is an answer, as everybody does; return what the refusals before it said."""
+    told: list[str] = []
+    with trio.fail_after(60):
+        while True:
+            try:
+                assert await open_it()
+            except Refused:
+                raise
+            except backbeat.TransportBroken as error:
+                told.append(str(error))
+                await trio.sleep(0.1)
+            else:
+                return told
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_jetstream, "_SETTLING", 0.3)
+
+
+async def test_a_cluster_of_three_servers_keeps_three_copies() -> None:
+    async with cluster(3) as servers, admin(servers[0].url) as transport:
+        store = KeyValueStore(transport, "backbeat-c")
+        claims = ClaimStream(transport, BackbeatConfig(agent_id="a"))
+        await settled(store.open)
+        await settled(claims.open)
+        for stream in ("KV_backbeat-c", STREAM):
+            assert (await info(transport, stream)).config.num_replicas == 3
+        assert (store.replicas, store.short, claims.short) == (3, False, False)
+
+
+async def test_a_cluster_of_two_servers_keeps_two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    async with cluster(2) as servers, admin(servers[0].url) as transport:
+        store = KeyValueStore(transport, "backbeat-c")
+        assert (
+            f"JetStream on {servers[0].url}: no suitable peers" in (await settled(store.open))[-1]
+        )
+        config = BackbeatConfig(agent_id="a")
+        claims = ClaimStream(transport, config)
+        await settled(claims.open)
+        for stream in ("KV_backbeat-c", STREAM):
+            assert (await info(transport, stream)).config.num_replicas == 2
+        assert (store.replicas, store.short, claims.short) == (2, True, True)
+        # Who comes later finds them, and has nothing to tell of.
+        again = KeyValueStore(transport, "backbeat-c", replicas=3)
+        assert await again.open()
+        assert (again.replicas, again.short) == (2, False)
+        # Three that were asked for are not made two.
+        with pytest.raises(Refused, match="too few servers with JetStream for 3 copies"):
+            await settled(KeyValueStore(transport, "backbeat-d", replicas=3).open)
+
+
+async def test_a_third_server_that_is_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    async with cluster(3) as servers:
+        async with admin(servers[0].url) as transport:
+            await settled(KeyValueStore(transport, "backbeat-first").open)
+        # The two that come back know that there is a third one, and nothing else of it.
+        for server in servers:
+            server.kill()
+        async with trio.open_nursery() as nursery:
+            for server in servers[:2]:
+                nursery.start_soon(server.start)
+        async with admin(servers[0].url) as transport:
+            store = KeyValueStore(transport, "backbeat-c")
+            refusals = 0
+            with trio.fail_after(60):
+                while refusals < 10:
+                    with pytest.raises(backbeat.TransportBroken) as caught:
+                        await store.open()
+                    assert not isinstance(caught.value, Refused)
+                    refusals += "no suitable peers" in str(caught.value)
+                    await trio.sleep(0.1)
+            await servers[2].start()
+            await settled(store.open)
+            assert (store.replicas, store.short) == (3, False)
+
+
+async def test_copies_that_a_lone_server_does_not_keep() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+        with pytest.raises(Refused, match="keeps no 3 copies: it is not in a cluster"):
+            await KeyValueStore(transport, "backbeat-c", replicas=3).open()
+        with pytest.raises(Refused, match="maximum replicas is 5"):
+            await KeyValueStore(transport, "backbeat-c", replicas=9).open()
+        claims = ClaimStream(transport, BackbeatConfig(agent_id="a", claims_replicas=3))
+        assert not await claims.open()
+        assert claims.reason == "the server keeps no 3 copies: it is not in a cluster"
+        store = KeyValueStore(transport, "backbeat-c")
+        assert await store.open()
+        assert (store.replicas, store.short) == (1, False)
 
 
 @pytest.mark.parametrize(
