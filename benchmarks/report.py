@@ -105,6 +105,12 @@ def results_of(figures: Iterable[Figure], targets: Mapping[str, Target]) -> list
     ]
 
 
+def write_json(path: Path, results: object) -> None:
+    """Write results where whoever compares them finds them, and make the folder for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
+
+
 async def _measure(benchmark: Callable[[S], Awaitable[Outcome]], sizes: S) -> Outcome:
     with trio.fail_after(PATIENCE):
         return await benchmark(sizes)
@@ -138,5 +144,4 @@ def run(
         "figures": results_of(figures, targets),
         "rounds": {name: rounds for name, (_, rounds) in outcomes.items()},
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
+    write_json(arguments.json, results)

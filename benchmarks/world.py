@@ -256,7 +256,8 @@ class Agent:
     def _make_stalls(self, seconds: float) -> list[tuple[int, int]]:
         stalls, at = [], float(SETTLED_NS)
         while (at := at + self.chance.expovariate(1 / 15) * SECOND) < seconds * SECOND:
-            length = min(0.1 * self.chance.lognormvariate(0, 1), 0.8) * SECOND
+            # Most of them are shorter than a beat, and some cover several.
+            length = min(0.1 * self.chance.lognormvariate(0, 1.3), 3) * SECOND
             stalls.append((round(at), round(at + length)))
             at += length
         return stalls
@@ -461,6 +462,11 @@ class Outcome(NamedTuple):
     verdicts: Counter[TempoDrift]
     flaps: int
     lock_s: float
+
+    @property
+    def missed(self) -> int:
+        """How many beats it did not have, for whatever reason."""
+        return self.lost + self.lost_to_stalls
 
 
 def behind(link: Link, other: Link) -> Link:

@@ -58,6 +58,20 @@ def test_no_beat_is_lost_or_repeated() -> None:
     assert [figures()[name] for name in ("lost", "stalled_lost", "back", "relocks")] == [0] * 4
 
 
+def test_what_agents_miss_is_told_by_whether_their_loop_stalls() -> None:
+    missed = report().missed
+    assert sum(counts.total() for counts in missed.values()) == 40
+    assert set(missed["never stalls"]) == {0}
+    assert missed["stalls"].total() > 0
+    told = story.tell(story.schedule(60.0), 60.0, random.Random("3:leaders"))
+    agent = world.make_agent(world.World(told.history, 60.0, "3:agents"), 0)
+    # Four beats begin while it stands still, and it has the last of them only.
+    agent.stalls = [(21 * world.SECOND, 24 * world.SECOND)]
+    agent.run(60 * world.SECOND)
+    assert [count for _, count in agent.skips] == [3]
+    assert len(set(range(min(agent.beats), max(agent.beats))) - set(agent.beats)) == 3
+
+
 def test_agents_agree_and_know_how_well() -> None:
     found = figures()
     assert 0.01 < found["skew"] < 0.5
@@ -111,7 +125,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     results = msgspec.json.decode(found.read_bytes())
     assert missed == (not all(figure["met"] for figure in results["figures"]))
     assert len(results["figures"]) == len(simulate.TARGETS)
-    assert "agents that had every beat at its tempo" in capsys.readouterr().out
+    assert sum(sum(counts.values()) for counts in results["missed"].values()) == 4
+    out = capsys.readouterr().out
+    assert "agents that had every beat at its tempo" in out
+    assert "missed beats of an agent whose loop never stalls" in out
 
 
 def test_a_target_that_is_missed_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
