@@ -209,12 +209,11 @@ class Leader:
                 # The first frame may be overdue: it waits for no subscription.
                 self.strike()
                 await self._run(probes, task_status)
-        except trio.Cancelled:
-            self._logger.info("metronome stops - epoch=%d beat=%d", self.epoch, self.sent)
-            raise
-        if self._scope.cancelled_caught:
-            self._counts.deposed += 1
-            self._logger.warning("another metronome leads: no longer in epoch %d", self.epoch)
+        finally:
+            if not self._scope.cancelled_caught:
+                self._logger.info("metronome stops - epoch=%d beat=%d", self.epoch, self.sent)
+        self._counts.deposed += 1
+        self._logger.warning("another metronome leads: no longer in epoch %d", self.epoch)
 
     async def _run(
         self, probes: AsyncIterator[Message] | None, task_status: trio.TaskStatus[None]
