@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 
+_INTERRUPTED = 130
+
 
 def main() -> int:
     """Run the command line, and return its exit status."""
-    from ._cli import run
+    # Ctrl-C while the rest is imported is no error, either.
+    try:
+        from ._cli import run
 
-    return run(sys.argv[1:])
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 if __name__ == "__main__":
