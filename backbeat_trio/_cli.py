@@ -13,19 +13,19 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import msgspec
 import trio
 
-from ._config import PREFIX, BackbeatConfig
+from ._config import MAX_BEATS, MAX_REPLICAS, PREFIX, BackbeatConfig
 from ._errors import BackbeatError, ConfigError, TransportBroken
 from ._lifecycle import session
 from ._metronome import Metronome, find_leader
 from ._operations import Phase
 from ._session import Session
 from ._timeline import milli_bpm
-from ._wire import StatusClaim, bucket_of, encode, is_token
+from ._wire import MAX_INDEX, StatusClaim, bucket_of, encode, is_token
 
 if TYPE_CHECKING:
     from ._jetstream import KeyValueStore
@@ -37,6 +37,8 @@ _NOT_RUNNABLE: Final = 126
 _NOT_FOUND: Final = 127
 _SIGNALLED: Final = 128
 _JETSTREAM_RETRY: Final = 1.0
+# More than any number has that is taken; Python refuses to read thousands of them.
+_DIGITS: Final = 20
 # Limits of the stream of terminal claims: field of the settings, name on the server, unit.
 _LIMITS: Final = (
     ("claims_max_age", "max_age", " s"),
@@ -91,6 +93,18 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _within(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or len(text) > _DIGITS or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"not a whole number from {least} to {most}: {text!r}")
+        return int(text)
+
+    return parse
+
+
+_index = _within(0, MAX_INDEX)
+
+
 def _token(text: str) -> str:
     if not is_token(text):
         raise argparse.ArgumentTypeError(f"not 1 to 128 of A-Z a-z 0-9 _ -: {text!r}")
@@ -110,13 +124,29 @@ def _signal(text: str) -> signal.Signals:
         raise argparse.ArgumentTypeError(f"not a signal: {text!r}") from None
 
 
+@final
+class _Parser(argparse.ArgumentParser):
+    # What a command does not know would be refused by the whole, with the usage of that.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
-    connection = argparse.ArgumentParser(add_help=False)
+    connection = _Parser(add_help=False)
     group = connection.add_argument_group("connection (as the NATS command line has them)")
     for field, (flag, variable, _, text) in _CONNECTION.items():
         flags = ("-s", flag) if field == "nats_url" else (flag,)
         group.add_argument(*flags, dest=field, metavar="X", help=f"{text} [{variable}]")
-    group.add_argument("--tlsfirst", dest="tls_first", action="store_true", default=None)
+    group.add_argument(
+        "--tlsfirst",
+        dest="tls_first",
+        action="store_true",
+        default=None,
+        help="begin TLS before the server has said a word",
+    )
     group.add_argument("--context", metavar="NAME", help="a NATS context [NATS_CONTEXT]")
     group.add_argument(
         "--timeout",
@@ -125,17 +155,28 @@ def _parser() -> argparse.ArgumentParser:
         help="how long to wait for a server or a metronome [NATS_TIMEOUT]",
     )
     group = connection.add_argument_group("cluster")
-    group.add_argument("--cluster-id", type=_token, metavar="C", help=f"[{PREFIX}CLUSTER_ID]")
+    group.add_argument(
+        "--cluster-id",
+        type=_token,
+        metavar="C",
+        help=f"the cluster (default chorus-production) [{PREFIX}CLUSTER_ID]",
+    )
     group.add_argument("-v", "--verbose", action="count", default=0, help="log more")
 
     parser = argparse.ArgumentParser(
         prog="backbeat",
         description="One metronome for a cluster, and budgets counted in its beats.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
 
-    def command(name: str, function: Callable[..., Awaitable[int]], text: str) -> Any:
-        added = commands.add_parser(name, help=text, description=text, parents=[connection])
+    def command(
+        name: str, function: Callable[..., Awaitable[int]], text: str, epilog: str | None = None
+    ) -> Any:
+        added = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, parents=[connection]
+        )
         added.set_defaults(function=function)
         return added
 
@@ -147,17 +188,34 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--agent", nargs=3, help=argparse.SUPPRESS)
 
     pulse = command("pulse", _pulse, "run a metronome of a cluster: it leads, or stands by")
-    pulse.add_argument("--bpm", type=_bpm, default=2.0, metavar="N", help="tempo (default 2)")
-    pulse.add_argument("--beats-per-bar", type=_whole, default=8, metavar="N", help="default 8")
+    pulse.add_argument(
+        "--bpm",
+        type=_bpm,
+        metavar="N",
+        help=f"tempo of a grid that it begins (default 2) [{PREFIX}TEMPO_BPM]",
+    )
+    pulse.add_argument(
+        "--beats-per-bar",
+        type=_within(1, MAX_BEATS),
+        metavar="N",
+        help=f"length of a bar (default 8) [{PREFIX}BEATS_PER_BAR]",
+    )
     pulse.add_argument(
         "--replicas",
-        type=_whole,
+        type=_within(1, MAX_REPLICAS),
         metavar="N",
-        help="copies of the record in JetStream (default: 3 in a cluster of servers, else 1)",
+        help="copies of the record in JetStream, 1 to 5, where it is made (default: 3 in a cluster "
+        "of servers, or as many as it has servers; else 1)",
     )
     pulse.add_argument("--id", type=_token, metavar="NAME", help="the frames' leader_id")
 
-    status = command("status", _status, "show the health of a connection to the cluster")
+    status = command(
+        "status",
+        _status,
+        "show the health of a connection to the cluster",
+        "Exits 0 where all is well, and 1 where the session is degraded: without a server or a "
+        "metronome, or late itself.",
+    )
     status.add_argument("-j", "--json", action="store_true", help="as JSON")
     status.add_argument("--wait", type=_beats, default=0.0, metavar="BEATS", help="listen so long")
 
@@ -168,14 +226,18 @@ def _parser() -> argparse.ArgumentParser:
 
     tempo = command("tempo", _tempo, "change the tempo of the cluster")
     tempo.add_argument("bpm", type=_bpm, metavar="BPM")
-    tempo.add_argument("--at-beat", type=_whole, metavar="N", help="default: a downbeat soon")
+    tempo.add_argument("--at-beat", type=_index, metavar="N", help="default: a downbeat soon")
     tempo.add_argument(
-        "--over", type=_whole, default=0, metavar="BEATS", help="in steps, as a ramp"
+        "--over",
+        type=_index,
+        default=0,
+        metavar="BEATS",
+        help="as a ramp over so many beats, in up to 64 steps (default 0: at once)",
     )
     tempo.add_argument("-j", "--json", action="store_true", help="as JSON")
 
     pause = command("pause", _pause, "have the grid stand still, and every budget wait")
-    pause.add_argument("--at-beat", type=_whole, metavar="N", help="default: a beat soon")
+    pause.add_argument("--at-beat", type=_index, metavar="N", help="default: a beat soon")
     pause.add_argument("-j", "--json", action="store_true", help="as JSON")
 
     resume = command("resume", _resume, "have a grid go on that stands still")
@@ -295,8 +357,10 @@ async def _pulse(options: argparse.Namespace) -> int:
             transport,
             cluster_id=config.cluster_id,
             leader_id=leader_id,
-            tempo_bpm=options.bpm,
-            beats_per_bar=options.beats_per_bar,
+            tempo_bpm=config.tempo_bpm if options.bpm is None else options.bpm,
+            beats_per_bar=(
+                config.beats_per_bar if options.beats_per_bar is None else options.beats_per_bar
+            ),
             store=store,
         )
         if store is None:
@@ -409,9 +473,17 @@ async def _status(options: argparse.Namespace) -> int:
 
         table = Table(box=None, show_header=False)
         for name, value in values.items():
-            table.add_row(name, ", ".join(value) if isinstance(value, tuple) else str(value))
+            table.add_row(name, _shown(name, value))
         Console().print(table)
     return 1 if health.local_degradation else 0
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "uncertainty" and value is not None:
+        return f"{value * 1e3:.3g} ms"
+    if name == "current_tempo":
+        return f"{value:g} BPM"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 async def _claims(options: argparse.Namespace) -> int:
@@ -476,6 +548,13 @@ async def _exec(options: argparse.Namespace) -> int:
     try:
         config = settings(options)
         async with session(config) as bb:
+            if config.enabled and options.beats and not bb.statistics().locks:
+                print(
+                    "backbeat exec: no metronome: budgets are counted on a local grid, "
+                    f"{60 / bb.tempo_bpm:.6g} s a beat",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return await _run_command(bb, options, argv)
     except BackbeatError as error:
         print(f"backbeat exec: {error}", file=sys.stderr)

@@ -32,6 +32,7 @@ from ._services import Counters, Logger
 from ._timeline import beat_ns, milli_bpm
 from ._transport import Message, Transport, TransportStatistics
 from ._wire import (
+    MAX_INDEX,
     StatusClaim,
     TempoRequest,
     decode_claims,
@@ -321,7 +322,8 @@ class Session:
 
         Raises:
           TypeError: where an argument is of the wrong type.
-          ValueError: where ``bpm`` is out of range or NaN, or another argument negative.
+          ValueError: where ``bpm`` is out of range or NaN, or another argument negative or more
+            than 2**53.
           TempoRefused: where the leader refuses: the beat is past or too soon, the grid stands
             still, or the change cannot be committed.
           MetronomeUnavailable: where no leader can be reached.
@@ -329,7 +331,7 @@ class Session:
 
         """
         milli = milli_bpm("bpm", bpm)
-        return await self._change_grid(milli / 1000, at_beat, check_integer("over", over, 0))
+        return await self._change_grid(milli / 1000, at_beat, _check_index("over", over))
 
     async def pause(self, *, at_beat: int | None = None) -> int:
         """Ask the metronome's leader to have the grid stand still. A checkpoint.
@@ -345,7 +347,7 @@ class Session:
           The index of the beat on which the grid will stand still.
 
         Raises:
-          TypeError, ValueError: for what is no index.
+          TypeError, ValueError: for what is no index, from 0 to 2**53.
           TempoRefused: where the leader refuses, as for `set_tempo`.
           MetronomeUnavailable: where no leader can be reached.
           SessionClosed: where the session was left.
@@ -372,7 +374,7 @@ class Session:
 
     async def _change_grid(self, bpm: float | None, at_beat: int | None, over: int = 0) -> int:
         if at_beat is not None:
-            at_beat = check_integer("at_beat", at_beat, 0)
+            at_beat = _check_index("at_beat", at_beat)
         self._check_open()
         if self._transport is None:
             raise MetronomeUnavailable("the session is disabled")
@@ -621,6 +623,14 @@ class Session:
             tempo = self._clock.segment().milli_bpm
             claim = health_claim(self.health(), self._config.agent_id, index, tempo)
             self._emitter.emit(claim)
+
+
+def _check_index(name: str, value: int) -> int:
+    # What no message can carry would be dropped by the leader, and look as if there were none.
+    index = check_integer(name, value, 0)
+    if index > MAX_INDEX:
+        raise ValueError(f"`{name}` must be at most {MAX_INDEX}, not {index}")
+    return index
 
 
 def _reason(error: BaseException) -> str:

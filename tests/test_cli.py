@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 import trio
 
 from backbeat_trio import BackbeatConfig, ConfigError, StatusClaim, _cli as cli
+from backbeat_trio.__main__ import main
 from backbeat_trio._jetstream import ClaimStream
 from backbeat_trio._nats import NatsTransport
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
@@ -102,7 +104,10 @@ async def test_status() -> None:
         for env in ({"NATS_URL": url}, {"CHORUS_BACKBEAT_NATS_URL": url}):
             done = await backbeat("status", env=env)
             assert done.returncode == 0
-            assert "current_tempo" in done.stdout.decode()
+            rows = [line.strip().partition(" ") for line in done.stdout.decode().splitlines()]
+            table = {name: value.strip() for name, _, value in rows}
+            assert table["current_tempo"] == "120 BPM"
+            assert table["uncertainty"].endswith(" ms")
         done = await backbeat("status", "-s", url, "--cluster-id", "empty", "--timeout", "300ms")
         assert done.returncode == 1
 
@@ -167,6 +172,17 @@ async def test_tempo() -> None:
         done = await backbeat("tempo", "300", "-s", url, "--at-beat", "1")
         assert done.returncode == 1
         assert "beat 1 is past" in done.stderr.decode()
+        # What the wire cannot tell is refused at once, and what no clock can count by the leader.
+        done = await backbeat("tempo", "300", "-s", url, "--at-beat", str(2**53))
+        assert "is too far ahead" in done.stderr.decode()
+        for change in (
+            functools.partial(bb.set_tempo, 60, at_beat=2**53 + 1),
+            functools.partial(bb.pause, at_beat=2**53 + 1),
+        ):
+            with pytest.raises(ValueError, match="`at_beat` must be at most 9007199254740992"):
+                await change()
+        with pytest.raises(ValueError, match="`over` must be at most 9007199254740992"):
+            await bb.set_tempo(60, over=2**53 + 1)
 
 
 async def test_ramp_pause_and_resume() -> None:
@@ -223,6 +239,18 @@ async def test_replicas_that_cannot_be() -> None:
             "backbeat: the record of the grid cannot be kept: "
             "the server keeps no 3 copies: it is not in a cluster\n"
         )
+
+
+async def test_a_metronome_takes_its_tempo_and_bars_from_variables_and_flags() -> None:
+    env = {"CHORUS_BACKBEAT_TEMPO_BPM": "600", "CHORUS_BACKBEAT_BEATS_PER_BAR": "3"}
+    flags = ["--bpm", "1200", "--beats-per-bar", "5"]
+    for given, bpm, length in (([], 600.0, 3), (flags, 1200.0, 5)):
+        async with NatsServer() as server, program("pulse", "-s", server.url, *given, env=env):
+            options: dict[str, Any] = {"lock_timeout": 60.0, "cluster_id": "chorus-production"}
+            async with open_session(nats_url=server.url, **options) as bb:
+                assert bb.tempo_bpm == bpm
+                beat = await anext(bb.beats())
+                assert beat.window_id == f"w-{beat.index // length}"
 
 
 async def test_streams_that_exist_with_other_limits_are_left_as_they_are() -> None:
@@ -311,6 +339,22 @@ async def test_exec(options: list[str], command: list[str], status: int) -> None
     env = {"CHORUS_BACKBEAT_TEMPO_BPM": "600", "CHORUS_BACKBEAT_NATS_URL": "memory://exec"}
     done = await backbeat("exec", *options, "--", *command, env=env)
     assert (done.returncode, done.stderr.decode()) == (status, done.stderr.decode())
+    assert "no metronome" not in done.stderr.decode()
+
+
+async def test_exec_without_a_metronome_says_whose_beats_it_counts() -> None:
+    async with NatsServer() as server:
+        for beats, told in (("50", True), ("0", False)):
+            done = await backbeat(
+                *("exec", "-s", server.url, "--timeout", "100ms", "--beats", beats, "--", "true"),
+                env={"CHORUS_BACKBEAT_TEMPO_BPM": "90"},
+            )
+            assert done.returncode == 0
+            line = (
+                "backbeat exec: no metronome: "
+                "budgets are counted on a local grid, 0.666667 s a beat\n"
+            )
+            assert (line in done.stderr.decode()) is told
 
 
 async def test_exec_is_an_operation_of_the_cluster() -> None:
@@ -370,6 +414,13 @@ async def test_demo(memory: bool) -> None:
         ["pulse", "--bpm", "nan"],
         ["pulse", "--bpm", "fast"],
         ["pulse", "--id", "a.b"],
+        ["pulse", "--beats-per-bar", "0"],
+        ["pulse", "--beats-per-bar", "1000001"],
+        ["pulse", "--replicas", "0"],
+        ["pulse", "--replicas", "6"],
+        ["pause", "--at-beat", str(2**53 + 1)],
+        ["tempo", "60", "--at-beat", "9" * 5000],
+        ["tempo", "60", "--over", str(2**53 + 1)],
         ["tempo", "6001"],
         ["tempo", "60", "--at-beat", "-1"],
         ["status", "--timeout", "soon"],
@@ -392,9 +443,27 @@ def test_arguments_that_are_refused(
     assert "backbeat" in capsys.readouterr().err
 
 
+def test_an_unknown_option_is_refused_by_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["status", "--bogus"])
+    told = capsys.readouterr().err
+    assert told.startswith("usage: backbeat status ")
+    assert told.endswith("backbeat status: error: unrecognized arguments: --bogus\n")
+
+
+def test_ctrl_c_outside_of_a_run_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert main() == 128 + signal.SIGINT
+
+
 def test_arguments_that_are_taken() -> None:
     parse = cli._parser().parse_args
     assert parse(["claims", "*"]).agent_id == "*"
+    assert parse(["tempo", "60", "--at-beat", str(2**53)]).at_beat == 2**53
+    assert parse(["pulse", "--beats-per-bar", "1000000"]).beats_per_bar == 1_000_000
     assert parse(["status", "--timeout", "1.5m"]).timeout == 90.0
     assert parse(["exec", "--beats", "2", "--signal", "9", "x"]).signal == signal.SIGKILL
     assert parse(["exec", "--beats", "2", "--", "x", "-s"]).argv[-2:] == ["x", "-s"]
