@@ -39,12 +39,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=DEFAULT)
 def faults(session: nox.Session) -> None:
-    """Try every fault as often as it takes to find what is rare, and print what was measured."""
+    """Try every fault as often as it takes to find what is rare, and print figures and targets."""
     session.install(".[server,nkeys,testing]", *group("test"))
     session.env["PYTHONSAFEPATH"] = "1"
-    figures = Path(session.create_tmp(), "faults.json").absolute()
-    arguments = session.posargs or ["-s", f"--figures={figures}"]
-    session.run("python", "-m", "pytest", "tests/test_faults.py", "--faults", *arguments)
+    session.run("python", "-m", "pytest", "tests/test_faults.py", "--faults", *session.posargs)
 
 
 @nox.session(python=DEFAULT)

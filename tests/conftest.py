@@ -16,7 +16,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("backbeat")
     group.addoption("--faults", action="store_true", help="the faults as often as they should be")
-    group.addoption("--figures", metavar="FILE", help="write what the faults measured, as JSON")
+    group.addoption(
+        "--figures",
+        metavar="FILE",
+        help="where the figures of the faults go (--faults: benchmarks/results/faults.json)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,15 +1,15 @@
 """Faults that the grid survives, with real servers and real processes.
 
 By default each fault is tried a few times; ``--faults`` tries them as often as it takes to find
-what is rare, and does what takes long. What is measured is printed (``-s``), and written by
-``--figures``.
+what is rare, and does what takes long. At its end what was measured is printed beside the targets,
+and written as JSON; ``--figures`` says where, and has it done in any run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import importlib
 import os
 import random
 import signal
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple, ParamSpec
@@ -75,35 +75,121 @@ def thorough(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--faults"))
 
 
+# Figures, and what they should be.
+
+
+def load(name: str) -> Any:
+    # As for a program that is run: its folder comes first.
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+figures = load("report")
+
+# What is missed of these fails the test that has found it out.
+PROMISES: Final = {
+    "lost_120": figures.Target(
+        "kill -9 of the leader, 120 BPM: beats lost or repeated", "≤", 0, ""
+    ),
+    "lost_300": figures.Target(
+        "kill -9 of the leader, 300 BPM: beats lost or repeated", "≤", 0, ""
+    ),
+    "cluster_lost": figures.Target(
+        "kill -9 of JetStream's leader, then of another server: beats lost or repeated", "≤", 0, ""
+    ),
+    "differing": figures.Target("beats that two of eight agents had in two tempos", "≤", 0, ""),
+    "race": figures.Target("rounds of twenty candidates with exactly one winner", "≥", 100, "%"),
+    "restart_lost": figures.Target("server restarted: beats lost or repeated", "≤", 0, ""),
+    "restart_claims": figures.Target(
+        "server restarted: terminal claims lost, or stored twice", "≤", 0, ""
+    ),
+}
+# What is missed of these is shown, and fails nothing: how long something takes on a machine that
+# others use, too, says as much of them as of what is tried here.
+TIMES: Final = {
+    "late_120": figures.Target(
+        "kill -9 of the leader, 120 BPM: first frame late by, p99", "≤", 25, "ms"
+    ),
+    "late_300": figures.Target(
+        "kill -9 of the leader, 300 BPM: first frame late by, p99", "≤", 25, "ms"
+    ),
+    "half_open": figures.Target("half-open server: on the healthy one after", "≤", 2, "s"),
+    "restart_locked": figures.Target("server restarted: all agents re-locked after", "≤", 0.5, "s"),
+}
+TARGETS: Final = PROMISES | TIMES
+
+
+class Figures:
+    """What was measured in a run; shown as it ends."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        thorough, path = config.getoption("--faults"), config.getoption("--figures")
+        self._thorough = bool(thorough)
+        self._path = path or (figures.RESULTS / "faults.json" if thorough else None)
+        self._figures: list[Any] = []
+        self._rounds: dict[str, list[float]] = {}
+
+    def keep(self, name: str, measured: float, note: str, values: list[float]) -> None:
+        self._figures.append(figures.Figure(name, measured, note))
+        if values:
+            self._rounds[name] = values
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._path is None or not self._figures:
+            return
+        path = Path(self._path)
+        console = figures.make_console()
+        with console.capture() as capture:
+            console.print(figures.make_table(self._figures, TARGETS))
+        terminalreporter.section("figures beside their targets")
+        terminalreporter.write(capture.get())
+        results = {
+            "machine": figures.machine(),
+            "quick": not self._thorough,
+            "figures": figures.results_of(self._figures, TARGETS),
+            "rounds": self._rounds,
+        }
+        figures.write_json(path, results)
+        terminalreporter.write_line(f"written to {path}")
+
+
+@pytest.fixture(scope="session")
+def run_figures(request: pytest.FixtureRequest) -> Figures:
+    found = Figures(request.config)
+    request.config.pluginmanager.register(found)
+    return found
+
+
 Report = Callable[..., None]
-_figures: dict[str, Any] = {}
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Report:
-    """Give a function that keeps a figure: its name, the values, and what it should be."""
+def report(run_figures: Figures) -> Report:
+    """Give a function that keeps a figure, and fails where that breaks a promise.
 
-    def keep(name: str, values: list[float] | None = None, **facts: Any) -> None:
+    It takes the name of the target, the figure or the values that it is made of with the share of
+    them that should keep it, and a note.
+    """
+
+    def keep(
+        name: str,
+        measured: float = 0.0,
+        note: str = "",
+        *,
+        values: list[float] | None = None,
+        share: float = 1.0,
+    ) -> None:
         if values:
-            ordered = sorted(values)
-            facts |= {
-                "n": len(ordered),
-                "p50": round(statistics.median(ordered), 3),
-                "p99": round(ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)], 3),
-                "max": round(ordered[-1], 3),
-            }
-        _figures[name] = facts
-        print(f"\n{name}: " + ", ".join(f"{key}={value}" for key, value in facts.items()))
+            measured = figures.percentile(values, share)
+            note = f"n {len(values)}, p50 {statistics.median(values):.3f}, max {max(values):.3f}"
+        run_figures.keep(name, measured, note, values or [])
+        assert name not in PROMISES or PROMISES[name].met(measured), TARGETS[name].what
 
     return keep
-
-
-@pytest.fixture(scope="session", autouse=True)
-def figures(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    path = request.config.getoption("--figures")
-    if path:
-        Path(path).write_text(json.dumps({"figures": _figures}, indent=2))
 
 
 # Metronomes, as processes and in this one.
@@ -243,10 +329,17 @@ class Agent:
         due = clock.grid.timeline.time_of(frame.beat_index)
         return (clock.grid.cluster_at(received_ns) - due) / 1e6
 
+    def lost(self) -> int:
+        """Return how many beats did not come, or came twice."""
+        indices = [beat.index for beat in self.beats]
+        missing = set(range(indices[0], indices[-1] + 1)).difference(indices)
+        return len(missing) + len(indices) - len(set(indices))
+
     def check(self) -> None:
         """Check that no beat was lost and none came twice."""
+        assert not self.lost()
         indices = [beat.index for beat in self.beats]
-        assert indices == list(range(indices[0], indices[-1] + 1))
+        assert indices == sorted(indices)
         assert not any(beat.skipped for beat in self.beats)
         assert self.bb.statistics().locks == 1
 
@@ -306,12 +399,15 @@ async def test_leader_is_killed(bpm: float, thorough: bool, report: Report) -> N
                 # It has to be up and following before the next one dies.
                 await trio.sleep(1.0)
             await trio.sleep(1.0)
+            report(f"late_{bpm:g}", values=late, share=0.99)
+            beats = sum(len(agent.beats) for agent in everybody)
+            lost = sum(agent.lost() for agent in everybody)
+            report(f"lost_{bpm:g}", lost, f"{beats:,} beats of four agents, {rounds} kills")
             for agent in everybody:
                 agent.check()
                 assert not agent.bb.health().local_degradation or agent.bb._clock.loop_late
             indices = [frame.beat_index for frame, _ in first.frames]
     assert indices == list(range(indices[0], indices[-1] + 1))
-    report(f"first frame after kill -9 of the leader, {bpm:g} BPM, ms late (p99 <= 25)", late)
 
 
 # 2. A leader that stands still, and comes back with what it had in its buffers.
@@ -626,13 +722,11 @@ async def test_servers_of_a_cluster_die(thorough: bool, report: Report) -> None:
                 await first.bb.set_tempo(122)
             await first.bb.sleep(4)
             assert len(first.frames) >= frames + 3
+            lost = sum(agent.lost() for agent in everybody)
+            note = f"changes of the tempo were refused for {silent:.1f} s, {refusals} times"
+            report("cluster_lost", lost, note)
             for agent in everybody:
                 agent.check()
-            report(
-                "killing the leader of JetStream among three: writes stop for s",
-                [silent],
-                refusals=refusals,
-            )
 
 
 # 7. The leader dies when a change is committed and nobody has been told.
@@ -908,13 +1002,8 @@ async def test_everybody_switches_on_the_same_beat(thorough: bool, report: Repor
         for index, tempo in agent.tempos.items():
             tempos.setdefault(index, set()).add(tempo)
     differing = [index for index, told in tempos.items() if len(told) > 1]
-    report(
-        "switches of the tempo on the same beat, 8 agents",
-        changes=one.statistics().tempo_changes,
-        beats=len(tempos),
-        differing=len(differing),
-    )
-    assert not differing
+    made = one.statistics().tempo_changes
+    report("differing", len(differing), f"{made} changes, {len(tempos):,} beats")
 
 
 # 11. Every public call cancelled, while the server stands still and goes on.
@@ -1049,7 +1138,7 @@ async def test_half_open_server_is_left_for_a_healthy_one(thorough: bool, report
                 await recorder.wait_for("meanwhile", "done")
             nursery.cancel_scope.cancel()
             first.resume()
-    report("half-open server: on the healthy one after s (<= 2)", left)
+    report("half_open", values=left)
 
 
 # 13. Many candidates at once.
@@ -1099,8 +1188,7 @@ async def test_candidates_race(thorough: bool, report: Report) -> None:
                 won.append(sum(each.leads for each in candidates))
                 assert sum(each.statistics().takeovers for each in candidates) == 1
                 nursery.cancel_scope.cancel()
-    assert won == [1] * rounds
-    report("candidates racing: rounds with exactly one winner", rounds=rounds, winners=sum(won))
+    report("race", 100 * won.count(1) / rounds, f"{won.count(1)} of {rounds}")
 
 
 # 14. Credentials that are revoked, and granted again.
@@ -1177,6 +1265,8 @@ async def test_server_is_killed_and_restarted_at_once(thorough: bool, report: Re
             await trio.sleep(1.0)
         await until(lambda: not any(a.bb.statistics().claims_pending for a in everybody))
         await everybody[0].bb.sleep(3)
+        report("restart_locked", values=locked)
+        report("restart_lost", sum(agent.lost() for agent in everybody), f"{rounds} restarts")
         for agent in everybody:
             agent.check()
 
@@ -1196,6 +1286,7 @@ async def test_server_is_killed_and_restarted_at_once(thorough: bool, report: Re
             for number in range(4)
             for count in (*range(5), "late")
         }
+        found = [claim.task_id for claim in claims if claim.state == "done"]
+        wrong = len(wanted.difference(found)) + len(found) - len(set(found))
+        report("restart_claims", wrong, f"{len(wanted)} claims")
         assert sorted(claim.task_id for claim in claims) == sorted(wanted)
-        assert all(claim.state == "done" for claim in claims)
-    report("server killed and restarted: re-locked after s (<= 0.5)", locked)
