@@ -25,6 +25,7 @@ from backbeat_trio._wire import (
     decode_tempo_reply,
     encode,
 )
+from backbeat_trio.testing import CLUSTER_ID, open_session
 
 Clock = trio.testing.MockClock
 
@@ -206,3 +207,28 @@ async def test_statistics_are_immutable(autojump_clock: Clock) -> None:
     async with leading() as (metronome, _):
         with pytest.raises(AttributeError):
             metronome.statistics().frames = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("bar", [0, 1_000_001])
+def test_bars_that_no_frame_could_tell_of_are_refused(bar: int) -> None:
+    transport = backbeat.MemoryTransport(backbeat.MemoryBus())
+    with pytest.raises(ValueError, match="beats_per_bar"):
+        Metronome(transport, cluster_id="c", leader_id="pulse-a", beats_per_bar=bar)
+
+
+async def test_an_agent_goes_on_by_frames_where_its_pings_are_too_large(
+    autojump_clock: Clock,
+) -> None:
+    bus = backbeat.MemoryBus()
+    transport, small = backbeat.MemoryTransport(bus), backbeat.MemoryTransport(bus)
+    small.max_payload = 16
+    metronome = Metronome(transport, cluster_id=CLUSTER_ID, leader_id="pulse-a", tempo_bpm=120.0)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await nursery.start(metronome.run)
+        async with open_session(transport=small, health_beats=0) as bb:
+            await trio.sleep(3.25)
+            assert any("no pings" in error for error in bb.health().errors)
+            assert bb.health().leader_id == "pulse-a"
+            assert bb.current_beat() == metronome.current_beat()
+        nursery.cancel_scope.cancel()
