@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, final
 import msgspec
 import trio
 
-from ._config import MAX_BEATS, MAX_REPLICAS, PREFIX, BackbeatConfig
+from ._config import MAX_REPLICAS, PREFIX, BackbeatConfig
 from ._errors import BackbeatError, ConfigError, TransportBroken
 from ._lifecycle import session
 from ._metronome import Metronome, find_leader
 from ._operations import Phase
 from ._session import Session
 from ._timeline import milli_bpm
-from ._wire import MAX_INDEX, StatusClaim, bucket_of, encode, is_token
+from ._wire import MAX_BEATS_PER_BAR, MAX_INDEX, StatusClaim, bucket_of, encode, is_token
 
 if TYPE_CHECKING:
     from ._jetstream import KeyValueStore
@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     pulse.add_argument(
         "--beats-per-bar",
-        type=_within(1, MAX_BEATS),
+        type=_within(1, MAX_BEATS_PER_BAR),
         metavar="N",
         help=f"length of a bar (default 8) [{PREFIX}BEATS_PER_BAR]",
     )

@@ -15,13 +15,12 @@ import msgspec
 
 from ._errors import ConfigError
 from ._timeline import milli_bpm
-from ._wire import is_token
+from ._wire import MAX_BEATS_PER_BAR, is_token
 
 PREFIX: Final = "CHORUS_BACKBEAT_"
 
 _TRUE: Final = frozenset({"1", "t", "true", "y", "yes", "on"})
 _FALSE: Final = frozenset({"0", "f", "false", "n", "no", "off"})
-MAX_BEATS: Final = 1_000_000
 MAX_REPLICAS: Final = 5
 _INTEGERS: Final = (int, int | None)
 _SECRET: Final = frozenset({"password", "token"})
@@ -136,8 +135,9 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
         except ValueError:
             raise _refused("tempo_bpm", self.tempo_bpm, "must be from 0.1 to 6000") from None
         for name, least in (("beats_per_bar", 1), ("health_beats", 0)):
-            if not least <= getattr(self, name) <= MAX_BEATS:
-                raise _refused(name, getattr(self, name), f"must be from {least} to {MAX_BEATS}")
+            if not least <= getattr(self, name) <= MAX_BEATS_PER_BAR:
+                text = f"must be from {least} to {MAX_BEATS_PER_BAR}"
+                raise _refused(name, getattr(self, name), text)
         replicas = self.claims_replicas
         if replicas is not None and not 1 <= replicas <= MAX_REPLICAS:
             raise _refused("claims_replicas", replicas, f"must be from 1 to {MAX_REPLICAS}")

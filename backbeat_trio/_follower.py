@@ -81,7 +81,6 @@ class Follower:
         self.leader_id: str = ""
         self.told_ns: int = 0
         """The instant, in cluster time, at which the last frame that was followed was due."""
-        self._told_at_ns = 0
         self.question: Heard | None = None
         """A frame that is not believed before the leader was asked about it."""
         self.drift: Drift = Drift()
@@ -98,6 +97,8 @@ class Follower:
         """Called with what somebody ought to look at."""
         self._cluster_id = cluster_id
         self._estimate = Estimate()
+        # When that frame came, in local time; or when the grid was locked to.
+        self._told_at_ns = 0
         self._next_index = 0
         self._judged_epoch = -1
         self._behind = 0

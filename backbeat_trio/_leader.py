@@ -24,7 +24,7 @@ from ._errors import MetronomeUnavailable, TempoRefused, TransportBroken
 from ._ledger import Conflict, Ledger
 from ._operations import check_integer
 from ._steering import Steering
-from ._tempo import propose
+from ._tempo import ASKED_NS, propose
 from ._timeline import Timeline, beat_ns, milli_bpm
 from ._transport import Message, Transport
 from ._wire import (
@@ -54,8 +54,6 @@ _COMMIT_PATIENCE: Final = 2.0
 _RETRY: Final = 1.0
 # Between two writings, whoever asks for them.
 _PAUSE: Final = 0.02
-# For how long whoever asks for a change waits for the answer.
-_STALE_NS: Final = 2_500_000_000
 # What is left of the time before a change when its commit is given up.
 _MARGIN_NS: Final = 50_000_000
 # Servers check who publishes on a subject, and not who asks for an answer on it: whoever may ask
@@ -425,7 +423,7 @@ class Leader:
             self._counts.undecodable += 1
             return self._refuse(f"the request cannot be read: {error}")
         self._own(wanted.cluster_id)
-        if local_ns() - request.received_ns > _STALE_NS:
+        if local_ns() - request.received_ns > ASKED_NS:
             # Whoever asked was told by now that nobody took the request.
             self._counts.refused += 1
             return self._refuse("the request has waited for too long")

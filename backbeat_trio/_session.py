@@ -29,6 +29,7 @@ from ._health import Health, SessionStatistics, health_claim
 from ._listener import BeatListener
 from ._operations import Operation, Operations, Phase, check_integer
 from ._services import Counters, Logger
+from ._tempo import ASKED_NS
 from ._timeline import beat_ns, milli_bpm
 from ._transport import Message, Transport, TransportStatistics
 from ._wire import (
@@ -48,8 +49,6 @@ PosArgs = TypeVarTuple("PosArgs")
 
 # Errors are reported for as long as two health claims are apart, and no less than this.
 _ERRORS_NS = 10_000_000_000
-# The leader gives its own record 2 s.
-_TEMPO_TIMEOUT = 2.5
 # What `_lifecycle` shows to be let to make a session.
 MAKER = object()
 
@@ -381,7 +380,7 @@ class Session:
         request = encode(TempoRequest(self._config.cluster_id, bpm, at_beat, over or UNSET))
         subject = tempo_subject(self._config.cluster_id)
         try:
-            answer = await self._transport.request(subject, request, timeout=_TEMPO_TIMEOUT)
+            answer = await self._transport.request(subject, request, timeout=ASKED_NS / 1e9)
             reply = decode_tempo_reply(answer.data)
         except TransportBroken as error:
             raise MetronomeUnavailable(f"no metronome took the request: {error}") from error

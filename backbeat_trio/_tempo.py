@@ -11,6 +11,8 @@ from ._wire import MAX_INDEX, MAX_NS, MIN_MILLI_BPM
 # A change must reach everybody before it takes effect.
 _LEAD_BEATS: Final = 2
 LEAD_NS: Final = 250_000_000
+# For how long whoever asks for a change waits; the leader gives its own record 2 s.
+ASKED_NS: Final = 2_500_000_000
 # The steps of a ramp: they all ride in every frame.
 _STEPS: Final = 64
 # The most segments that may be pending, as all of them ride in every frame.
