@@ -11,7 +11,7 @@ def main() -> int:
     """Run the command line, and return its exit status."""
     # Ctrl-C while the rest is imported is no error, either.
     try:
-        from ._cli import run
+        from ._cli.main import run
 
         return run(sys.argv[1:])
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import msgspec
 
 from ._errors import ConfigError
-from ._timeline import milli_bpm
+from ._grid.timeline import milli_bpm
 from ._wire import MAX_BEATS_PER_BAR, is_token
 
 PREFIX: Final = "CHORUS_BACKBEAT_"

@@ -29,13 +29,13 @@ import trio.testing
 from pytest_trio import trio_fixture
 
 from ._config import BackbeatConfig
-from ._lifecycle import session
-from ._metronome import Metronome
-from ._services import Logger
-from ._session import Session
-from ._transport import MemoryBus, MemoryTransport, Transport
+from ._metronome.metronome import Metronome
+from ._runtime.services import Logger
+from ._session.lifecycle import session
+from ._session.session import Session
+from ._transport.protocol import MemoryBus, MemoryTransport, Transport
 from ._wire import ClaimState, StatusClaim
-from .server import NatsServer as NatsServer
+from .nats_server import NatsServer as NatsServer
 
 CLUSTER_ID: Final = "test-cluster"
 """The cluster of the kit's sessions and metronomes."""

@@ -25,8 +25,8 @@ import trio
 from peers import Peer, Ready, open_peer, say
 
 from backbeat_trio import BackbeatConfig, Session, session
-from backbeat_trio._metronome import Metronome
-from backbeat_trio._nats import NatsTransport
+from backbeat_trio._metronome.metronome import Metronome
+from backbeat_trio._transport.nats import NatsTransport
 
 CLUSTER_ID: Final = "skew-cluster"
 # How often a position is read, and for how long a reading may take: what took longer was held up

@@ -30,9 +30,9 @@ from report import Figure, Outcome, Rounds, Target, percentile, run
 from trio.lowlevel import TrioToken
 
 from backbeat_trio import BackbeatConfig, Session, TransportBroken
-from backbeat_trio._clock import BeatClock, local_ns
-from backbeat_trio._nats import NatsTransport
-from backbeat_trio._timeline import Timeline
+from backbeat_trio._grid.timeline import Timeline
+from backbeat_trio._time.clock import BeatClock, local_ns
+from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import status_subject
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 

@@ -34,8 +34,8 @@ from world import (
     populate,
 )
 
-from backbeat_trio._follower import BURST_MIN_NS, STEADY_PINGS
-from backbeat_trio._timeline import beat_ns
+from backbeat_trio._grid.follower import BURST_MIN_NS, STEADY_PINGS
+from backbeat_trio._grid.timeline import beat_ns
 
 TARGETS: Final = {
     "within": Target("agents of one region at one instant, p99", "≤", 1.0, "ms"),

@@ -43,7 +43,7 @@ from world import (
     populate,
 )
 
-from backbeat_trio._drift import TempoDrift
+from backbeat_trio._grid.punctuality import TempoDrift
 
 HOLDOVER_NS: Final = 60 * SECOND
 

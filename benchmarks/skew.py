@@ -25,7 +25,7 @@ from agents import PAUSE, QUANTUM, Began, Heard, Positions, open_role
 from peers import Peer
 from report import Figure, Outcome, Rounds, Target, percentile, run
 
-from backbeat_trio.server import NatsServer
+from backbeat_trio.nats_server import NatsServer
 from backbeat_trio.testing import open_session
 
 AGENTS: Final = 8

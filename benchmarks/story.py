@@ -29,9 +29,9 @@ from world import (
 )
 
 from backbeat_trio._errors import TempoRefused
-from backbeat_trio._steering import Steering
-from backbeat_trio._tempo import propose, reschedule
-from backbeat_trio._timeline import Timeline, beat_ns
+from backbeat_trio._grid.changes import propose, reschedule
+from backbeat_trio._grid.steering import Steering
+from backbeat_trio._grid.timeline import Timeline, beat_ns
 from backbeat_trio._wire import Segment
 
 STANDBYS: Final = 4

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import trio
 
 import backbeat_trio as backbeat
-from backbeat_trio.server import NatsServer
+from backbeat_trio.nats_server import NatsServer
 
 
 @asynccontextmanager

@@ -1,118 +1,121 @@
-"""Imports point downwards only, and what is costly is imported on use."""
+"""Imports between folders point downwards only, and what is costly is imported on use."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import backbeat_trio
 
 PACKAGE = Path(backbeat_trio.__file__).parent
 
-LAYERS = {
-    "_errors": 0,
-    "_wire": 0,
-    "_timeline": 1,
-    "_steering": 1,
-    "_drift": 1,
-    "_grid": 1,
-    "_follower": 1,
-    "_tempo": 1,
-    "_operations": 1,
-    "_config": 1,
-    "server": 1,
-    "_clock": 2,
-    "_transport": 2,
-    "_ledger": 2,
-    "_nats": 3,
-    "_nats_client": 3,
-    "_services": 3,
-    "_health": 3,
-    "_listener": 3,
-    "_emitter": 3,
-    "_jetstream": 3,
-    "_leader": 3,
-    "_standby": 3,
-    "_metronome": 3,
-    "_session": 4,
-    "_lifecycle": 4,
-    "testing": 5,
-    "_demo": 6,
-    "_cli": 6,
-    "__main__": 6,
-}
-# Within a layer, who may import whom.
-BESIDE = {
-    ("_config", "_timeline"),
-    ("_transport", "_clock"),
-    ("_nats", "_nats_client"),
-    ("_tempo", "_timeline"),
-    ("_grid", "_steering"),
-    ("_grid", "_timeline"),
-    ("_follower", "_drift"),
-    ("_follower", "_grid"),
-    ("_follower", "_steering"),
-    ("_follower", "_timeline"),
-    ("_listener", "_services"),
-    ("_emitter", "_services"),
-    ("_jetstream", "_nats"),
-    ("_standby", "_leader"),
-    ("_standby", "_listener"),
-    ("_metronome", "_leader"),
-    ("_metronome", "_listener"),
-    ("_metronome", "_standby"),
-    ("_lifecycle", "_session"),
-    ("_cli", "_demo"),
-    ("__main__", "_cli"),
-}
-PURE = {
-    *("_wire", "_timeline", "_steering", "_drift", "_grid", "_follower", "_tempo", "_operations"),
+# The folders, and the modules beside them, from the ground up.
+ORDER = [
+    "_errors",
+    "_wire",
+    "nats_server",
+    "_grid",
     "_config",
-}
+    "_time",
+    "_transport",
+    "_metronome",
+    "_runtime",
+    "_session",
+    "testing",
+    "_cli",
+    "__main__",
+]
 
 
-def imports(module: str) -> tuple[set[str], set[str]]:
-    """Return the modules of the package that a module imports, and the names from elsewhere."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    own, foreign = set(), set()
-    for node in ast.walk(tree):
+# Checks, the Logger protocol and the store's: they are to move down.
+UPWARDS = {("_metronome", "_runtime"), ("_transport", "_metronome")}
+
+
+def modules() -> Iterator[tuple[str, ...]]:
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[-1] != "__init__":
+            yield parts
+
+
+def source(module: tuple[str, ...]) -> str:
+    return PACKAGE.joinpath(*module).with_suffix(".py").read_text()
+
+
+def own_imports(module: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Return the modules of the package that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source(module))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            own.add(node.module or "")
-        elif isinstance(node, ast.ImportFrom):
-            foreign.add(str(node.module).split(".")[0])
+            base = (*module[: len(module) - node.level], *(node.module or "").split("."))
+            for name in node.names:
+                inner = PACKAGE.joinpath(*base, name.name).with_suffix(".py")
+                found.add((*base, name.name) if inner.exists() else base)
+    return found
+
+
+def foreign_imports(module: tuple[str, ...]) -> set[str]:
+    """Return the first names of what a module imports from elsewhere."""
+    found = set()
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
         elif isinstance(node, ast.Import):
-            foreign.update(name.name.split(".")[0] for name in node.names)
-    return own, foreign
+            found.update(name.name.split(".")[0] for name in node.names)
+    return found
 
 
-def test_every_module_has_its_layer() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*LAYERS, "__init__"}
+def test_every_module_has_its_place() -> None:
+    assert {module[0] for module in modules()} == set(ORDER)
+    assert all(len(module) <= 2 for module in modules())
 
 
 def test_imports_point_downwards() -> None:
-    for module, layer in LAYERS.items():
-        for name in imports(module)[0]:
-            assert LAYERS[name] < layer or (module, name) in BESIDE, f"{module} imports {name}"
+    for module in modules():
+        for imported in own_imports(module):
+            if (module[0], imported[0]) in UPWARDS:
+                continue
+            below = ORDER.index(imported[0]) <= ORDER.index(module[0])
+            assert below, f"{module} imports {imported}"
+
+
+def test_there_is_no_circle() -> None:
+    tuple(TopologicalSorter({module: own_imports(module) for module in modules()}).static_order())
+
+
+def test_each_folder_says_what_it_is() -> None:
+    for folder in {module[0] for module in modules() if len(module) == 2}:
+        text = PACKAGE.joinpath(folder, "__init__.py").read_text()
+        assert ast.get_docstring(ast.parse(text)), folder
+        assert len(ast.parse(text).body) == 1, folder
 
 
 def test_the_pure_core_knows_nothing_of_trio() -> None:
-    for module in PURE:
-        foreign = imports(module)[1]
-        assert not foreign & {"trio", "trio_util", "anyio", "asyncio", "nats", "time"}, module
+    for module in modules():
+        if ORDER.index(module[0]) <= ORDER.index("_config") and module[0] not in PURE_NOT:
+            foreign = foreign_imports(module)
+            assert not foreign & {"trio", "trio_util", "anyio", "asyncio", "nats", "time"}, module
 
 
-def test_only_one_module_knows_asyncio() -> None:
-    for module in LAYERS:
-        if module not in {"_nats_client", "_jetstream"}:
-            assert not imports(module)[1] & {"asyncio", "anyio", "nats"}, module
+# Errors are also Trio's; a server of one's own is a process that is waited for.
+PURE_NOT = {"_errors", "nats_server"}
+
+
+def test_only_the_connection_knows_asyncio() -> None:
+    edge = {("_transport", "nats_client"), ("_transport", "jetstream")}
+    for module in set(modules()) - edge:
+        assert not foreign_imports(module) & {"asyncio", "anyio", "nats"}, module
 
 
 def test_only_the_command_line_runs_trio() -> None:
-    for module in LAYERS:
-        text = (PACKAGE / f"{module}.py").read_text()
-        assert ("trio.run(" in text) <= (module in {"_cli", "testing"}), module
+    for module in modules():
+        if "trio.run(" in source(module):
+            assert module in {("_cli", "main"), ("testing",)}, module
 
 
 def test_costly_things_are_imported_on_use() -> None:
@@ -124,7 +127,5 @@ def test_costly_things_are_imported_on_use() -> None:
 
 
 def test_the_map_of_layers_is_true() -> None:
-    documentation = backbeat_trio.__doc__ or ""
-    for module, layer in LAYERS.items():
-        (line,) = [line for line in documentation.splitlines() if f"`{module}`" in line]
-        assert line.startswith(f"{layer} ")
+    named = re.findall(r"^`(\w+)`  ", backbeat_trio.__doc__ or "", re.MULTILINE)
+    assert named == [name for name in ORDER if name != "__main__"]

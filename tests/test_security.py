@@ -30,10 +30,10 @@ from backbeat_trio import (
     Session,
     TLSFailed,
     TransportBroken,
-    _cli as cli,
     session,
 )
-from backbeat_trio._nats import NatsTransport
+from backbeat_trio._cli import main as cli
+from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import BeatFrame, Segment, StatusClaim, SyncRequest, TempoRequest, encode
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from backbeat_trio import _leader, _listener, _standby
+from backbeat_trio._metronome import leader as _leader, listener as _listener, standby as _standby
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from backbeat_trio import _wire as wire
-from backbeat_trio._timeline import Timeline
+from backbeat_trio._grid.timeline import Timeline
 
 SEGMENT = wire.Segment(7, 3, 12000, 903_000_000_000, 2000)
 FRAME = wire.BeatFrame(

@@ -1,0 +1,4 @@
+"""The command line.
+
+It may import everything else.
+"""

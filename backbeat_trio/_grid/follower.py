@@ -1,0 +1,383 @@
+"""Whom an agent believes about the grid, and what it makes of what it is told.
+
+A frame of the leader that is followed, and that its grid explains, is taken as it is. What cannot
+be known from a frame alone is asked for first: a higher epoch, a beat that should not have come
+yet. The answers to pings decide, and those of a lower epoch never count while the leader that is
+followed is heard. Where nobody answers, frames are believed once the leader before them has fallen
+silent. Whoever may publish both frames and answers is believed: that is for the server's
+permissions to decide, and what looks odd is counted and told.
+
+Pure: local time is passed in, as `now_ns`. Frames and bursts of pings go in; what comes out is a
+grid that is steered, a wish to ask the leader, and when to do so next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, TypeAlias, final
+
+from .._wire import BeatFrame, SyncReply
+from .grid import Grid
+from .punctuality import Drift, is_late
+from .steering import MIN_STEP_NS, Estimate, Ping, Verdict, best_ping
+from .timeline import Timeline, beat_ns
+
+JOINING_PINGS: Final = 16
+STEADY_PINGS: Final = 4
+# Bursts come once a beat, but neither more nor less often than this; before the first lock, at
+# least once a second.
+BURST_MIN_NS: Final = 250_000_000
+_BURST_MAX_NS: Final = 5_000_000_000
+_JOINING_NS: Final = 1_000_000_000
+# Pings that err by more than their way and this, having been long ago, are worse than the arrival
+# of frames, which errs by its own way.
+_PINGS_WORSE_NS: Final = 10_000_000
+# How many bursts in a row must contradict what frames have told.
+_CONTRADICTED: Final = 3
+
+Answer: TypeAlias = tuple[Ping, SyncReply]
+
+
+class Heard(NamedTuple):
+    """A frame, the timeline that it tells of, and when it came, in local time."""
+
+    frame: BeatFrame
+    timeline: Timeline
+    received_ns: int
+
+
+@final
+class Counts:
+    """What a follower, and who feeds it, count."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.frames_undecodable = 0
+        self.frames_foreign = 0
+        self.frames_stale_epoch = 0
+        self.frames_repeated = 0
+        self.frames_unexplained = 0
+        self.pings = 0
+        self.pings_failed = 0
+        self.pings_outlying = 0
+        self.locks = 0
+
+
+@final
+class Follower:
+    """Follows a leader, and steers a grid by it.
+
+    Args:
+      grid: moved and steered from here only, but for what its owner does.
+      cluster_id: frames and answers of other clusters are none.
+
+    """
+
+    def __init__(self, grid: Grid, *, cluster_id: str) -> None:
+        self.grid: Grid = grid
+        self.locked: bool = False
+        """Whether the grid is the cluster's."""
+        self.epoch: int = -1
+        self.leader_id: str = ""
+        self.told_ns: int = 0
+        """The instant, in cluster time, at which the last frame that was followed was due."""
+        self.question: Heard | None = None
+        """A frame that is not believed before the leader was asked about it."""
+        self.drift: Drift = Drift()
+        self.counts: Counts = Counts()
+        self.on_followed: Callable[[], object] = lambda: None
+        """Called when a frame has been followed, and after a lock."""
+        self.on_lock: Callable[[], None] = lambda: None
+        """Called before that after a lock: the first one, or one to another grid."""
+        self.on_leader: Callable[[], None] = lambda: None
+        """Called when somebody else leads on the same grid."""
+        self.on_stale: Callable[[int], None] = lambda epoch: None
+        """Called with the epoch of a frame that comes too late for it."""
+        self.on_odd: Callable[[str], None] = lambda text: None
+        """Called with what somebody ought to look at."""
+        self._cluster_id = cluster_id
+        self._estimate = Estimate()
+        # When that frame came, in local time; or when the grid was locked to.
+        self._told_at_ns = 0
+        self._next_index = 0
+        self._judged_epoch = -1
+        self._behind = 0
+        self._answered = False
+
+    # What is to be told.
+
+    def due_ns(self) -> int:
+        """Return the cluster time at which the next frame is due."""
+        return self.grid.timeline.next_beat(self.told_ns)
+
+    def in_holdover(self, now_ns: int) -> bool:
+        """Tell whether two frames in a row are missing."""
+        if not self.locked:
+            return False
+        patience = max(MIN_STEP_NS, beat_ns(self.grid.segment_at(now_ns).milli_bpm) // 4)
+        # By when the last one came, and not by cluster time: that may be far off, and on its way
+        # back, while every frame is heard.
+        silence = self.grid.timeline.next_beat(self.due_ns()) - self.told_ns
+        return now_ns - self._told_at_ns > silence + patience
+
+    def measured_bpm(self, now_ns: int) -> float | None:
+        """Return the tempo of the frames' arrivals; None before there are two."""
+        rate = self.drift.rate
+        return None if rate is None else rate * self.grid.segment_at(now_ns).milli_bpm / 1000
+
+    def uncertainty_ns(self, now_ns: int) -> int | None:
+        """Return what cluster time may be wrong by; None where it was never measured."""
+        if not self.locked or not self._estimate.known:
+            return None
+        steering = self.grid.steering
+        slewing = abs(now_ns + steering.target_at(now_ns) - steering.cluster_at(now_ns))
+        return self._estimate.uncertainty_at(now_ns) + slewing
+
+    # Frames.
+
+    def hear(self, frame: BeatFrame, timeline: Timeline, received_ns: int, now_ns: int) -> bool:
+        """Take in a frame; return whether the leader is to be asked about it at once.
+
+        Args:
+          frame: what came.
+          timeline: what it tells of the grid.
+          received_ns: when it came.
+          now_ns: when this process got round to it.
+
+        """
+        counts = self.counts
+        if frame.cluster_id != self._cluster_id:
+            counts.frames_foreign += 1
+            return False
+        if frame.epoch < self.epoch and not self.in_holdover(now_ns):
+            counts.frames_stale_epoch += 1
+            self.on_odd(f"a frame of epoch {frame.epoch} while epoch {self.epoch} leads")
+            self.on_stale(frame.epoch)
+            return False
+        # A grid that stands still is told of again and again.
+        first = self._next_index - (not frame.segment.milli_bpm)
+        if frame.epoch == self.epoch and frame.beat_index < first:
+            counts.frames_repeated += 1
+            return False
+        heard = Heard(frame, timeline, received_ns)
+        if not self._explains(heard):
+            self.question = heard
+            return True
+        self._accept(heard, now_ns)
+        return False
+
+    def _explains(self, heard: Heard) -> bool:
+        # A frame of the present leader may be late, but not early; and it tells of what is known of
+        # the grid, or of something newer.
+        frame, timeline, received_ns = heard
+        if not self.locked or frame.epoch != self.epoch:
+            return False
+        present = self.grid.timeline
+        if not timeline.shares(present) and timeline.segments[-1].seq <= present.segments[-1].seq:
+            return False
+        late = self.grid.cluster_at(received_ns) - timeline.time_of(frame.beat_index)
+        return late >= -max(MIN_STEP_NS, beat_ns(frame.segment.milli_bpm) // 4)
+
+    def _accept(self, heard: Heard, now_ns: int) -> None:
+        frame, timeline, received_ns = heard
+        self.counts.frames += 1
+        self._next_index = frame.beat_index + 1
+        if self.question is not None and self.question.frame.epoch != frame.epoch:
+            # Who leads goes on leading.
+            self._disbelieve()
+        self._follow(frame, timeline, now_ns)
+        due, moves = timeline.time_of(frame.beat_index), bool(frame.segment.milli_bpm)
+        if moves and self._is_better_than_pings(received_ns):
+            # What a frame alone tells, wrong by its way.
+            self.grid.steer(due - received_ns, now_ns)
+        late = self.grid.cluster_at(received_ns)
+        if not moves:
+            # It says the same at every instant that it comes, give or take its way.
+            due = timeline.last_beat(late + MIN_STEP_NS)
+        self.told_ns, self._told_at_ns = due, received_ns
+        beat = beat_ns(frame.segment.milli_bpm)
+        # One that had to wait for this loop says nothing of the leader, and neither does one of a
+        # grid that stands still, nor the first one of a leader that had to take over: it is late
+        # for a reason.
+        waited = is_late(now_ns - received_ns, beat)
+        taken_over = self._judged_epoch not in (-1, frame.epoch)
+        self._judged_epoch = frame.epoch
+        if moves and not waited and not taken_over:
+            self.drift.add(due, received_ns, late - due, beat)
+        self.on_followed()
+
+    def _is_better_than_pings(self, received_ns: int) -> bool:
+        estimate = self._estimate
+        return not self._answered and (
+            not estimate.known
+            or estimate.uncertainty_at(received_ns) > estimate.way_ns + _PINGS_WORSE_NS
+        )
+
+    def _disbelieve(self) -> None:
+        if self.question is None:
+            return
+        frame, self.question = self.question.frame, None
+        self.counts.frames_unexplained += 1
+        self.on_odd(
+            f"a frame of epoch {frame.epoch} that the leader of epoch {self.epoch} "
+            "does not bear out"
+        )
+
+    def _follow(self, told: BeatFrame | SyncReply, timeline: Timeline, now_ns: int) -> None:
+        present = self.grid.timeline
+        newer = timeline.segments[-1].seq >= present.segments[-1].seq
+        if told.epoch != self.epoch:
+            self.epoch, self.leader_id = told.epoch, told.leader_id
+            self.on_leader()
+            newer = True
+        # A reply may have been on its way for longer than the frame that told of a change.
+        if newer and timeline.segments != present.segments:
+            self.grid.adopt(timeline, now_ns)
+
+    # Pings.
+
+    @property
+    def pings(self) -> int:
+        """How many pings the next burst is of."""
+        return STEADY_PINGS if self.locked else JOINING_PINGS
+
+    def pause_ns(self, now_ns: int, *, well: bool) -> int:
+        """Return how long to wait before the next burst, where nothing is asked sooner.
+
+        Args:
+          now_ns: now.
+          well: what `answer` has said of the last one.
+
+        """
+        pause = beat_ns(self.grid.segment_at(now_ns).milli_bpm) if well else BURST_MIN_NS
+        if not self.locked:
+            pause = min(pause, _JOINING_NS)
+        return min(max(pause, BURST_MIN_NS), _BURST_MAX_NS)
+
+    def answer(self, answers: Sequence[Answer], asked: Heard | None, now_ns: int) -> bool:
+        """Take in the answers to a burst; return whether all is well, so that the next has time.
+
+        Args:
+          answers: in the order in which they came.
+          asked: the `question` there was when the burst began. One that came since is another
+            question: the leader may have died with its last answer.
+          now_ns: now.
+
+        """
+        epoch = max((reply.epoch for _, reply in answers), default=-1)
+        if any(reply.epoch != epoch for _, reply in answers):
+            self.on_odd(f"pings are answered in several epochs, up to {epoch}")
+            answers = [(ping, reply) for ping, reply in answers if reply.epoch == epoch]
+        burst = [ping for ping, _ in answers]
+        best = best_ping(burst)
+        self._answered = best is not None
+        if best is None:
+            self._decide_unanswered(now_ns)
+            return True
+        # The newest one: of a burst, it may be the first that tells of a change.
+        reply = answers[-1][1]
+        if self.locked and reply.epoch < self.epoch and not self.in_holdover(now_ns):
+            self.counts.frames_stale_epoch += 1
+            self.on_odd(f"a ping is answered in epoch {reply.epoch} while epoch {self.epoch} leads")
+            return True
+        try:
+            timeline = Timeline.of(reply)
+        except ValueError:
+            self.counts.pings_failed += 1
+            return True
+        verdict = self._measure(reply, timeline, best, burst, now_ns)
+        if asked is not None and asked is self.question:
+            # Now that the clock is right it may be plain.
+            if not self._explains(asked):
+                self._disbelieve()
+            else:
+                self.question = None
+                if asked.frame.beat_index >= self._next_index:
+                    self._accept(asked, now_ns)
+        return verdict is not Verdict.OUTLYING
+
+    def _measure(
+        self, reply: SyncReply, timeline: Timeline, best: Ping, burst: list[Ping], now_ns: int
+    ) -> Verdict:
+        grid, estimate = self.grid, self._estimate
+        apart = best.local_ns + best.offset_ns - grid.cluster_at(best.local_ns)
+        same = timeline.continues(grid.timeline, apart)
+        if not self.locked or (reply.epoch != self.epoch and not same):
+            self._estimate = estimate = Estimate()
+            verdict = estimate.add(burst)
+            self._lock(reply, timeline, estimate.offset_at(now_ns), now_ns, estimate.frequency)
+            return verdict
+        if reply.epoch != self.epoch and estimate.known:
+            # The next leader has an idea of its own of the same cluster time.
+            estimate.begin_anew(best)
+        verdict = estimate.add(burst)
+        if verdict is Verdict.OVERRULED:
+            # Cluster time has jumped: frames from before and after it make no line.
+            self.drift.clear()
+        if self._is_mistaken(timeline, same=same, epoch=reply.epoch):
+            self.counts.frames_unexplained += 1
+            self.on_odd("the leader knows nothing of what frames in its name have told")
+            if same:
+                grid.adopt(timeline, now_ns)
+                self._next_index = min(self._next_index, grid.index_at(now_ns) + 1)
+            else:
+                self._lock(reply, timeline, estimate.offset_at(now_ns), now_ns, estimate.frequency)
+        if verdict is Verdict.OUTLYING or not timeline.continues(grid.timeline, apart):
+            self.counts.pings_outlying += 1
+            self.on_odd("a ping's answer contradicts what is known of cluster time")
+            return Verdict.OUTLYING
+        self._follow(reply, timeline, now_ns)
+        grid.steer(estimate.offset_at(now_ns), now_ns, estimate.frequency)
+        return verdict
+
+    def _is_mistaken(self, timeline: Timeline, *, same: bool, epoch: int) -> bool:
+        # Once, an answer may have been on its way for longer than the frame that told of a change.
+        # Where the leader goes on not to know of it, the frame was not the leader's.
+        known = self.grid.timeline.segments[-1].seq
+        behind = epoch == self.epoch and (not same or timeline.segments[-1].seq < known)
+        self._behind = self._behind + 1 if behind else 0
+        if self._behind < _CONTRADICTED:
+            return False
+        self._behind = 0
+        return True
+
+    def _decide_unanswered(self, now_ns: int) -> None:
+        # A leader that beats and answers no pings: its frames tell the time, if less well. Another
+        # one is believed when the one before it is not heard any more.
+        if self.question is None or (self.locked and not self.in_holdover(now_ns)):
+            return
+        heard, self.question = self.question, None
+        frame, timeline, received_ns = heard
+        due = timeline.time_of(frame.beat_index)
+        apart = due - self.grid.cluster_at(received_ns)
+        if not self.locked or not timeline.continues(self.grid.timeline, apart):
+            self._estimate = Estimate()
+            offset = due - received_ns
+            self._lock(frame, timeline, offset, now_ns)
+        self._accept(heard, now_ns)
+
+    def _lock(
+        self,
+        told: BeatFrame | SyncReply,
+        timeline: Timeline,
+        offset_ns: int,
+        now_ns: int,
+        frequency: int = 0,
+    ) -> None:
+        grid = self.grid
+        self.epoch, self.leader_id = told.epoch, told.leader_id
+        self.locked = True
+        self.drift.clear()
+        self._judged_epoch = -1
+        grid.rebase(
+            timeline,
+            offset_ns,
+            now_ns,
+            beats_per_bar=told.beats_per_bar,
+            frequency=frequency,
+        )
+        self._next_index = grid.index_at(now_ns)
+        self.told_ns, self._told_at_ns = timeline.last_beat(grid.cluster_at(now_ns)), now_ns
+        self.counts.locks += 1
+        self.on_lock()
+        self.on_followed()

@@ -1,0 +1,4 @@
+"""Following a leader, leading, and standing by.
+
+It imports `_transport` and below.
+"""

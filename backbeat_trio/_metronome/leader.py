@@ -1,0 +1,508 @@
+"""One term of leadership: frames, answers to sync and tempo requests, and keeping the record.
+
+Beats wait for nothing. What is written to the record is written beside them, and where it cannot be
+written they go on and changes of the tempo are refused. A leader finds out that it was replaced by
+the record alone: a frame of a higher epoch, or having stood still for long, makes it look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final, final
+
+import msgspec
+import trio
+from msgspec import Struct
+from msgspec.structs import replace
+from trio_util import AsyncBool
+
+from .._errors import MetronomeUnavailable, TempoRefused, TransportBroken
+from .._grid.changes import ASKED_NS, propose
+from .._grid.steering import Steering
+from .._grid.timeline import Timeline, beat_ns, milli_bpm
+from .._runtime.operations import check_integer
+from .._time.clock import local_ns, seconds_of
+from .._transport.protocol import Message, Transport
+from .._wire import (
+    BeatFrame,
+    Probe,
+    Record,
+    SyncReply,
+    TempoReply,
+    beat_phase,
+    beat_subject,
+    decode_frame,
+    decode_probe,
+    decode_sync_request,
+    decode_tempo_request,
+    encode,
+    lead_subject,
+    sync_subject,
+    tempo_subject,
+    window_id,
+)
+from .ledger import Conflict, Ledger
+
+# How long standbys wait for a leader that does not answer and is not known to be gone.
+_LEASE_BEATS: Final = 2
+_LEASE_NS: Final = 1_000_000_000
+# What writing the record may take, and how soon it is tried again, in seconds.
+_COMMIT_PATIENCE: Final = 2.0
+_RETRY: Final = 1.0
+# Between two writings, whoever asks for them.
+_PAUSE: Final = 0.02
+# What is left of the time before a change when its commit is given up.
+_MARGIN_NS: Final = 50_000_000
+# Servers check who publishes on a subject, and not who asks for an answer on it: whoever may ask
+# could otherwise have the leader write on its own behalf where only the leader may.
+_NO_INBOX: Final = ("backbeat.", "$")
+
+
+def lease_ns(milli: int) -> int:
+    """Return how long a leader may be silent before another one takes its place."""
+    return max(_LEASE_BEATS * beat_ns(milli), _LEASE_NS)
+
+
+class Term(Struct, frozen=True):
+    """What a term of leadership begins with."""
+
+    epoch: int
+    timeline: Timeline
+    steering: Steering
+    """How local time becomes cluster time, for the length of the term."""
+    beats_per_bar: int
+    sent: int
+    """The last beat whose frame was published."""
+    milli_bpm: int
+    """The tempo at which a grid that stands still goes on."""
+    incarnation: str = ""
+    nonce: str = ""
+    told_seq: int = -1
+    """The last segment that anybody was told of."""
+
+    def record(self, cluster_id: str, leader_id: str) -> Record:
+        """Return what is to be kept of the grid as the term begins."""
+        return Record(
+            cluster_id=cluster_id,
+            incarnation=self.incarnation,
+            epoch=self.epoch,
+            nonce=self.nonce,
+            leader_id=leader_id,
+            beats_per_bar=self.beats_per_bar,
+            segments=self.timeline.segments,
+            high_water=self.sent,
+            milli_bpm=self.milli_bpm,
+            told_seq=self.told_seq,
+            written_ms=time.time_ns() // 1_000_000,
+        )
+
+
+@final
+class Counts:
+    """What a metronome counts over its terms; made a snapshot by `Metronome.statistics`."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.frames_unsent = 0
+        self.syncs = 0
+        self.tempo_changes = 0
+        self.refused = 0
+        self.undecodable = 0
+        self.takeovers = 0
+        self.deposed = 0
+        self.probes = 0
+        self.commits = 0
+        self.commits_failed = 0
+        self.frames_foreign = 0
+
+
+@final
+class Leader:
+    """The leader of a cluster, for one term."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        term: Term,
+        *,
+        cluster_id: str,
+        leader_id: str,
+        counts: Counts,
+        logger: logging.Logger,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.timeline: Timeline = term.timeline
+        self.epoch: int = term.epoch
+        self.sent: int = term.sent
+        self.milli_bpm: int = term.milli_bpm
+        self.told_seq: int = term.told_seq
+        self.beats_per_bar: int = term.beats_per_bar
+        self.steering: Steering = term.steering
+        self._term = term
+        self._transport = transport
+        self._cluster_id = cluster_id
+        self._leader_id = leader_id
+        self._counts = counts
+        self._logger = logger
+        self._ledger = ledger
+        self.keep: Callable[[Leader], None] = lambda leader: None
+        self._committing = trio.Lock()
+        self._changing = trio.Lock()
+        self._look = AsyncBool(False)
+        self._reachable = True
+        self._last_ns = 0
+        self._warned = -1
+        self._scope = trio.CancelScope()
+
+    # The grid.
+
+    def cluster_ns(self, local: int | None = None) -> int:
+        """Return the cluster time, now or at an instant of local time."""
+        return self.steering.cluster_at(local_ns() if local is None else local)
+
+    def current_beat(self) -> int:
+        """Return the index of the present beat."""
+        return self.timeline.index_at(self.cluster_ns())
+
+    def next_beat_time(self) -> float:
+        """Return when the next frame is due, in seconds of Trio's clock."""
+        return seconds_of(self.steering.local_at(self.timeline.next_beat(self.cluster_ns())))
+
+    def present_term(self) -> Term:
+        """Return the term as it stands now."""
+        return replace(
+            self._term,
+            timeline=self.timeline,
+            sent=self.sent,
+            milli_bpm=self.milli_bpm,
+            told_seq=self.told_seq,
+        )
+
+    # Beating.
+
+    async def run(
+        self,
+        probes: AsyncIterator[Message] | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Lead until cancelled, or until another metronome does.
+
+        Args:
+          probes: a subscription to the probes of this epoch.
+          task_status: started as soon as it leads.
+        """
+        self._logger.info(
+            "metronome leads - cluster=%s leader=%s epoch=%d",
+            self._cluster_id,
+            self._leader_id,
+            self.epoch,
+        )
+        self.keep(self)
+        try:
+            with self._scope:
+                # The first frame may be overdue: it waits for no subscription.
+                self.strike()
+                await self._run(probes, task_status)
+        finally:
+            if not self._scope.cancelled_caught:
+                self._logger.info("metronome stops - epoch=%d beat=%d", self.epoch, self.sent)
+        self._counts.deposed += 1
+        self._logger.warning("another metronome leads: no longer in epoch %d", self.epoch)
+
+    async def _run(
+        self, probes: AsyncIterator[Message] | None, task_status: trio.TaskStatus[None]
+    ) -> None:
+        subscribe, cluster_id = self._transport.open_subscription, self._cluster_id
+        async with (
+            trio.open_nursery() as nursery,
+            subscribe(sync_subject(cluster_id)) as syncs,
+            subscribe(tempo_subject(cluster_id)) as tempos,
+            subscribe(beat_subject(cluster_id)) as frames,
+            (
+                subscribe(lead_subject(cluster_id, self.epoch))
+                if probes is None
+                else contextlib.nullcontext(probes)
+            ) as asked,
+        ):
+            nursery.start_soon(self._answer, syncs, self._answer_sync)
+            nursery.start_soon(self._answer, tempos, self._answer_tempo)
+            nursery.start_soon(self._answer, frames, self._hear)
+            nursery.start_soon(self._beat)
+            nursery.start_soon(self._answer, asked, self._answer_probe)
+            if self._ledger is not None:
+                nursery.start_soon(self._keep_record)
+                nursery.start_soon(self._look_after_outages)
+            task_status.started()
+            # The subscriptions last as long as those who listen.
+            await trio.sleep_forever()
+
+    async def _beat(self) -> None:
+        while True:
+            await trio.sleep_until(self.next_beat_time())
+            if self._ledger is not None and self._stood_still():
+                # Somebody else may lead by now: nothing is said before that is known.
+                with trio.move_on_after(_COMMIT_PATIENCE), contextlib.suppress(TransportBroken):
+                    await self._save()
+            self.strike()
+
+    def _stood_still(self) -> bool:
+        # For long enough that standbys may have given this process up.
+        overdue = local_ns() - self.steering.local_at(self.timeline.next_beat(self._last_ns))
+        return overdue > lease_ns(self.timeline.segments[0].milli_bpm) // 2
+
+    def strike(self) -> None:
+        """Publish the frame that is due, if there is one."""
+        now = self.cluster_ns()
+        self.timeline = self.timeline.since(now)
+        self._last_ns = now
+        present, index = self.timeline.segments[0], self.timeline.index_at(now)
+        if present.milli_bpm:
+            self.milli_bpm = present.milli_bpm
+        if index > self.sent or not present.milli_bpm:
+            self.sent = max(self.sent, index)
+            self.keep(self)
+            self._publish(self.frame(index))
+            if index % self.beats_per_bar == 0:
+                self._look.value = True
+
+    def frame(self, index: int, timeline: Timeline | None = None) -> BeatFrame:
+        """Make the frame of a beat of the present segments."""
+        bar, timeline = self.beats_per_bar, timeline or self.timeline
+        return BeatFrame(
+            cluster_id=self._cluster_id,
+            beat_index=index,
+            downbeat=index % bar == 0,
+            phase=beat_phase(index, bar),
+            tempo_bpm=timeline.segments[0].milli_bpm / 1000,
+            beats_per_bar=bar,
+            window_id=window_id(index, bar),
+            epoch=self.epoch,
+            leader_id=self._leader_id,
+            **timeline.told(),
+        )
+
+    def _publish(self, frame: BeatFrame) -> None:
+        try:
+            self._transport.publish_nowait(beat_subject(self._cluster_id), encode(frame))
+        except (TransportBroken, ValueError):
+            # A server that takes only small messages is no reason to beat no more.
+            self._counts.frames_unsent += 1
+        else:
+            self._counts.frames += 1
+            self._note_told()
+
+    def _note_told(self) -> None:
+        # Soon it is in the record, too: what nobody was told of is put off by who comes next.
+        seq = self.timeline.segments[-1].seq
+        if seq > self.told_seq:
+            self.told_seq = seq
+            self._look.value = True
+
+    # The record.
+
+    async def _keep_record(self) -> None:
+        # Every bar, and whenever there is a reason to look whether somebody else leads.
+        while True:
+            await self._look.wait_value(True)
+            self._look.value = False
+            try:
+                with trio.fail_after(_COMMIT_PATIENCE):
+                    await self._save()
+            except (TransportBroken, trio.TooSlowError) as error:
+                self._cannot_commit(error)
+                await trio.sleep(_RETRY)
+                self._look.value = True
+            else:
+                await trio.sleep(_PAUSE)
+
+    async def _look_after_outages(self) -> None:
+        while True:
+            await self._transport.wait_connected(False)
+            await self._transport.wait_connected()
+            self._look.value = True
+
+    def _cannot_commit(self, error: Exception) -> None:
+        self._counts.commits_failed += 1
+        if self._reachable:
+            self._logger.warning("beating on without the record, tempo changes refused: %s", error)
+        self._reachable = False
+
+    async def _save(self, proposed: Timeline | None = None) -> None:
+        ledger = self._ledger
+        assert ledger is not None
+        async with self._committing:
+            # What holds when it is this one's turn: a change may just have been committed.
+            present = replace(self.present_term(), timeline=proposed or self.timeline)
+            record = present.record(self._cluster_id, self._leader_id)
+            while True:
+                if self._scope.cancel_called:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    # Whoever asks is none of this term's tasks.
+                    raise MetronomeUnavailable("another metronome leads")
+                try:
+                    await ledger.write(record)
+                except Conflict:
+                    if self._is_deposed(ledger.record):
+                        self._scope.cancel("another metronome leads")
+                else:
+                    break
+        self._counts.commits += 1
+        if not self._reachable:
+            self._reachable = True
+            self._logger.info("the record can be written again")
+
+    def _is_deposed(self, other: Record | None) -> bool:
+        # What this metronome wrote before, without learning of it, is written over; so is what
+        # cannot be read, what is gone, and what somebody wrote who did not know of this term.
+        return other is not None and (other.epoch, other.nonce) > (self.epoch, self._term.nonce)
+
+    # Answering.
+
+    async def _answer(
+        self,
+        requests: AsyncIterator[Message],
+        answer: Callable[[Message], Awaitable[msgspec.Struct | None]],
+    ) -> None:
+        async for request in requests:
+            try:
+                if request.reply.startswith(_NO_INBOX):
+                    raise msgspec.ValidationError("a request from no inbox")
+                reply = await answer(request)
+            except msgspec.DecodeError:
+                self._counts.undecodable += 1
+                continue
+            if reply is not None and request.reply:
+                with contextlib.suppress(TransportBroken, ValueError):
+                    self._transport.publish_nowait(request.reply, encode(reply))
+
+    def _own(self, cluster_id: str) -> None:
+        if cluster_id != self._cluster_id:
+            raise msgspec.ValidationError("a request for another cluster")
+
+    async def _hear(self, message: Message) -> None:
+        frame = decode_frame(message.data)
+        self._own(frame.cluster_id)
+        if frame.epoch > self.epoch:
+            self._counts.frames_foreign += 1
+            if self._ledger is None and frame.epoch != self._warned:
+                self._warned = frame.epoch
+                self._logger.warning(
+                    "another metronome beats in epoch %d: %s", frame.epoch, frame.leader_id
+                )
+            self._look.value = True
+
+    async def _answer_probe(self, request: Message) -> Probe:
+        probe = decode_probe(request.data)
+        self._own(probe.cluster_id)
+        if probe.epoch > self.epoch:
+            self._look.value = True
+        return Probe(self._cluster_id, self.epoch, self._leader_id)
+
+    async def _answer_sync(self, request: Message) -> SyncReply:
+        self._own(decode_sync_request(request.data).cluster_id)
+        self._counts.syncs += 1
+        self._note_told()
+        return SyncReply(
+            cluster_id=self._cluster_id,
+            epoch=self.epoch,
+            leader_id=self._leader_id,
+            received_ns=self.cluster_ns(request.received_ns),
+            sent_ns=self.cluster_ns(),
+            beats_per_bar=self.beats_per_bar,
+            **self.timeline.since(self.cluster_ns()).told(),
+        )
+
+    async def _answer_tempo(self, request: Message) -> TempoReply:
+        try:
+            wanted = decode_tempo_request(request.data)
+        except msgspec.DecodeError as error:
+            self._counts.undecodable += 1
+            return self._refuse(f"the request cannot be read: {error}")
+        self._own(wanted.cluster_id)
+        if local_ns() - request.received_ns > ASKED_NS:
+            # Whoever asked was told by now that nobody took the request.
+            self._counts.refused += 1
+            return self._refuse("the request has waited for too long")
+        try:
+            beat = await self.change(
+                wanted.tempo_bpm, at_beat=wanted.at_beat, over=wanted.over_beats or 0
+            )
+        except (TempoRefused, ValueError) as error:
+            return self._refuse(str(error))
+        return TempoReply(
+            self._cluster_id,
+            ok=True,
+            epoch=self.epoch,
+            effective_beat=beat,
+            segment=self.timeline.segments[-1],
+        )
+
+    def _refuse(self, why: str) -> TempoReply:
+        return TempoReply(self._cluster_id, ok=False, error=why, epoch=self.epoch)
+
+    async def change(self, bpm: float | None, *, at_beat: int | None = None, over: int = 0) -> int:
+        """Commit a change of the grid; see `Metronome.change_tempo`."""
+        over = check_integer("over", over, 0)
+        async with self._changing:
+            try:
+                timeline, beat = await self._change(bpm, at_beat, over)
+            except (TempoRefused, ValueError):
+                self._counts.refused += 1
+                raise
+        still = not self.timeline.segments[0].milli_bpm
+        given_up = [s for s in self.timeline.segments[1:] if s not in timeline.segments]
+        self.timeline = timeline
+        self.keep(self)
+        self._counts.tempo_changes += 1
+        tempo = timeline.segments[-1].milli_bpm / 1000
+        if not tempo:
+            self._logger.info("metronome pauses - on beat=%d", beat)
+        elif still:
+            self._logger.info("metronome goes on - tempo=%g from beat=%d", tempo, beat)
+        else:
+            self._logger.info("metronome changes tempo - tempo=%g from beat=%d", tempo, beat)
+        for segment in given_up:
+            self._logger.info(
+                "given up for it - tempo=%g from beat=%d", segment.milli_bpm / 1000, segment.beat0
+            )
+        if still:
+            # A frame of a grid that stands still may come at any time: now it has news.
+            self.strike()
+        return beat
+
+    async def _change(
+        self, bpm: float | None, at_beat: int | None, over: int
+    ) -> tuple[Timeline, int]:
+        milli = bpm if not bpm else milli_bpm("tempo_bpm", bpm)
+        now, known = self.cluster_ns(), {*self.timeline.segments}
+        timeline = propose(
+            self.timeline,
+            now,
+            None if milli is None else int(milli),
+            at_beat,
+            over=over,
+            former=self.milli_bpm,
+            beats_per_bar=self.beats_per_bar,
+            epoch=self.epoch,
+        )
+        first = next(segment for segment in timeline.segments if segment not in known)
+        if len(encode(self.frame(self.sent, timeline))) > self._transport.max_payload:
+            raise TempoRefused("frames that tell of it would be larger than the server takes")
+        if self._ledger is not None:
+            await self._commit(timeline, (first.t0_ns - now - _MARGIN_NS) / 1e9)
+        return timeline, first.beat0
+
+    async def _commit(self, timeline: Timeline, seconds: float) -> None:
+        try:
+            with trio.fail_after(min(_COMMIT_PATIENCE, max(0.0, seconds))):
+                await self._save(timeline)
+        except (TransportBroken, trio.TooSlowError) as error:
+            self._cannot_commit(error)
+            # It may have been written after all: what holds is written over it.
+            self._look.value = True
+            why = "no answer in time" if isinstance(error, trio.TooSlowError) else error
+            raise TempoRefused(f"the change could not be committed: {why}") from None

@@ -1,0 +1,108 @@
+"""The record that metronomes keep of the grid, written by compare-and-set.
+
+The store holds one value and its revision, and takes a write only over the revision that the writer
+has seen. An answer that is lost leaves it unknown whether a write was made: it is read back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, final
+
+import msgspec
+
+from .._errors import BackbeatError
+from .._wire import Record, decode_record, encode
+
+
+class Entry(NamedTuple):
+    """A value as it is stored, and its revision; empty and 0 where there is none."""
+
+    data: bytes
+    revision: int
+
+
+class Conflict(BackbeatError):
+    """Somebody else has written since; what is there now has been read."""
+
+
+class Store(Protocol):
+    """One value under compare-and-set."""
+
+    async def open(self) -> bool:
+        """Make the place for the value where it is missing; return whether there can be one."""
+        ...
+
+    async def read(self) -> Entry:
+        """Return what is stored.
+
+        Raises:
+          TransportBroken: where the store does not answer.
+
+        """
+        ...
+
+    async def write(self, data: bytes, revision: int) -> int:
+        """Store a value over a revision, and return its own.
+
+        Raises:
+          Conflict: where another revision is stored.
+          TransportBroken: where the store does not answer; it may have been written.
+
+        """
+        ...
+
+
+@final
+class Ledger:
+    """The record, as this metronome last saw it."""
+
+    def __init__(self, store: Store, cluster_id: str) -> None:
+        self.record: Record | None = None
+        """What was read or written last; None for nothing, or what cannot be read."""
+        self.revision: int = 0
+        self.unreadable: int = 0
+        """How many values were found that are no record of this cluster."""
+        self._store = store
+        self._cluster_id = cluster_id
+
+    async def read(self) -> Record | None:
+        """Read the record. A checkpoint.
+
+        Raises:
+          TransportBroken: where the store does not answer.
+        """
+        self._take(await self._store.read())
+        return self.record
+
+    def _take(self, entry: Entry) -> None:
+        self.revision, self.record = entry.revision, None
+        if not entry.data:
+            return
+        try:
+            record = decode_record(entry.data)
+        except msgspec.DecodeError:
+            self.unreadable += 1
+            return
+        if record.cluster_id == self._cluster_id:
+            self.record = record
+        else:
+            self.unreadable += 1
+
+    async def write(self, record: Record) -> None:
+        """Write a record over the one that was seen last. A checkpoint.
+
+        Raises:
+          Conflict: where another one is there by now; it has been read.
+          TransportBroken: where the store does not answer; it may have been written.
+        """
+        data = encode(record)
+        try:
+            self.revision = await self._store.write(data, self.revision)
+        except Conflict:
+            # It may be this very write, whose answer was lost.
+            entry = await self._store.read()
+            self._take(entry)
+            if entry.data != data:
+                raise
+        else:
+            self.record = record

@@ -1,0 +1,313 @@
+"""The metronome of a cluster: alone, by turns on the in-process bus, or one of several.
+
+With a store that they share, any number of metronomes run: one leads, and the others stand by. On
+the in-process bus the next one takes over where the last one stopped. Without either it runs alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import NamedTuple, final
+
+import msgspec
+import trio
+
+from .._errors import MetronomeUnavailable, TransportBroken
+from .._grid.steering import Steering
+from .._grid.timeline import ORIGINS_NS, Timeline, milli_bpm
+from .._runtime.operations import check_integer
+from .._time.clock import BeatClock, local_ns
+from .._transport.protocol import MemoryBus, Message, Transport
+from .._wire import (
+    MAX_BEATS_PER_BAR,
+    Segment,
+    SyncReply,
+    SyncRequest,
+    decode_sync_reply,
+    encode,
+    sync_subject,
+)
+from .leader import Counts, Leader, Term
+from .ledger import Ledger, Store
+from .listener import BeatListener
+from .standby import Standby
+
+
+class MetronomeStatistics(NamedTuple):
+    """Counters of a metronome since it was made."""
+
+    frames: int
+    """Frames published."""
+    frames_unsent: int
+    """Frames that could not be published, because there was no connection."""
+    syncs: int
+    """Sync requests answered."""
+    tempo_changes: int
+    """Changes of the tempo committed, pauses and going on among them."""
+    refused: int
+    """Changes refused."""
+    undecodable: int
+    """Requests dropped because they could not be decoded, were for another cluster, or wanted their
+    answer on a subject that is nobody's inbox."""
+    takeovers: int
+    """Terms of leadership that were won."""
+    deposed: int
+    """Terms that ended because another metronome led."""
+    probes: int
+    """Probes sent to leaders that were late."""
+    commits: int
+    """Writings of the record."""
+    commits_failed: int
+    """Writings that were given up, as the store did not answer in time."""
+    frames_foreign: int
+    """Frames of a higher epoch than the own one, heard while leading."""
+    records_unreadable: int
+    """Values found in the record's place that were none of this cluster."""
+
+
+@final
+class Metronome:
+    """A metronome of a cluster.
+
+    Args:
+      transport: run by somebody else.
+      cluster_id: the cluster to lead.
+      leader_id: the name that goes into the frames.
+      tempo_bpm: tempo of a grid that begins here, 0.1 to 6,000 beats per minute.
+      beats_per_bar: bar length of such a grid, 1 to 1,000,000 beats.
+      bus: the in-process bus whose grid it takes over and keeps; None where there is none.
+      store: what it shares with other metronomes of the cluster, such as a key in JetStream; None
+        where there is nothing.
+      logger: where it says what it does.
+
+    Raises:
+      TypeError, ValueError: for a tempo or a bar length that is none; the text names it.
+
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        cluster_id: str,
+        leader_id: str,
+        tempo_bpm: float = 2.0,
+        beats_per_bar: int = 8,
+        bus: MemoryBus | None = None,
+        store: Store | None = None,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        self._transport = transport
+        self._cluster_id = cluster_id
+        self._leader_id = leader_id
+        self._milli = milli_bpm("tempo_bpm", tempo_bpm)
+        self._beats_per_bar = check_integer("beats_per_bar", beats_per_bar, 1)
+        if beats_per_bar > MAX_BEATS_PER_BAR:
+            raise ValueError(f"`beats_per_bar` must be at most {MAX_BEATS_PER_BAR:,}")
+        self._bus = bus
+        self._ledger = None if store is None else Ledger(store, cluster_id)
+        self._logger = logger or logging.getLogger("backbeat_trio")
+        self._counts = Counts()
+        self._leader: Leader | None = None
+        self._seen = -1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it leads at present."""
+        return self._leader is not None
+
+    @property
+    def epoch(self) -> int:
+        """The number of the present term of leadership, or of the last one; 0 before there was."""
+        return max(0, self._seen)
+
+    def statistics(self) -> MetronomeStatistics:
+        """Return the counters."""
+        unreadable = 0 if self._ledger is None else self._ledger.unreadable
+        return MetronomeStatistics(**vars(self._counts), records_unreadable=unreadable)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Lead whenever it is this one's turn, until cancelled. A checkpoint.
+
+        It reports itself started as soon as it leads, or has to wait. Where the transport or the
+        store is out of reach it tries on. To be run once.
+
+        Raises:
+          TransportClosed: where the transport is closed.
+
+        """
+        if self._bus is not None:
+            await self._run_on_bus(self._bus, task_status)
+        elif self._ledger is not None:
+            await self._run_by_turns(self._ledger, task_status)
+        else:
+            # Alone there is nothing that remembers earlier terms: the milliseconds of the wall
+            # clock make a later one greater, and are used for nothing else.
+            term = self._first_term(time.time_ns() // 1_000_000)
+            await self._lead(self._make_leader(term), task_status=task_status)
+
+    async def _run_on_bus(self, bus: MemoryBus, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            bus.leadership.acquire_nowait()
+        except trio.WouldBlock:
+            task_status.started()
+            task_status = trio.TASK_STATUS_IGNORED
+            await bus.leadership.acquire()
+        try:
+            term = self._first_term(bus.epoch + 1)
+            if bus.grid is not None:
+                term = Term(
+                    epoch=bus.epoch + 1,
+                    timeline=bus.grid,
+                    steering=Steering(-bus.origin_ns),
+                    beats_per_bar=bus.beats_per_bar,
+                    sent=bus.high_water,
+                    milli_bpm=bus.milli_bpm,
+                )
+            bus.origin_ns = -term.steering.target_at(0)
+
+            def keep(leader: Leader) -> None:
+                bus.grid, bus.epoch, bus.high_water = leader.timeline, leader.epoch, leader.sent
+                bus.beats_per_bar, bus.milli_bpm = leader.beats_per_bar, leader.milli_bpm
+
+            leader = self._make_leader(term)
+            leader.keep = keep
+            await self._lead(leader, task_status=task_status)
+        finally:
+            bus.leadership.release()
+
+    async def _run_by_turns(self, ledger: Ledger, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        former: Term | None = None
+        while True:
+            async with AsyncExitStack() as stack:
+                async with trio.open_nursery() as nursery:
+                    clock = BeatClock.local(self._milli, self._beats_per_bar)
+                    listener = BeatListener(
+                        clock,
+                        self._transport,
+                        cluster_id=self._cluster_id,
+                        agent_id=self._leader_id,
+                        logger=self._logger,
+                    )
+                    await nursery.start(clock.run)
+                    await nursery.start(listener.run)
+                    standby = Standby(
+                        clock,
+                        listener,
+                        self._transport,
+                        ledger,
+                        cluster_id=self._cluster_id,
+                        leader_id=self._leader_id,
+                        counts=self._counts,
+                        logger=self._logger,
+                        seen=self._seen,
+                        former=former,
+                    )
+                    term, probes = await standby.wait_for_turn(
+                        stack, self._first_term(0, nonce=secrets.token_hex(8))
+                    )
+                    leader = self._make_leader(term)
+                    # It may be overdue: it waits neither for the end of standing by nor for
+                    # subscriptions.
+                    leader.strike()
+                    nursery.cancel_scope.cancel()
+                await self._lead(leader, probes)
+                former = leader.present_term()
+                self._seen = max(self._seen, ledger.record.epoch if ledger.record else -1)
+
+    def _first_term(self, epoch: int, *, nonce: str = "") -> Term:
+        origin = secrets.randbelow(ORIGINS_NS)
+        return Term(
+            epoch=epoch,
+            timeline=Timeline((Segment(epoch, 0, 0, origin, self._milli),)),
+            steering=Steering(origin - local_ns()),
+            beats_per_bar=self._beats_per_bar,
+            sent=-1,
+            milli_bpm=self._milli,
+            incarnation=nonce,
+            nonce=nonce,
+        )
+
+    def _make_leader(self, term: Term) -> Leader:
+        return Leader(
+            self._transport,
+            term,
+            cluster_id=self._cluster_id,
+            leader_id=self._leader_id,
+            counts=self._counts,
+            logger=self._logger,
+            ledger=self._ledger,
+        )
+
+    async def _lead(
+        self,
+        leader: Leader,
+        probes: AsyncIterator[Message] | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        self._leader = leader
+        self._seen = max(self._seen, leader.epoch)
+        try:
+            await leader.run(probes, task_status=task_status)
+        finally:
+            self._leader = None
+
+    def _present(self) -> Leader:
+        if self._leader is None:
+            raise MetronomeUnavailable("this metronome does not lead")
+        return self._leader
+
+    def current_beat(self) -> int:
+        """Return the index of the present beat. Not a checkpoint.
+
+        Raises:
+          MetronomeUnavailable: where this metronome does not lead.
+
+        """
+        return self._present().current_beat()
+
+    def next_beat_time(self) -> float:
+        """Return when the next frame is due, in seconds of Trio's clock. Not a checkpoint.
+
+        Raises:
+          MetronomeUnavailable: where this metronome does not lead.
+
+        """
+        return self._present().next_beat_time()
+
+    async def change_tempo(
+        self, bpm: float | None, *, at_beat: int | None = None, over: int = 0
+    ) -> int:
+        """Commit a change of tempo; it rides in every frame until it takes effect. A checkpoint.
+
+        Args:
+          bpm: beats per minute, 0.1 to 6,000; 0 has the grid stand still, None has it go on.
+          at_beat: the beat at which to change; None is the next downbeat that is at least
+            max(2 beats, 250 ms) ahead, and for a pause the next such beat.
+          over: so many beats the change takes, in steps.
+
+        Returns:
+          The index of the beat at which it begins.
+
+        Raises:
+          MetronomeUnavailable: where this metronome does not lead.
+          TempoRefused: where ``at_beat`` is past or too soon, or the change could not be committed.
+          ValueError: where ``bpm`` is out of range or NaN.
+        """
+        return await self._present().change(bpm, at_beat=at_beat, over=over)
+
+
+async def find_leader(transport: Transport, cluster_id: str, agent_id: str) -> SyncReply | None:
+    """Ask who leads the cluster; None where nobody answers. A checkpoint."""
+    request = encode(SyncRequest(cluster_id, agent_id))
+    try:
+        reply = await transport.request(sync_subject(cluster_id), request, timeout=1.0)
+        return decode_sync_reply(reply.data)
+    except (TransportBroken, msgspec.DecodeError):
+        return None

@@ -1,0 +1,4 @@
+"""What a session runs: operations, claims and health.
+
+It imports `_metronome` and below.
+"""

@@ -1,0 +1,320 @@
+"""The six-phase machine of operations, and the claims of its transitions. Pure: beats come in."""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Iterable
+from typing import Any, Final, Protocol, SupportsIndex, final
+
+from .._errors import InvalidTransition, OperationExists, OperationNotFound
+from .._wire import ClaimState, StatusClaim
+
+
+class Phase(enum.IntEnum):
+    """The phases of an operation, in order; going forward may skip some, and `FAILED` ends any."""
+
+    STARTED = 0
+    CONNECTING = 1
+    NEGOTIATING = 2
+    EXECUTING = 3
+    COMPLETED = 4
+    FAILED = 5
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing comes after it."""
+        return self >= Phase.COMPLETED
+
+
+ESTIMATES: Final = {
+    "peer_discovery": (2, 5),
+    "dht_store": (2, 4),
+    "dht_retrieve": (1, 3),
+    "pubsub_sync": (1, 2),
+    "election": (3, 10),
+    "task_coordination": (5, 20),
+}
+"""Minimum and maximum of beats of the operation types known by name; the maximum is the budget."""
+
+DEFAULT_ESTIMATE: Final = 8
+# Characters of a type or an id.
+_LONGEST: Final = 1000
+"""Budget, in beats, of an operation of another type that names none: a bar by default."""
+
+
+class _Owner(Protocol):
+    def current_beat(self) -> int: ...
+    def advance_operation(self, id: str, phase: Phase, /, *, peers: int | None = None) -> None: ...
+    def complete_operation(self, id: str, /, *, peers: int | None = None) -> None: ...
+    def fail_operation(self, id: str, /, reason: str) -> None: ...
+
+
+def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:
+    """Refuse what is no integer of at least ``minimum``, naming the parameter."""
+    if value != value:  # noqa: PLR0124 - NaN is what differs from itself
+        raise ValueError(f"`{name}` must not be NaN")
+    if isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, not {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer, not {value!r}") from None
+    if number < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, not {number}")
+    return number
+
+
+def _name(name: str, value: str) -> str:
+    # It must fit into any message, and unlike notes it cannot be shortened.
+    if len(_text(name, value)) > _LONGEST:
+        raise ValueError(f"`{name}` must have at most {_LONGEST} characters")
+    return value
+
+
+def _text(name: str, value: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a str, not {value!r}")
+    if not value:
+        raise ValueError(f"`{name}` must not be empty")
+    # Lone surrogates have no UTF-8: refused here, where the caller can see it, and not when the
+    # claim is encoded.
+    value.encode()
+    return value
+
+
+@final
+class Operation:
+    """A tracked piece of distributed work, made by `Session.operation` and `start_operation`.
+
+    Its verbs are synchronous: they change its state and queue the claim. Using one after the
+    operation has ended raises `InvalidTransition`.
+    """
+
+    __slots__ = (
+        "_notes",
+        "_owner",
+        "_start",
+        "_table",
+        "beats",
+        "data",
+        "id",
+        "peers",
+        "phase",
+        "type",
+    )
+
+    id: str
+    type: str
+    beats: int
+    """The estimate, in beats."""
+    data: Any
+    """Whatever was given when the operation was started; it stays in this process."""
+    phase: Phase
+    peers: int
+    _notes: str
+    _owner: _Owner
+    _start: int
+    _table: Operations
+
+    def __init__(self) -> None:
+        raise TypeError("operations are made by `Session.operation` and `Session.start_operation`")
+
+    def advance(self, phase: Phase, *, peers: int | None = None) -> None:
+        """Go on to a later phase, and queue a claim that says so.
+
+        Not a checkpoint.
+
+        Args:
+          phase: the phase to go to; the present one again is fine, an earlier one is not.
+          peers: how many peers take part; None leaves the count as it was.
+
+        Raises:
+          InvalidTransition: for an earlier phase, or where the operation has ended.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_live()
+        self._owner.advance_operation(self.id, phase, peers=peers)
+
+    def complete(self, *, peers: int | None = None) -> None:
+        """End the operation well, and queue its terminal claim. Not a checkpoint.
+
+        Raises:
+          InvalidTransition: where the operation has ended.
+
+        """
+        self._check_live()
+        self._owner.complete_operation(self.id, peers=peers)
+
+    def fail(self, reason: str) -> None:
+        """End the operation as failed for a reason, and queue its terminal claim. Not a checkpoint.
+
+        Raises:
+          InvalidTransition: where the operation has ended.
+
+        """
+        self._check_live()
+        self._owner.fail_operation(self.id, reason)
+
+    @property
+    def beats_left(self) -> int:
+        """What remains of the estimate, in beats; 0 when it is used up or the operation ended."""
+        if self.phase.final:
+            return 0
+        return max(0, self.beats - (self._owner.current_beat() - self.start_beat))
+
+    @property
+    def start_beat(self) -> int:
+        """The index of the beat in which it started, on the present grid."""
+        return self._start + self._table._shift
+
+    def _check_live(self) -> None:
+        # By object and not by id: the id may belong to a later operation by now.
+        if self.phase.final:
+            raise InvalidTransition(f"operation {self.id!r} has ended: {self.phase.name.lower()}")
+
+    def __repr__(self) -> str:
+        return (
+            f"<Operation {self.id!r} type={self.type!r} phase={self.phase.name} beats={self.beats}>"
+        )
+
+
+@final
+class Operations:
+    """The live operations of an agent. Every transition returns the claim to send."""
+
+    def __init__(self, agent_id: str, node_id: str) -> None:
+        self._agent_id = agent_id
+        self._node_id = node_id
+        self._live: dict[str, Operation] = {}
+        # Start beats are kept less this, so that changing grid is a single addition however many
+        # operations live.
+        self._shift = 0
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def rebase(self, beats: int) -> None:
+        """Move all start beats along when the position changes grid."""
+        self._shift += beats
+
+    def live(self) -> list[Operation]:
+        """Return those that live now, oldest first."""
+        return list(self._live.values())
+
+    def start(
+        self,
+        owner: _Owner,
+        type: str,
+        *,
+        id: str,
+        beats: int | None,
+        data: object,
+        beat: int,
+    ) -> tuple[Operation, StatusClaim]:
+        """Register an operation that starts in ``beat``."""
+        operation = Operation.__new__(Operation)
+        operation.type = _name("type", type)
+        operation.id = _name("id", id)
+        if beats is None:
+            operation.beats = ESTIMATES.get(type, (0, DEFAULT_ESTIMATE))[1]
+        else:
+            operation.beats = check_integer("beats", beats, 1)
+        if id in self._live:
+            raise OperationExists(f"operation {id!r} is live already")
+        operation.data = data
+        operation.phase = Phase.STARTED
+        operation.peers = 0
+        operation._owner = owner
+        operation._table = self
+        operation._start = beat - self._shift
+        self._live[id] = operation
+        self._annotate(operation)
+        return operation, self._claim(operation, beat)
+
+    def advance(self, id: str, phase: Phase, *, peers: int | None, beat: int) -> StatusClaim:
+        """Take an operation forward; `COMPLETED` and `FAILED` are reached by their own verbs."""
+        operation = self._find(id)
+        phase = Phase(phase)
+        if phase.final:
+            verb = "complete" if phase is Phase.COMPLETED else "fail"
+            raise InvalidTransition(f"operation {id!r} gets to {phase.name} by `{verb}`")
+        if phase < operation.phase:
+            raise InvalidTransition(
+                f"operation {id!r} cannot go back from {operation.phase.name} to {phase.name}"
+            )
+        if peers is not None:
+            operation.peers = check_integer("peers", peers, 0)
+        operation.phase = phase
+        self._annotate(operation)
+        return self._claim(operation, beat)
+
+    def complete(self, id: str, *, peers: int | None, beat: int) -> StatusClaim:
+        """End an operation well."""
+        operation = self._find(id)
+        if peers is not None:
+            operation.peers = check_integer("peers", peers, 0)
+        operation.phase = Phase.COMPLETED
+        self._annotate(operation)
+        return self._end(operation, beat, "done", 1.0, operation._notes)
+
+    def fail(self, id: str, reason: str, *, beat: int) -> StatusClaim:
+        """End an operation for a reason."""
+        operation = self._find(id)
+        _text("reason", reason)
+        operation.phase = Phase.FAILED
+        notes = f"P2P operation failed: {reason} (type: {operation.type})"
+        return self._end(operation, beat, "failed", 0.0, notes)
+
+    def claims(self, operations: Iterable[Operation], beat: int) -> list[StatusClaim]:
+        """Return the beat's claims of those among ``operations`` that still live."""
+        # As `_claim` does, without a call for each: this is where a beat's time goes.
+        agent_id, since = self._agent_id, beat - self._shift
+        return [
+            StatusClaim(
+                agent_id,
+                operation.id,
+                beat,
+                "executing",
+                left,
+                (since - operation._start) / operation.beats,
+                operation._notes,
+            )
+            if (left := operation.beats - since + operation._start) > 0
+            else StatusClaim(agent_id, operation.id, beat, "executing", 0, 1.0, operation._notes)
+            for operation in operations
+            if operation.phase < 4
+        ]
+
+    def _find(self, id: str) -> Operation:
+        try:
+            return self._live[id]
+        except KeyError:
+            raise OperationNotFound(f"no live operation {id!r}") from None
+
+    def _annotate(self, operation: Operation) -> None:
+        operation._notes = (
+            f"P2P {operation.type}: {operation.phase.name.lower()} "
+            f"(peers: {operation.peers}, node: {self._node_id})"
+        )
+
+    def _claim(self, operation: Operation, beat: int) -> StatusClaim:
+        estimate = operation.beats
+        passed = beat - operation._start - self._shift
+        left = estimate - passed
+        return StatusClaim(
+            self._agent_id,
+            operation.id,
+            beat,
+            "executing",
+            max(0, left),
+            passed / estimate if left > 0 else 1.0,
+            operation._notes,
+        )
+
+    def _end(
+        self, operation: Operation, beat: int, state: ClaimState, progress: float, notes: str
+    ) -> StatusClaim:
+        del self._live[operation.id]
+        return StatusClaim(self._agent_id, operation.id, beat, state, 0, progress, notes)

@@ -1,0 +1,667 @@
+"""What a Trio application does with a session: budgets, time, operations, observation."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
+from typing import Any, TypeVar, TypeVarTuple, final
+
+import msgspec
+import trio
+from msgspec import UNSET
+
+from .._config import BackbeatConfig
+from .._errors import (
+    BackbeatError,
+    MetronomeUnavailable,
+    SessionClosed,
+    TempoRefused,
+    TransportBroken,
+)
+from .._grid.changes import ASKED_NS
+from .._grid.follower import Counts
+from .._grid.timeline import beat_ns, milli_bpm
+from .._metronome.listener import BeatListener
+from .._runtime.emitter import ClaimEmitter, Journal
+from .._runtime.health import Health, SessionStatistics, health_claim
+from .._runtime.operations import Operation, Operations, Phase, check_integer
+from .._runtime.services import Counters, Logger
+from .._time.clock import BeatClock, Beats, BeatScope, check_beats, check_position, local_ns
+from .._transport.protocol import Message, Transport, TransportStatistics
+from .._wire import (
+    MAX_INDEX,
+    StatusClaim,
+    TempoRequest,
+    decode_claims,
+    decode_tempo_reply,
+    encode,
+    is_token,
+    status_subject,
+    tempo_subject,
+)
+
+T = TypeVar("T")
+PosArgs = TypeVarTuple("PosArgs")
+
+# Errors are reported for as long as two health claims are apart, and no less than this.
+_ERRORS_NS = 10_000_000_000
+# What `_lifecycle` shows to be let to make a session.
+MAKER = object()
+
+
+current: contextvars.ContextVar[Session] = contextvars.ContextVar("backbeat session")
+
+
+def current_session() -> Session:
+    """Return the session of the running task's context.
+
+    Raises:
+      RuntimeError: where no session is open.
+
+    """
+    try:
+        return current.get()
+    except LookupError:
+        raise RuntimeError("no backbeat session is open in this context") from None
+
+
+@final
+class Session:
+    """What ``async with session()`` gives. Made by nothing else.
+
+    Beats, positions and budgets are those of the cluster's grid, or of a local one while there is
+    no other. Methods raise `SessionClosed` once the block has been left.
+    """
+
+    def __init__(
+        self,
+        maker: object,
+        config: BackbeatConfig,
+        transport: Transport | None,
+        logger: Logger,
+        journal: Journal | None = None,
+    ) -> None:
+        if maker is not MAKER:
+            raise TypeError("sessions are made by `backbeat_trio.session`")
+        self._config = config
+        self._logger = logger
+        self._transport = transport
+        self._counters = Counters()
+        self._started = False
+        self._closing = False
+        self._clock = BeatClock.local(
+            milli_bpm("tempo_bpm", config.tempo_bpm),
+            config.beats_per_bar,
+            enforcing=config.enabled,
+        )
+        self._operations = Operations(config.agent_id, config.node_id)
+        self._clock.on_rebase = self._operations.rebase
+        self._listener: BeatListener | None = None
+        self._emitter: ClaimEmitter | None = None
+        if transport is not None:
+            self._listener = BeatListener(
+                self._clock,
+                transport,
+                cluster_id=config.cluster_id,
+                agent_id=config.agent_id,
+                logger=logger,
+            )
+            self._emitter = ClaimEmitter(
+                self._clock,
+                transport,
+                self._operations,
+                agent_id=config.agent_id,
+                counters=self._counters,
+                journal=journal,
+            )
+
+    @property
+    def config(self) -> BackbeatConfig:
+        """The settings that the session was opened with."""
+        return self._config
+
+    # Budgets.
+
+    def move_on_after(self, beats: float, *, shield: bool = False) -> BeatScope:
+        """Make a cancel scope whose deadline is some beats after it is entered.
+
+        The deadline follows the grid: it falls when so many beats have passed, whatever they last.
+
+        Args:
+          beats: 0 or more; fractions are fine, and ``inf`` is no limit.
+          shield: whether cancellations from outside are kept out.
+
+        Raises:
+          TypeError: where ``beats`` is no number.
+          ValueError: where ``beats`` is negative or NaN.
+          SessionClosed: where the session was left.
+
+        """
+        try:
+            if beats >= 0:
+                return self._clock.scope(beats, math.inf, shield, False)
+        except TypeError:
+            pass
+        check_beats("beats", beats)
+        raise AssertionError("unreachable")  # pragma: no cover
+
+    def move_on_at(self, beat: float, *, shield: bool = False) -> BeatScope:
+        """Make a cancel scope whose deadline is a position of the grid.
+
+        Args:
+          beat: a beat's index, or a position between beats; one that is past cancels at once.
+          shield: whether cancellations from outside are kept out.
+
+        Raises:
+          TypeError: where ``beat`` is no number.
+          ValueError: where ``beat`` is NaN.
+          SessionClosed: on entering, where the session was left.
+
+        """
+        return self._clock.scope(None, check_position("beat", beat), shield, False)
+
+    def fail_after(self, beats: float, *, shield: bool = False) -> BeatScope:
+        """Make a scope as `move_on_after` does, that raises `BeatBudgetExceeded` when it has ended.
+
+        Args:
+          beats: 0 or more; fractions are fine, and ``inf`` is no limit.
+          shield: whether cancellations from outside are kept out.
+
+        Raises:
+          BeatBudgetExceeded: on leaving, where the scope caught a cancellation of its own.
+          TypeError: where ``beats`` is no number.
+          ValueError: where ``beats`` is negative or NaN.
+
+        """
+        return self._clock.scope(check_beats("beats", beats), math.inf, shield, True)
+
+    def fail_at(self, beat: float, *, shield: bool = False) -> BeatScope:
+        """Make a scope as `move_on_at` does, that raises `BeatBudgetExceeded` when it has ended.
+
+        Args:
+          beat: a beat's index, or a position between beats.
+          shield: whether cancellations from outside are kept out.
+
+        Raises:
+          BeatBudgetExceeded: on leaving, where the scope caught a cancellation of its own.
+          TypeError: where ``beat`` is no number.
+          ValueError: where ``beat`` is NaN.
+
+        """
+        return self._clock.scope(None, check_position("beat", beat), shield, True)
+
+    async def execute_with_beat_budget(
+        self, beats: float, async_fn: Callable[[*PosArgs], Awaitable[T]], *args: *PosArgs
+    ) -> T:
+        """Call an async function, and cancel it when its budget of beats runs out.
+
+        Args:
+          beats: 0 or more.
+          async_fn: what to call; it is a checkpoint where that is one.
+          *args: passed to it.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          BeatBudgetExceeded: where the budget ran out first.
+          TypeError: where ``beats`` is no number.
+          ValueError: where ``beats`` is negative or NaN.
+
+        """
+        with self.fail_after(beats):
+            return await async_fn(*args)
+
+    def current_effective_deadline(self) -> float:
+        """Return the position at which the current task will be cancelled, as things stand.
+
+        It is the earliest deadline of the scopes around the current task that are visible to it,
+        those of Trio included, at the present tempo: ``inf`` without any, ``-inf`` where the task
+        is cancelled already. Compare `trio.current_effective_deadline`.
+        """
+        return self._clock.effective_deadline()
+
+    # Time.
+
+    def current_position(self) -> float:
+        """Return the position: the index of the present beat, and how much of it has passed.
+
+        Not a checkpoint. On one grid it never goes back; on locking, and when the cluster's grid
+        begins a new incarnation, it changes grid.
+        """
+        return self._clock.position()
+
+    def current_beat(self) -> int:
+        """Return the index of the present beat. Not a checkpoint."""
+        return self._clock.index()
+
+    def current_bar(self) -> int:
+        """Return the number of the present bar: beat index // beats per bar. Not a checkpoint."""
+        return self._clock.index() // self._clock.grid.beats_per_bar
+
+    @property
+    def tempo_bpm(self) -> float:
+        """The tempo in force, in beats per minute."""
+        return self._clock.segment().milli_bpm / 1000
+
+    async def sleep(self, beats: float) -> None:
+        """Sleep for some beats. Always a checkpoint.
+
+        Args:
+          beats: 0 or more.
+
+        Raises:
+          TypeError: where ``beats`` is no number.
+          ValueError: where ``beats`` is negative or NaN.
+          SessionClosed: where the session is or gets closed.
+
+        """
+        await self._clock.sleep(check_beats("beats", beats))
+
+    async def sleep_until(self, beat: float) -> None:
+        """Sleep until a position of the grid is reached; not at all where it is past. A checkpoint.
+
+        Args:
+          beat: a beat's index, or a position between beats.
+
+        Raises:
+          TypeError: where ``beat`` is no number.
+          ValueError: where ``beat`` is NaN.
+          SessionClosed: where the session is or gets closed.
+
+        """
+        await self._clock.sleep_until(check_position("beat", beat))
+
+    def beats(self, *, precise: bool = False) -> Beats:
+        """Return an async iterator of beats, from the next one on.
+
+        Beats are made locally: a frame that is late or lost loses none. A consumer that was busy
+        gets the newest beat only, with the number of those it missed; each call gives an iterator
+        of its own, and there is no queue behind it.
+
+        Args:
+          precise: whether the last two milliseconds before a beat are spent at checkpoints in place
+            of sleeping, and the last tenth of one without letting anybody else run: the beat comes
+            some hundredths of a millisecond late instead of half a one or more, for up to 2 ms of
+            processor time a beat.
+
+        Raises:
+          SessionClosed: where the session is closed; so does the iterator.
+
+        """
+        self._check_open()
+        return Beats(self._clock, bars=False, precise=precise)
+
+    def downbeats(self, *, precise: bool = False) -> Beats:
+        """Return an async iterator of the first beats of bars; as `beats` in everything else.
+
+        Raises:
+          SessionClosed: where the session is closed; so does the iterator.
+
+        """
+        self._check_open()
+        return Beats(self._clock, bars=True, precise=precise)
+
+    async def set_tempo(self, bpm: float, *, at_beat: int | None = None, over: int = 0) -> int:
+        """Ask the metronome's leader for another tempo, for the whole cluster. A checkpoint.
+
+        Args:
+          bpm: beats per minute, 0.1 to 6,000; exact to a thousandth.
+          at_beat: the index of the beat at which to change; None is the next downbeat that is at
+            least max(2 beats, 250 ms) ahead.
+          over: a ramp: so many beats the change takes, in up to 64 equal steps on whole beats; 0 is
+            at once.
+
+        Returns:
+          The index of the beat at which the change takes effect, or a ramp begins.
+
+        Raises:
+          TypeError: where an argument is of the wrong type.
+          ValueError: where ``bpm`` is out of range or NaN, or another argument negative or more
+            than 2**53.
+          TempoRefused: where the leader refuses: the beat is past or too soon, the grid stands
+            still, or the change cannot be committed.
+          MetronomeUnavailable: where no leader can be reached.
+          SessionClosed: where the session was left.
+
+        """
+        milli = milli_bpm("bpm", bpm)
+        return await self._change_grid(milli / 1000, at_beat, _check_index("over", over))
+
+    async def pause(self, *, at_beat: int | None = None) -> int:
+        """Ask the metronome's leader to have the grid stand still. A checkpoint.
+
+        Every budget in the cluster waits then: no beats pass until `resume`. Time in seconds, and
+        what is limited by it, goes on.
+
+        Args:
+          at_beat: the index of the beat to stand still on; None is the next one that is at least
+            max(2 beats, 250 ms) ahead.
+
+        Returns:
+          The index of the beat on which the grid will stand still.
+
+        Raises:
+          TypeError, ValueError: for what is no index, from 0 to 2**53.
+          TempoRefused: where the leader refuses, as for `set_tempo`.
+          MetronomeUnavailable: where no leader can be reached.
+          SessionClosed: where the session was left.
+
+        """
+        return await self._change_grid(0.0, at_beat)
+
+    async def resume(self) -> int:
+        """Ask the leader to have a grid go on that stands still, at its tempo of before.
+
+        It does so one to two seconds later, so that everybody has heard of it. One that is about to
+        stand still does not. A checkpoint.
+
+        Returns:
+          The index of the beat on which it stands.
+
+        Raises:
+          TempoRefused: where the grid does not stand still, or the change cannot be committed.
+          MetronomeUnavailable: where no leader can be reached.
+          SessionClosed: where the session was left.
+
+        """
+        return await self._change_grid(None, None)
+
+    async def _change_grid(self, bpm: float | None, at_beat: int | None, over: int = 0) -> int:
+        if at_beat is not None:
+            at_beat = _check_index("at_beat", at_beat)
+        self._check_open()
+        if self._transport is None:
+            raise MetronomeUnavailable("the session is disabled")
+        request = encode(TempoRequest(self._config.cluster_id, bpm, at_beat, over or UNSET))
+        subject = tempo_subject(self._config.cluster_id)
+        try:
+            answer = await self._transport.request(subject, request, timeout=ASKED_NS / 1e9)
+            reply = decode_tempo_reply(answer.data)
+        except TransportBroken as error:
+            raise MetronomeUnavailable(f"no metronome took the request: {error}") from error
+        except msgspec.DecodeError as error:
+            raise MetronomeUnavailable(f"the metronome's answer is not readable: {error}") from None
+        if not reply.ok or reply.effective_beat is None:
+            raise TempoRefused(reply.error or "the metronome refused without a reason")
+        return reply.effective_beat
+
+    # Operations.
+
+    @asynccontextmanager
+    async def operation(
+        self,
+        type: str,
+        *,
+        id: str | None = None,
+        beats: int | None = None,
+        data: Any = None,
+        enforce: bool = False,
+    ) -> AsyncGenerator[Operation, None]:
+        """Run a block as an operation: leaving it completes the operation, an exception fails it.
+
+        An operation that was ended in the block stays as it is. Entering is a checkpoint, leaving
+        is not.
+
+        Args:
+          type: one of the known types (``"election"``, ``"dht_store"``, ...) or any other name.
+          id: unique among the live operations of the session; by default made up.
+          beats: the estimate, in whole beats, 1 or more; by default the type's maximum.
+          data: kept with the operation, in this process.
+          enforce: whether the block is cancelled at the end of its budget.
+
+        Raises:
+          OperationExists: where an operation with the id is live.
+          TypeError, ValueError: for what is no type, id or estimate; the text names it.
+          BeatBudgetExceeded: with ``enforce``, where the budget ran out.
+          SessionClosed: where the session was left.
+
+        """
+        await trio.lowlevel.checkpoint()
+        operation = self.start_operation(type, id=id, beats=beats, data=data)
+        try:
+            with self.fail_after(operation.beats) if enforce else nullcontext():
+                yield operation
+        except BaseException as error:
+            if not operation.phase.final:
+                operation.fail(_reason(error))
+            raise
+        if not operation.phase.final:
+            operation.complete()
+
+    def start_operation(
+        self, type: str, *, id: str | None = None, beats: int | None = None, data: Any = None
+    ) -> Operation:
+        """Start an operation that has no block of its own, and queue its first claim.
+
+        Not a checkpoint. An operation that is live when the session is left fails then.
+
+        Args:
+          type: one of the known types or any other name, of at most 1,000 characters.
+          id: unique among the live operations of the session, of at most 1,000 characters; by
+            default made up.
+          beats: the estimate, in whole beats, 1 or more; by default the type's maximum.
+          data: kept with the operation, in this process.
+
+        Raises:
+          OperationExists: where an operation with the id is live.
+          TypeError, ValueError: for what is no type, id or estimate; the text names it.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_open()
+        operation, claim = self._operations.start(
+            self,
+            type,
+            id=f"{type}-{secrets.token_hex(6)}" if id is None else id,
+            beats=beats,
+            data=data,
+            beat=self._clock.index(),
+        )
+        self._emit(claim)
+        return operation
+
+    def advance_operation(self, id: str, phase: Phase, *, peers: int | None = None) -> None:
+        """Take an operation on to a later phase, and queue a claim. Not a checkpoint.
+
+        Args:
+          id: of a live operation.
+          phase: up to `Phase.EXECUTING`; skipping some is fine, going back is not.
+          peers: how many take part; None leaves the count as it was.
+
+        Raises:
+          OperationNotFound: where no such operation is live.
+          InvalidTransition: for an earlier phase, and for the two final ones.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_open()
+        self._emit(self._operations.advance(id, phase, peers=peers, beat=self._clock.index()))
+
+    def complete_operation(self, id: str, *, peers: int | None = None) -> None:
+        """End an operation well, and queue its terminal claim. Not a checkpoint.
+
+        Args:
+          id: of a live operation.
+          peers: how many took part; None leaves the count as it was.
+
+        Raises:
+          OperationNotFound: where no such operation is live.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_open()
+        claim = self._operations.complete(id, peers=peers, beat=self._clock.index())
+        self._emit(claim, terminal=True)
+
+    def fail_operation(self, id: str, reason: str) -> None:
+        """End an operation as failed, and queue its terminal claim. Not a checkpoint.
+
+        Args:
+          id: of a live operation.
+          reason: goes into the claim's notes.
+
+        Raises:
+          OperationNotFound: where no such operation is live.
+          SessionClosed: where the session was left.
+
+        """
+        self._check_open()
+        claim = self._operations.fail(id, reason, beat=self._clock.index())
+        self._emit(claim, terminal=True)
+
+    # Observation.
+
+    def health(self) -> Health:
+        """Return how the session is doing. Not a checkpoint; fine at any time, also afterwards."""
+        transport, now = self._transport, local_ns()
+        follower = None if self._listener is None else self._listener.follower
+        connected = transport is not None and transport.connected and not self._clock.closed
+        degraded = self._config.enabled and (
+            not connected
+            or follower is None
+            or not follower.locked
+            or follower.in_holdover(now)
+            or self._clock.loop_late
+        )
+        followed = follower if follower is not None and follower.locked else None
+        uncertainty = None if followed is None else followed.uncertainty_ns(now)
+        counters = None if transport is None else transport.statistics()
+        return Health(
+            enabled=self._config.enabled,
+            started=self._started,
+            connected=connected,
+            current_beat=self._clock.index(),
+            current_tempo=self.tempo_bpm,
+            measured_bpm=None if follower is None else follower.measured_bpm(now),
+            tempo_drift="unknown" if follower is None else follower.drift.verdict,
+            reconnect_count=0 if counters is None else max(0, counters.connects - 1),
+            active_operations=len(self._operations),
+            local_degradation=degraded,
+            errors=() if counters is None else self._recent(counters),
+            node_id=self._config.node_id,
+            paused=not self._clock.segment().milli_bpm,
+            uncertainty=None if uncertainty is None else uncertainty / 1e9,
+            epoch=None if followed is None else followed.epoch,
+            leader_id=None if followed is None else followed.leader_id,
+        )
+
+    def _recent(self, counters: TransportStatistics) -> tuple[str, ...]:
+        beats = 2 * self._config.health_beats
+        age = max(_ERRORS_NS, beats * beat_ns(self._clock.segment().milli_bpm))
+        since = local_ns() - age
+        errors = counters.recent_errors
+        if self._listener is not None:
+            errors = tuple(sorted((*errors, *self._listener.recent_errors)))
+        recent = [text for when, text in errors if when >= since]
+        if counters.last_error is not None and counters.last_error not in recent:
+            recent.append(counters.last_error)
+        return tuple(recent)
+
+    def statistics(self) -> SessionStatistics:
+        """Return the counters. Not a checkpoint; fine at any time."""
+        emitter, transport = self._emitter, self._transport
+        followed = Counts() if self._listener is None else self._listener.follower.counts
+        return SessionStatistics(
+            **vars(followed),
+            **vars(self._counters),
+            claims_pending=0 if emitter is None else emitter.pending,
+            live_scopes=self._clock.live_scopes,
+            transport=None if transport is None else transport.statistics(),
+        )
+
+    @asynccontextmanager
+    async def open_claims(
+        self, agent_id: str = "*"
+    ) -> AsyncGenerator[AsyncIterator[StatusClaim], None]:
+        """Listen to the claims of agents for the length of a block.
+
+        The iterator gives one claim after the other, of operations and of health. What does not
+        decode, or speaks for another agent than its subject does, is counted and dropped; so are
+        the newest messages where the consumer falls far behind. Entering and each step are
+        checkpoints; leaving is not.
+
+        Args:
+          agent_id: the agent to listen to; ``"*"`` is all of them.
+
+        Raises:
+          ValueError: where ``agent_id`` is no subject token.
+          TransportClosed: by the iterator, when the session is closed.
+          SessionClosed: where the session was left.
+
+        """
+        if agent_id != "*" and not is_token(agent_id):
+            raise ValueError(f"`agent_id` must be a subject token or '*', not {agent_id!r}")
+        self._check_open()
+        if self._transport is None:
+            raise BackbeatError("there are no claims to hear: the session is disabled")
+        async with self._transport.open_subscription(status_subject(agent_id)) as messages:
+            yield _Claims(messages, self._counters)
+
+    # The inside.
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise SessionClosed("the session has been closed")
+
+    def _emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
+        if self._emitter is not None:
+            self._emitter.emit(claim, terminal=terminal)
+
+    def _on_beat(self, index: int, skipped: int) -> None:
+        if self._emitter is None:
+            return
+        if len(self._operations):
+            self._emitter.beat()
+        every = self._config.health_beats
+        if every and index // every != (index - skipped - 1) // every:
+            tempo = self._clock.segment().milli_bpm
+            claim = health_claim(self.health(), self._config.agent_id, index, tempo)
+            self._emitter.emit(claim)
+
+
+def _check_index(name: str, value: int) -> int:
+    # What no message can carry would be dropped by the leader, and look as if there were none.
+    index = check_integer(name, value, 0)
+    if index > MAX_INDEX:
+        raise ValueError(f"`{name}` must be at most {MAX_INDEX}, not {index}")
+    return index
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, trio.Cancelled):
+        return "cancelled"
+    text = str(error).encode(errors="replace").decode()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@final
+class _Claims:
+    """An async iterator of the claims in messages; no generator, so it survives cancellation."""
+
+    def __init__(self, messages: AsyncIterator[Message], counters: Counters) -> None:
+        self._messages = messages
+        self._counters = counters
+        self._waiting: deque[StatusClaim] = deque()
+
+    def __aiter__(self) -> _Claims:
+        return self
+
+    async def __anext__(self) -> StatusClaim:
+        if self._waiting:
+            await trio.lowlevel.checkpoint()
+        while not self._waiting:
+            message = await anext(self._messages)
+            speaker = message.subject.rpartition(".")[2]
+            try:
+                claims = decode_claims(message.data)
+            except msgspec.DecodeError:
+                self._counters.claims_undecodable += 1
+                continue
+            self._waiting.extend(claim for claim in claims if claim.agent_id == speaker)
+            self._counters.claims_undecodable += len(claims) - len(self._waiting)
+        return self._waiting.popleft()

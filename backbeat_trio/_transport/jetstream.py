@@ -1,0 +1,334 @@
+"""What is kept in JetStream: the metronomes' record, and the stream of terminal claims.
+
+The functions with a ``client`` run in the thread of the connection, as nats-py does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar, final
+
+import nats.js.api
+import nats.js.errors
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.kv import KeyValue
+
+from .._config import BackbeatConfig
+from .._errors import TransportBroken
+from .._metronome.ledger import Conflict, Entry
+from .._wire import status_subject
+from .nats import NatsTransport
+
+# What an answer may take. A stream whose leader was killed is back after 7 to 8 s.
+_PATIENCE: Final = 1.0
+_KEY: Final = "metronome"
+# A message that expects another stream than the one that takes its subject is stored by none.
+_PASS_BY: Final = {"Nats-Expected-Stream": "-"}
+# For how long the stream knows a claim again that comes twice, in seconds.
+_DUPLICATE_WINDOW: Final = 600.0
+# Copies, where nothing is said of them: the most that there are servers for is taken.
+_COPIES: Final = (3, 2, 1)
+_NO_PEERS: Final = 10005
+_INVALID: Final = 10052
+_NOT_CLUSTERED: Final = 10074
+_NOT_ENABLED: Final = (10039, 10076)
+# What the server says where it left out no server of its cluster for a reason: there are no more.
+# One that is down or has not been heard of yet is told behind a comma.
+_TOO_FEW: Final = "no suitable peers for placement"
+# For how long it must say so, in seconds, as not every version of it tells of all reasons.
+_SETTLING: Final = 5.0
+
+T = TypeVar("T")
+
+
+class Refused(TransportBroken):
+    """JetStream refuses what was asked of it, and would do so again."""
+
+
+def _absent(error: nats.js.errors.APIError) -> bool:
+    # Nobody answers at all, or an account without JetStream; and not one that is busy electing.
+    return error.err_code is None or error.err_code in _NOT_ENABLED
+
+
+def _may_pass(error: nats.js.errors.APIError) -> bool:
+    # Some server of the cluster is away or still unknown; and not one that has no room.
+    text = error.description or ""
+    return error.err_code == _NO_PEERS and (
+        text == _TOO_FEW or "offline" in text or "miscellaneous" in text
+    )
+
+
+@final
+class _Copies:
+    """How many copies a stream is made with."""
+
+    def __init__(self, wanted: int | None) -> None:
+        self.short = False
+        """Whether it was made with fewer than there should be, for want of servers."""
+        self._wanted = wanted
+        self._too_few_since: float | None = None
+
+    async def make(self, create: Callable[[int], Awaitable[T]]) -> tuple[T, int]:
+        """Return what was made, and its copies: those wanted, or as many as there are servers for.
+
+        Raises:
+          Refused: where the server will never keep so many.
+          nats.js.errors.APIError: for any other refusal; one that may pass is to be tried again.
+        """
+        too_few = False
+        for copies in _COPIES if self._wanted is None else (self._wanted,):
+            try:
+                made = await create(copies)
+            except nats.js.errors.APIError as error:
+                if error.err_code == _NOT_CLUSTERED and self._wanted is None:
+                    continue
+                too_few = error.err_code == _NO_PEERS and error.description == _TOO_FEW
+                if too_few and self._settled():
+                    continue
+                if not too_few:
+                    self._too_few_since = None
+                self._check(error, copies)
+                raise
+            self.short = too_few
+            return made, copies
+        raise Refused(f"the cluster has too few servers with JetStream for {copies} copies")
+
+    def _settled(self) -> bool:
+        now = time.monotonic()
+        if self._too_few_since is None:
+            self._too_few_since = now
+        return now >= self._too_few_since + _SETTLING
+
+    def _check(self, error: nats.js.errors.APIError, copies: int) -> None:
+        if error.err_code == _NOT_CLUSTERED:
+            raise Refused(f"the server keeps no {copies} copies: it is not in a cluster") from None
+        if error.err_code == _INVALID:
+            raise Refused(f"the server refuses: {error.description}") from None
+
+
+@final
+class KeyValueStore:
+    """The metronomes' key in a key-value bucket.
+
+    Args:
+      transport: run by somebody else.
+      bucket: the bucket, made where it is missing.
+      replicas: 1 to 5; None is three in a cluster of servers (two where there is no third), and one
+        otherwise.
+
+    """
+
+    def __init__(
+        self, transport: NatsTransport, bucket: str, *, replicas: int | None = None
+    ) -> None:
+        self._transport = transport
+        self._bucket = bucket
+        self.replicas: int | None = None
+        """The copies that it has, once `open` has returned True."""
+        self._copies = _Copies(replicas)
+        self._opened: tuple[Client, KeyValue] | None = None
+
+    async def open(self) -> bool:
+        """Make the bucket where it is missing; return whether the server has JetStream.
+
+        Raises:
+          TransportBroken: where JetStream does not answer, or cannot make it at present.
+          Refused: where it will never make it.
+        """
+        return await self._transport.call(self._open)
+
+    @property
+    def short(self) -> bool:
+        """Whether it was made with fewer copies than it should have, for want of servers."""
+        return self._copies.short
+
+    async def read(self) -> Entry:
+        """See `Store.read`."""
+        return await self._transport.call(self._read)
+
+    async def write(self, data: bytes, revision: int) -> int:
+        """See `Store.write`."""
+
+        async def write(client: Client) -> int:
+            return await self._write(client, data, revision)
+
+        return await self._transport.call(write)
+
+    async def _open(self, client: Client) -> bool:
+        try:
+            bucket = await self._bucket_of(client)
+            if self.replicas is None:
+                self.replicas = (await bucket.status()).stream_info.config.num_replicas
+        except nats.js.errors.APIError as error:
+            if _absent(error):
+                return False
+            raise
+        return True
+
+    async def _bucket_of(self, client: Client) -> KeyValue:
+        if self._opened is None or self._opened[0] is not client:
+            js = client.jetstream(timeout=_PATIENCE)
+            try:
+                bucket = await js.key_value(self._bucket)
+            except nats.js.errors.NotFoundError:
+                bucket = await self._create(js)
+            self._opened = client, bucket
+        return self._opened[1]
+
+    async def _create(self, js: JetStreamContext) -> KeyValue:
+        config = nats.js.api.KeyValueConfig(
+            bucket=self._bucket,
+            description="The grid of a BACKBEAT cluster",
+            storage=nats.js.api.StorageType.FILE,
+        )
+
+        async def create(copies: int) -> KeyValue:
+            return await js.create_key_value(config.evolve(replicas=copies))
+
+        bucket, self.replicas = await self._copies.make(create)
+        return bucket
+
+    async def _read(self, client: Client) -> Entry:
+        bucket = await self._bucket_of(client)
+        try:
+            entry = await bucket.get(_KEY)
+        except nats.js.errors.KeyNotFoundError as error:
+            deleted: Any = error.entry
+            return Entry(b"", 0 if deleted is None else deleted.revision or 0)
+        return Entry(entry.value or b"", entry.revision or 0)
+
+    async def _write(self, client: Client, data: bytes, revision: int) -> int:
+        bucket = await self._bucket_of(client)
+        try:
+            return await bucket.update(_KEY, data, last=revision)
+        except nats.js.errors.KeyWrongLastSequenceError:
+            raise Conflict("the record was written by somebody else") from None
+        except nats.js.errors.NoStreamResponseError:
+            # The bucket is gone, and with it what was read: whoever wrote must look again.
+            self._opened = None
+            await self._bucket_of(client)
+            raise Conflict("the record is gone") from None
+        except nats.js.errors.APIError as error:
+            raise TransportBroken(f"JetStream does not take the record: {error}") from None
+
+
+@final
+class ClaimStream:
+    """The stream of terminal claims; see `Journal`."""
+
+    def __init__(self, transport: NatsTransport, config: BackbeatConfig) -> None:
+        self._transport = transport
+        self._config = config
+        self.name = config.claims_stream
+        """The stream that takes the claims; another one's, where that was there before."""
+        self.limits: dict[str, float] | None = None
+        """What it is limited to, by the fields of the settings, once `open` has returned True."""
+        self.reason = ""
+        """Why there is none, once `open` has returned False."""
+        self._copies = _Copies(config.claims_replicas)
+
+    @property
+    def short(self) -> bool:
+        """Whether it was made with fewer copies than it should have, for want of servers."""
+        return self._copies.short
+
+    async def open(self) -> bool:
+        """See `Journal.open`."""
+        refused = self._transport.statistics().permission_errors
+        try:
+            reason = await self._transport.call(self._open)
+        except Refused as error:
+            reason = str(error)
+        except TransportBroken:
+            if self._transport.statistics().permission_errors == refused:
+                raise
+            # Somebody who may not ask has no stream, as far as that goes.
+            self.reason = "permissions do not let it be asked for"
+            return False
+        self.reason = reason or ""
+        if reason:
+            self._transport.note_error(f"no stream of terminal claims: {reason}")
+        return reason is None
+
+    async def _open(self, client: Client) -> str | None:
+        # Returns why there is none; nothing where that is as it should be.
+        js, wanted = client.jetstream(timeout=_PATIENCE), self._config.claims_stream
+        try:
+            info = await js.stream_info(wanted)
+        except nats.js.errors.NotFoundError:
+            return await self._find_or_create(js)
+        except nats.js.errors.APIError as error:
+            if _absent(error):
+                return ""
+            raise
+        self._take(info)
+        return None
+
+    def _take(self, info: nats.js.api.StreamInfo) -> None:
+        config = info.config
+        self.name = config.name or self._config.claims_stream
+        self.limits = {
+            "claims_max_age": config.max_age or 0.0,
+            "claims_max_bytes": config.max_bytes or -1,
+            "claims_replicas": config.num_replicas or 1,
+        }
+
+    async def _find_or_create(self, js: JetStreamContext) -> str | None:
+        # Whoever made a stream of these subjects beforehand has chosen its name.
+        subject = status_subject(self._config.agent_id)
+        try:
+            self.name = await js.find_stream_name_by_subject(subject)
+        except nats.js.errors.NotFoundError:
+            return await self._create(js)
+        return None
+
+    async def _create(self, js: JetStreamContext) -> str | None:
+        config = self._config
+        age = config.claims_max_age
+        stream = nats.js.api.StreamConfig(
+            name=config.claims_stream,
+            description="Terminal claims of BACKBEAT agents",
+            subjects=[status_subject(">")],
+            storage=nats.js.api.StorageType.FILE,
+            discard=nats.js.api.DiscardPolicy.OLD,
+            max_age=age or None,
+            max_bytes=config.claims_max_bytes,
+            duplicate_window=min(age, _DUPLICATE_WINDOW) if age else _DUPLICATE_WINDOW,
+        )
+
+        async def create(copies: int) -> nats.js.api.StreamInfo:
+            return await js.add_stream(stream.evolve(num_replicas=copies))
+
+        try:
+            info, _ = await self._copies.make(create)
+        except nats.js.errors.ServiceUnavailableError:
+            raise
+        except nats.js.errors.APIError as error:
+            if _may_pass(error):
+                raise
+            return error.description or "refused"
+        self._take(info)
+        return None
+
+    async def store(self, subject: str, claims: Sequence[tuple[str, bytes]]) -> list[bool]:
+        """See `Journal.store`."""
+
+        async def store(client: Client) -> list[bool]:
+            js = client.jetstream(timeout=_PATIENCE)
+            answers = await asyncio.gather(
+                *(
+                    js.publish(subject, data, stream=self.name, headers={"Nats-Msg-Id": number})
+                    for number, data in claims
+                ),
+                return_exceptions=True,
+            )
+            return [not isinstance(answer, BaseException) for answer in answers]
+
+        return await self._transport.call(store)
+
+    async def pass_by(self, subject: str, data: bytes) -> None:
+        """See `Journal.pass_by`."""
+        await self._transport.publish(subject, data, headers=_PASS_BY)

@@ -1,0 +1,300 @@
+"""NATS behind the transport protocol: a supervisor over a client that can be replaced.
+
+Reconnecting is making another client. So nothing of the old one has to be trusted, and what it
+still does in its thread is its own affair.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar, final
+
+import trio
+
+from .._config import BackbeatConfig
+from .._errors import ConfigError, NoResponders, TransportBroken
+from .nats_client import INBOX, Client, Incoming, Publish, Subscribe, Unsubscribe
+from .protocol import BaseTransport, Mailbox, Message, Reply, State
+
+# A first retry soon, as a restarted server is back within 20 ms; later ones leave room for others.
+_BACKOFF_MIN: Final = 0.01
+_BACKOFF_MAX: Final = 1.0
+_CREDENTIALS: Final = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
+
+T = TypeVar("T")
+
+
+@final
+class _Waiter:
+    __slots__ = ("answer", "event")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.answer: Incoming | None = None
+
+
+@final
+class NatsTransport(BaseTransport):
+    """The transport over NATS: a supervisor, and the client that it has at present.
+
+    Raises:
+      ConfigError: where certificates or credentials cannot be loaded.
+
+    """
+
+    def __init__(self, config: BackbeatConfig, *, name: str | None = None) -> None:
+        super().__init__(inbox_prefix=config.inbox_prefix)
+        self.connect_timeout = config.connect_timeout
+        self.limiter = trio.CapacityLimiter(64)
+        self._servers = config.servers
+        self._options = _options(config, name or f"backbeat {config.agent_id}")
+        self._client: Client | None = None
+        self._waiters: dict[str, _Waiter] = {}
+        self._behind_ns = 0
+        self._attempted = trio.Event()
+        self._first_error: TransportBroken | None = None
+        self._stop = trio.CancelScope()
+        self._pid = os.getpid()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """See `Transport.run`."""
+        self._check_open()
+        task_status.started()
+        try:
+            with self._stop:
+                async with trio.open_nursery() as nursery:
+                    await self._supervise(nursery)
+        finally:
+            self._close()
+            self._attempted.set()
+
+    async def _supervise(self, nursery: trio.Nursery) -> None:
+        delay = _BACKOFF_MIN
+        for attempt, server in enumerate(itertools.cycle(self._servers), 1):
+            client = Client(self, server, self._options)
+            try:
+                await client.open()
+            except TransportBroken as error:
+                self._note_down(str(error))
+                if attempt == len(self._servers) and not self.generation:
+                    self._first_error = error
+                    self._attempted.set()
+            else:
+                delay = _BACKOFF_MIN
+                self._use(client)
+                await client.lost.wait()
+                self._note_down(str(client.error))
+            finally:
+                # In the background: what hangs there must not hold up the next attempt.
+                nursery.start_soon(client.close)
+            await trio.sleep(random.uniform(delay / 2, delay))
+            delay = min(2 * delay, _BACKOFF_MAX)
+
+    def _note_down(self, error: str) -> None:
+        # The same failure over and over is one error to report.
+        if error != self._last_error:
+            self.note_error(error)
+        self._last_error = error
+
+    def _use(self, client: Client) -> None:
+        self._client = client
+        self.max_payload = client.max_payload
+        self.generation += 1
+        for number, mailbox in self._mailboxes.items():
+            client.send(Subscribe(number, mailbox.subject))
+        self._last_error = None
+        self._attempted.set()
+        self._state.value = State.UP
+
+    def client_lost(self, client: Client) -> None:
+        """Take note that a client is of no more use."""
+        if client is not self._client:
+            return
+        self._client = None
+        if self.connected:
+            self._state.value = State.DOWN
+        self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        waiters = list(self._waiters.values())
+        self._waiters.clear()
+        for waiter in waiters:
+            waiter.event.set()
+
+    def _close(self) -> None:
+        super()._close()
+        self._wake_waiters()
+
+    async def first_attempt(self) -> None:
+        """See `Transport.first_attempt`."""
+        await self._attempted.wait()
+        if self._first_error is not None:
+            raise self._first_error
+        self._check_open()
+
+    def _current(self) -> Client:
+        self._check_open()
+        if os.getpid() != self._pid:
+            raise TransportBroken(
+                "the connection belongs to the process that this one was forked from"
+            )
+        if self._client is None:
+            raise TransportBroken(self._last_error or "there is no connection yet")
+        return self._client
+
+    def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:
+        """See `Transport.publish_nowait`."""
+        self._check_message(subject, data, reply)
+        self._current().send(Publish(subject, data, reply, ""))
+
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """See `Transport.publish`."""
+        await trio.lowlevel.checkpoint()
+        self._check_message(subject, data, reply)
+        client = self._current()
+        await client.wait_room()
+        self._check_open()
+        if client.lost.is_set():
+            raise TransportBroken(str(client.error))
+        client.send(Publish(subject, data, reply, "", headers))
+
+    async def flush(self) -> None:
+        """See `Transport.flush`."""
+        await trio.lowlevel.checkpoint()
+        await self._current().flush(next(self._numbers))
+
+    async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
+        """See `Transport.request`."""
+        self._check_message(subject, data)
+        client, token, waiter = self._current(), f"{next(self._numbers):x}", _Waiter()
+        self._waiters[token] = waiter
+        try:
+            client.send(Publish(subject, data, f"{client.inbox}.{token}", token))
+            with trio.move_on_after(timeout):
+                await waiter.event.wait()
+        finally:
+            self._waiters.pop(token, None)
+            client.forget(token)
+        answer = waiter.answer
+        if answer is None:
+            self._check_open()
+            if client.lost.is_set():
+                raise TransportBroken(str(client.error))
+            raise TransportBroken(f"no answer on {subject} within {timeout:g} s")
+        if answer.status == "503":
+            raise NoResponders(f"nobody answers on {subject}")
+        return Reply(answer.data, answer.sent + self._behind_ns, answer.stamp + self._behind_ns)
+
+    async def call(self, function: Callable[[Any], Awaitable[T]]) -> T:
+        """Run an async function of nats-py's client in its thread. A checkpoint.
+
+        Raises:
+          TransportBroken: where it fails, or the connection goes away; it may have been done.
+
+        """
+        await trio.lowlevel.checkpoint()
+        return await self._current().call(function)
+
+    async def aclose(self) -> None:
+        """See `Transport.aclose`."""
+        self._stop.cancel()
+        self._close()
+        await trio.lowlevel.checkpoint()
+
+    def _subscribe(self, number: int, mailbox: Mailbox) -> None:
+        if self._client is not None:
+            self._client.send(Subscribe(number, mailbox.subject))
+
+    def _unsubscribe(self, number: int, mailbox: Mailbox) -> None:
+        if self._client is not None:
+            self._client.send(Unsubscribe(number))
+
+    # For the client.
+
+    def dispatch(self, item: Incoming, behind_ns: int) -> None:
+        """Pass on what arrived; ``behind_ns`` takes its stamps to local time."""
+        if item.number == INBOX:
+            self._received += 1
+            waiter = self._waiters.pop(item.subject.rpartition(".")[2], None)
+            if waiter is not None:
+                self._behind_ns = behind_ns
+                waiter.answer = item
+                waiter.event.set()
+            return
+        mailbox = self._mailboxes.get(item.number)
+        if mailbox is not None:
+            self._deliver(
+                mailbox, Message(item.subject, item.data, item.reply, item.stamp + behind_ns)
+            )
+
+    def count_dropped(self, messages: int) -> None:
+        """Count messages that came faster than the thread could hand them over."""
+        self._dropped += messages
+
+    def note_error(self, error: str) -> None:
+        """Keep an error that did not end the connection."""
+        if "permissions violation" in error.lower():
+            self._permission_errors += 1
+        super().note_error(error)
+
+
+def _options(config: BackbeatConfig, name: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "name": name,
+        "allow_reconnect": False,
+        # What nats-py gathers before it writes. By default it joins megabytes into one piece of
+        # memory, and holds the GIL for as long.
+        "pending_size": 128 * 1024,
+        "connect_timeout": config.connect_timeout,
+        "inbox_prefix": config.inbox_prefix,
+        "user": config.user,
+        "password": config.password,
+        "token": config.token,
+        "tls_handshake_first": config.tls_first,
+    }
+    if config.creds is not None or config.nkey is not None:
+        try:
+            import nkeys  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                "`creds` and `nkey` need the nkeys extra: backbeat-trio[nkeys]"
+            ) from None
+    for field, option in (("creds", "user_credentials"), ("nkey", "nkeys_seed")):
+        path = getattr(config, field)
+        if path is None:
+            continue
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{field}={path!r}: cannot be read: {error.strerror}") from None
+        # nats-py looks for what is not there until the end of the process.
+        if field == "creds" and not all(part in text for part in _CREDENTIALS):
+            raise ConfigError(f"{field}={path!r}: holds no JWT and its seed")
+        options[option] = path
+    if config.tls_ca or config.tls_cert or config.tls_first or "tls:" in config.nats_url:
+        options["tls"] = _tls_context(config)
+    return options
+
+
+def _tls_context(config: BackbeatConfig) -> ssl.SSLContext:
+    field, path = "tls_ca", config.tls_ca
+    try:
+        context = ssl.create_default_context(cafile=path)
+        if config.tls_cert is not None:
+            field, path = "tls_cert", config.tls_cert
+            context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{field}={path!r}: {error.strerror or error}") from None
+    return context

@@ -1,0 +1,569 @@
+"""One connection to NATS: a nats-py client, its event loop and its thread.
+
+nats-py is asyncio. A client lives in a thread of its own, made through anyio's blocking portal, and
+is never used again once its connection is lost: one that hangs (a half-open socket with full
+buffers, a close that never ends) is abandoned and not waited for. Only this module and `_jetstream`
+(whose functions run in that thread) know nats-py and asyncio, and only this one anyio.
+
+Both directions are a hand-over, not an await. To the thread: a deque, and one wake-up for all that
+is in it. From the thread: a deque, and one idempotent `run_sync_soon`. Arrival and departure are
+stamped in the thread; the stamps cross as ages, since the clocks of the two sides differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, final
+
+import nats.aio.client
+import nats.errors
+import nats.js.errors
+import trio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from nats.aio.msg import Msg
+
+from .._config import Server
+from .._errors import AuthenticationFailed, BackbeatError, TLSFailed, TransportBroken
+from .._time.clock import local_ns
+
+# The server is asked for a sign of life this often, and given up after this long without one.
+_PING_EVERY: Final = 0.4
+_PING_PATIENCE: Final = 1.0
+# More than a peer that reads nothing can have been sent: what the kernels of both sides hold.
+_SOCKET_BUFFERS: Final = 16 * 1024 * 1024
+# What may be under way to the thread before publishers wait, and until when they do.
+_HIGH_WATER: Final = 2 * 1024 * 1024
+_LOW_WATER: Final = 1024 * 1024
+# What may be under way from the thread before the newest is dropped.
+_INCOMING_MESSAGES: Final = 65_536
+_INCOMING_BYTES: Final = 64 * 1024 * 1024
+# How many messages are passed on before other tasks get a turn.
+_AT_ONCE: Final = 1024
+# For letting go of a client: then it is abandoned.
+_CLOSE_PATIENCE: Final = 1.0
+# nats-py's flush must never be cut short, as that ends its read loop; so it gets for ever.
+_FOREVER: Final = 10**9
+
+INBOX: Final = 0
+
+T = TypeVar("T")
+
+
+class Publish(NamedTuple):
+    subject: str
+    data: bytes
+    reply: str
+    token: str
+    """The request that this message is, or an empty string."""
+    headers: dict[str, str] | None = None
+
+
+class Subscribe(NamedTuple):
+    number: int
+    subject: str
+
+
+class Unsubscribe(NamedTuple):
+    number: int
+
+
+class Flush(NamedTuple):
+    number: int
+
+
+class Call(NamedTuple):
+    function: Callable[[nats.aio.client.Client], Awaitable[Any]]
+    outcome: Outcome
+
+
+class Outcome:
+    """What becomes of a call, on Trio's side."""
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.value: Any = None
+        self.error: Exception | None = None
+
+    def settle(self, value: Any, error: Exception | None) -> None:
+        """Keep what the call returned or raised."""
+        self.value, self.error = value, error
+        self.event.set()
+
+
+class Incoming(NamedTuple):
+    number: int
+    """The subscription that it came for; `INBOX` for answers to requests."""
+    subject: str
+    data: bytes
+    reply: str
+    stamp: int
+    sent: int
+    status: str
+
+
+class Owner(Protocol):
+    """What a client tells its transport; all of it on Trio's side."""
+
+    @property
+    def connect_timeout(self) -> float: ...
+    @property
+    def limiter(self) -> trio.CapacityLimiter: ...
+    def client_lost(self, client: Client, /) -> None: ...
+    def dispatch(self, item: Incoming, behind_ns: int, /) -> None: ...
+    def count_dropped(self, messages: int, /) -> None: ...
+    def note_error(self, error: str, /) -> None: ...
+
+
+@final
+class _Wary(nats.aio.client.Client):
+    # nats-py signs for whoever greets it with a nonce, and what signs is no option that could be a
+    # callable which looks first. This is the step before anything leaves.
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        super().__init__()
+        self._check = check
+
+    def _connect_command(self) -> bytes:
+        self._check()
+        return super()._connect_command()
+
+
+@final
+class Client:
+    """One connection and its thread. Its methods say on which side they run."""
+
+    def __init__(self, owner: Owner, server: Server, options: dict[str, Any]) -> None:
+        self.owner = owner
+        self.server = server
+        self.outcome = trio.Event()
+        self.lost = trio.Event()
+        self.error: Exception | None = None
+        self.max_payload = 0
+        self.inbox = ""
+        self.room = trio.Event()
+        self.waiting = False
+        self._options = options
+        self._token = trio.lowlevel.current_trio_token()
+        self._outgoing: deque[Publish | Subscribe | Unsubscribe | Flush | Call] = deque()
+        self._calls: set[Outcome] = set()
+        self._queued = self._written = 0
+        self._woken = False
+        self._incoming: deque[Incoming] = deque()
+        # One side counts up the one and the other the other: no sum is changed from two threads.
+        self._taken_bytes = self._passed_bytes = 0
+        self._dropped = self._dropped_told = 0
+        self._sent: dict[str, int] = {}
+        self._flushes: dict[int, trio.Event] = {}
+        self._subscriptions: dict[int, Any] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake: asyncio.Event | None = None
+        self._ended: asyncio.Event | None = None
+        self._stopping = False
+        self._up = False
+        self._hung = False
+        self._portal_cm: AbstractContextManager[BlockingPortal] | None = None
+        self._life: Future[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # Trio's side.
+
+    async def open(self) -> None:
+        """Start the thread, and wait for the connection or the reason for its absence."""
+        self._portal_cm = start_blocking_portal("asyncio", name=f"backbeat-nats-{self.server.host}")
+        # Starting a thread takes well under a millisecond and cannot be undone half-way: so it is
+        # not cancelled, and the portal is never lost between its making and its being kept.
+        with trio.CancelScope(shield=True):
+            portal = await trio.to_thread.run_sync(
+                self._portal_cm.__enter__, limiter=self.owner.limiter
+            )
+        self._life = portal.start_task_soon(self._main)
+        with trio.move_on_after(self.owner.connect_timeout):
+            await self.outcome.wait()
+        if not self.outcome.is_set():
+            self.error = TransportBroken(f"no answer from {self.server.url} in time")
+        if self.error is not None:
+            raise self.error
+
+    async def close(self) -> None:
+        """Let go of the client and its thread; one that hangs is left behind."""
+        self.fail(TransportBroken("the connection was closed"))
+        if self._up and self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stop)
+        elif self._life is not None:
+            self._life.cancel()
+        portal_cm = self._portal_cm
+        if portal_cm is None:
+            return
+        self._portal_cm = None
+        with trio.move_on_after(_CLOSE_PATIENCE, shield=True):
+            await trio.to_thread.run_sync(
+                _leave, portal_cm, abandon_on_cancel=True, limiter=self.owner.limiter
+            )
+
+    def fail(self, error: Exception) -> None:
+        """Take note that the connection is gone, the first time it is told."""
+        if self.error is None:
+            self.error = error
+        self.outcome.set()
+        self.lost.set()
+        self.room.set()
+        for event in self._flushes.values():
+            event.set()
+        for outcome in self._calls:
+            outcome.event.set()
+        self.owner.client_lost(self)
+
+    @property
+    def backlog(self) -> int:
+        """Bytes handed over and not yet written."""
+        return self._queued - self._written
+
+    def send(self, item: Publish | Subscribe | Unsubscribe | Flush | Call) -> None:
+        """Hand something to the thread."""
+        if isinstance(item, Publish):
+            self._queued += len(item.data)
+        self._outgoing.append(item)
+        self._wake_thread()
+
+    async def flush(self, number: int) -> None:
+        """Wait until the server has taken in all that was handed over before."""
+        event = self._flushes[number] = trio.Event()
+        try:
+            self.send(Flush(number))
+            await event.wait()
+        finally:
+            del self._flushes[number]
+        if self.lost.is_set():
+            raise TransportBroken(str(self.error))
+
+    async def call(self, function: Callable[[nats.aio.client.Client], Awaitable[T]]) -> T:
+        """Run a function of nats-py's client in the thread, after all that was handed over before.
+
+        It must end by itself in time: where this is cancelled, nobody waits for it any more.
+        """
+        outcome = Outcome()
+        self._calls.add(outcome)
+        try:
+            self.send(Call(function, outcome))
+            await outcome.event.wait()
+        finally:
+            self._calls.discard(outcome)
+        if outcome.error is not None:
+            raise outcome.error
+        if self.lost.is_set():
+            raise TransportBroken(str(self.error))
+        value: T = outcome.value
+        return value
+
+    def _wake_thread(self) -> None:
+        if self._woken or self._loop is None or self._wake is None:
+            return
+        self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._wake.set)
+        except RuntimeError:
+            # The loop has ended, by itself or with its process; the supervisor learns it elsewhere.
+            self.fail(TransportBroken("the connection's thread has ended"))
+
+    def _drain_incoming(self) -> None:
+        incoming, owner = self._incoming, self.owner
+        behind = _behind_ns()
+        dropped = self._dropped
+        owner.count_dropped(dropped - self._dropped_told)
+        self._dropped_told = dropped
+        for _ in range(min(len(incoming), _AT_ONCE)):
+            item = incoming.popleft()
+            self._passed_bytes += len(item.data)
+            owner.dispatch(item, behind)
+        if incoming:
+            self._token.run_sync_soon(self._drain_incoming, idempotent=True)
+
+    async def wait_room(self) -> None:
+        """Wait while more is under way to the thread than it should be."""
+        while self.backlog > _HIGH_WATER and not self.lost.is_set():
+            if self.room.is_set():
+                self.room = trio.Event()
+            self.waiting = True
+            # The thread may have caught up before it saw the flag.
+            if self.backlog > _LOW_WATER:
+                await self.room.wait()
+
+    def forget(self, token: str) -> None:
+        """Drop the stamp of a request that nobody waits for any more."""
+        self._sent.pop(token, None)
+
+    def _made_room(self) -> None:
+        self.room.set()
+
+    # The thread's side.
+
+    def _tell(self, function: Callable[..., object], *args: Any) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(function, *args)
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._wake, self._ended = asyncio.Event(), asyncio.Event()
+        client = _Wary(lambda: self._check_tls(client))
+        error: Exception = TransportBroken(f"the connection to {self.server.url} was lost")
+        try:
+            await client.connect(
+                self.server.url,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_lost,
+                closed_cb=self._on_lost,
+                **self._secured(client),
+            )
+            self._check_tls(client)
+            self.inbox = client.new_inbox()
+            self._up = True
+            await client.subscribe(f"{self.inbox}.*", cb=self._receiver(INBOX))
+            self._tell(self._on_connected, client.max_payload)
+            self._keep(self._watch(client))
+            pump, ended = self._keep(self._pump(client)), self._keep(self._ended.wait())
+            await asyncio.wait({pump, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+            else:
+                # It waits for a peer that takes nothing any more.
+                self._hung = True
+        except asyncio.CancelledError:
+            error = TransportBroken("the connection's thread was stopped")
+        except Exception as failure:  # noqa: BLE001 - the edge: whatever it was becomes one of ours
+            error = self._translate(failure)
+        finally:
+            self._tell(self.fail, error)
+            for task in list(self._tasks):
+                task.cancel()
+            # Its errors say nothing that the loss has not said.
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                if self._hung:
+                    _abort(client)
+                await asyncio.wait_for(client.close(), _CLOSE_PATIENCE)
+            _abort(client)
+
+    def _secured(self, client: nats.aio.client.Client) -> dict[str, Any]:
+        # nats-py sends secrets in the clear to a server that does not ask for TLS, even when the
+        # URL says tls://. It asks for callables at the last moment, which can look first.
+        options = dict(self._options)
+
+        def guarded(secret: str) -> Callable[[], str]:
+            def reveal() -> str:
+                self._check_tls(client)
+                return secret
+
+            return reveal
+
+        user, password = self.server.user, self.server.password
+        if user is not None and password is not None:
+            options.update(user=user, password=password, token=None)
+        elif user is not None:
+            options.update(user=None, password=None, token=user)
+        for name in ("user", "password", "token"):
+            if options.get(name) is not None:
+                options[name] = guarded(options[name])
+        return options
+
+    def _check_tls(self, client: nats.aio.client.Client) -> None:
+        info: dict[str, Any] = getattr(client, "_server_info", {})
+        has_tls = info.get("tls_required") or self._options.get("tls_handshake_first")
+        if self.server.scheme == "tls" and not has_tls:
+            raise TLSFailed(f"{self.server.url} does not offer TLS")
+
+    def _translate(self, error: Exception) -> Exception:
+        where = self.server.url
+        text = str(error).removeprefix("nats: ").strip("'\"") or type(error).__name__
+        if isinstance(error, TransportBroken):
+            return error
+        if isinstance(error, nats.errors.AuthorizationError) or any(
+            word in text.lower()
+            for word in ("authorization", "authentication", "user authentication")
+        ):
+            return AuthenticationFailed(f"{where} refused the credentials: {text}")
+        if isinstance(error, ssl.SSLError):
+            return TLSFailed(f"no trusted TLS connection to {where}: {text}")
+        return TransportBroken(f"no connection to {where}: {text}")
+
+    def _translate_call(self, error: Exception) -> Exception:
+        # The connection stands, and what was asked over it was refused or not answered: that is to
+        # be told, and not that there were no connection.
+        where = self.server.url
+        if isinstance(error, nats.js.errors.APIError) and error.description:
+            return TransportBroken(f"JetStream on {where}: {error.description}")
+        if isinstance(error, nats.js.errors.ServiceUnavailableError):
+            return TransportBroken(f"JetStream on {where}: nobody answers")
+        if isinstance(error, (nats.errors.TimeoutError, TimeoutError)):
+            return TransportBroken(f"JetStream on {where}: no answer in time")
+        return self._translate(error)
+
+    def _keep(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._drop)
+        return task
+
+    def _drop(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            # Looked at, or asyncio complains of it; what matters of it shows elsewhere.
+            task.exception()
+
+    async def _on_error(self, error: Exception) -> None:
+        if not self._up:
+            # Otherwise the first connect is tried again for minutes.
+            raise error
+        self._tell(self.owner.note_error, str(error))
+
+    async def _on_lost(self) -> None:
+        self._stopping = True
+        if self._ended is not None:
+            self._ended.set()
+
+    def _stop(self) -> None:
+        # What was handed over is written first, unless that takes too long.
+        self._stopping = True
+        if self._loop is not None and self._wake is not None and self._ended is not None:
+            self._wake.set()
+            self._loop.call_later(_CLOSE_PATIENCE / 2, self._ended.set)
+
+    def _on_connected(self, max_payload: int) -> None:
+        self.max_payload = max_payload
+        self.outcome.set()
+
+    async def _watch(self, client: nats.aio.client.Client) -> None:
+        # A half-open connection looks well until something is asked of it.
+        while True:
+            await asyncio.sleep(_PING_EVERY)
+            pong = self._keep(client.flush(timeout=_FOREVER))
+            before: tuple[int, int] | None = None
+            # The answer queues behind whatever else has arrived, and the question behind what is
+            # being sent: while there is progress with these, the peer is alive.
+            while not pong.done() and before != (now := self._progress(client)):
+                before = now
+                await asyncio.wait({pong}, timeout=_PING_PATIENCE)
+            if not pong.done():
+                # Where it was this process that stood still, the answer is about to be read.
+                await asyncio.wait({pong}, timeout=_PING_EVERY / 2)
+            if not pong.done() or pong.exception() is not None:
+                self._hung = True
+                await self._on_lost()
+                return
+
+    def _progress(self, client: nats.aio.client.Client) -> tuple[int, int]:
+        return client.stats["in_msgs"], self._written // _SOCKET_BUFFERS
+
+    async def _pump(self, client: nats.aio.client.Client) -> None:
+        assert self._wake is not None
+        assert self._ended is not None
+        while True:
+            while self._outgoing and not self._ended.is_set():
+                item = self._outgoing.popleft()
+                if isinstance(item, Publish):
+                    if item.token:
+                        self._sent[item.token] = time.perf_counter_ns()
+                    await client.publish(
+                        item.subject, item.data, reply=item.reply, headers=item.headers
+                    )
+                    self._written += len(item.data)
+                    if self.waiting and self.backlog < _LOW_WATER:
+                        self.waiting = False
+                        self._tell(self._made_room)
+                elif isinstance(item, Flush):
+                    self._keep(self._flush(client, item.number))
+                elif isinstance(item, Call):
+                    self._keep(self._call(client, item))
+                elif isinstance(item, Subscribe):
+                    self._subscriptions[item.number] = await client.subscribe(
+                        item.subject, cb=self._receiver(item.number)
+                    )
+                elif (subscription := self._subscriptions.pop(item.number, None)) is not None:
+                    await subscription.unsubscribe()
+            if self._stopping:
+                return
+            self._woken = False
+            # What was handed over before the flag fell woke nobody.
+            if not self._outgoing:
+                await self._wake.wait()
+            self._wake.clear()
+
+    async def _flush(self, client: nats.aio.client.Client, number: int) -> None:
+        with contextlib.suppress(nats.errors.Error):
+            await client.flush(timeout=_FOREVER)
+            self._tell(self._flushed, number)
+
+    async def _call(self, client: nats.aio.client.Client, item: Call) -> None:
+        try:
+            value = await item.function(client)
+        except BackbeatError as error:
+            self._tell(item.outcome.settle, None, error)
+        except Exception as error:  # noqa: BLE001 - the edge: whatever it was becomes one of ours
+            self._tell(item.outcome.settle, None, self._translate_call(error))
+        else:
+            self._tell(item.outcome.settle, value, None)
+
+    def _flushed(self, number: int) -> None:
+        event = self._flushes.get(number)
+        if event is not None and not self.lost.is_set():
+            event.set()
+
+    def _receiver(self, number: int) -> Callable[[Msg], Awaitable[None]]:
+        incoming = self._incoming
+
+        async def receive(message: Msg) -> None:
+            stamp = time.perf_counter_ns()
+            if (
+                len(incoming) >= _INCOMING_MESSAGES
+                or self._taken_bytes - self._passed_bytes > _INCOMING_BYTES
+            ):
+                self._dropped += 1
+                return
+            sent, status = 0, ""
+            if number == INBOX:
+                sent = self._sent.pop(message.subject.rpartition(".")[2], 0)
+                status = (message.headers or {}).get("Status", "")
+            self._taken_bytes += len(message.data)
+            incoming.append(
+                Incoming(number, message.subject, message.data, message.reply, stamp, sent, status)
+            )
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._drain_incoming, idempotent=True)
+
+        return receive
+
+
+def _behind_ns() -> int:
+    # Ages cross between the clocks, not readings: this is what takes the one to the other. Where
+    # this thread is preempted between its looks at the two the answer is wrong by as much; so the
+    # best of a few counts, as it does with pings.
+    best, behind = 1 << 62, 0
+    for _ in range(3):
+        before = time.perf_counter_ns()
+        local = local_ns()
+        after = time.perf_counter_ns()
+        if after - before < best:
+            best, behind = after - before, local - (before + after) // 2
+        if best < 20_000:
+            break
+    return behind
+
+
+def _abort(client: nats.aio.client.Client) -> None:
+    # nats-py closes politely or not at all: it waits for a peer that reads no more, and leaves the
+    # socket of a connection that was refused to the garbage collector.
+    transport = getattr(client, "_transport", None)
+    for name in ("_io_writer", "_bare_io_writer"):
+        writer = getattr(transport, name, None)
+        if writer is not None:
+            writer.transport.abort()
+
+
+def _leave(portal_cm: AbstractContextManager[BlockingPortal]) -> None:
+    portal_cm.__exit__(None, None, None)

@@ -1,0 +1,328 @@
+"""What a follower makes of frames and of answers to pings."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from backbeat_trio._grid.follower import JOINING_PINGS, STEADY_PINGS, Answer, Follower
+from backbeat_trio._grid.grid import Grid
+from backbeat_trio._grid.steering import MAX_SLEW, MIN_STEP_NS, Ping, Steering
+from backbeat_trio._grid.timeline import Timeline
+from backbeat_trio._wire import BeatFrame, Segment, SyncReply, beat_phase, window_id
+
+MS = 1_000_000
+SECOND = 1_000 * MS
+AHEAD = 5 * SECOND
+SEGMENT = Segment(1, 0, 0, 0, 120_000)
+TIMELINE = Timeline((SEGMENT,))
+# Changes of the tempo: none, a later one, and what a leader of another grid would tell.
+CHANGED = TIMELINE.change(60_000, 40, epoch=1)
+OTHER = Timeline((Segment(9, 0, 1000, 0, 240_000),))
+
+
+class Agent:
+    """A follower, and the leader's side of what it is told."""
+
+    def __init__(self) -> None:
+        self.now = SECOND
+        self.grid = Grid(Timeline((Segment(0, 0, 0, 0, 30_000),)), Steering(-self.now), 8)
+        self.follower = Follower(self.grid, cluster_id="c")
+        self.odd: list[str] = []
+        self.stale: list[int] = []
+        self.follower.on_odd = self.odd.append
+        self.follower.on_stale = self.stale.append
+
+    def answered(
+        self, delay_ns: int = MS, *, epoch: int = 1, timeline: Timeline = TIMELINE, lie_ns: int = 0
+    ) -> Answer:
+        there = self.now - delay_ns // 2 + AHEAD + lie_ns
+        told = timeline.since(there).told()
+        reply = SyncReply("c", epoch, f"pulse-{epoch}", there, there, 4, **told)
+        return Ping(self.now - delay_ns, there, there, self.now), reply
+
+    def answer(self, *answers: Answer) -> bool:
+        return self.follower.answer(answers, self.follower.question, self.now)
+
+    def hear(
+        self,
+        index: int | None = None,
+        *,
+        epoch: int = 1,
+        timeline: Timeline = TIMELINE,
+        cluster_id: str = "c",
+    ) -> bool:
+        timeline = timeline.since(self.now + AHEAD)
+        if index is None:
+            index = timeline.index_at(self.now + AHEAD)
+        frame = BeatFrame(
+            *(cluster_id, index, index % 4 == 0, beat_phase(index, 4)),
+            *(timeline.segments[0].milli_bpm / 1000, 4, window_id(index, 4), epoch),
+            f"pulse-{epoch}",
+            **timeline.told(),
+        )
+        return self.follower.hear(frame, timeline, self.now, self.now)
+
+    @property
+    def error_ns(self) -> int:
+        return self.grid.steering.target_at(self.now) - AHEAD
+
+
+@pytest.fixture
+def agent() -> Agent:
+    return Agent()
+
+
+def test_the_first_burst_locks(agent: Agent) -> None:
+    locks: list[str] = []
+    agent.follower.on_lock = lambda: locks.append("lock")
+    agent.follower.on_followed = lambda: locks.append("followed")
+    assert (agent.follower.pings, agent.follower.uncertainty_ns(agent.now)) == (JOINING_PINGS, None)
+    assert agent.answer(agent.answered())
+    assert locks == ["lock", "followed"]
+    assert agent.follower.locked
+    assert (agent.follower.epoch, agent.follower.leader_id) == (1, "pulse-1")
+    assert agent.grid.index_at(agent.now) == TIMELINE.index_at(agent.now + AHEAD)
+    assert agent.grid.beats_per_bar == 4
+    assert agent.follower.pings == STEADY_PINGS
+    assert agent.follower.uncertainty_ns(agent.now) is not None
+
+
+@pytest.mark.parametrize(
+    ("milli", "seconds"), [(120_000, 0.5), (2_000, 5.0), (6_000_000, 0.25), (0, 1.0)]
+)
+def test_bursts_come_once_a_beat_but_not_at_any_tempo(
+    milli: int, seconds: float, agent: Agent
+) -> None:
+    assert agent.follower.pause_ns(agent.now, well=True) == SECOND
+    agent.answer(agent.answered(timeline=Timeline((Segment(1, 0, 8, 0, milli),))))
+    assert agent.follower.pause_ns(agent.now, well=True) == seconds * SECOND
+    assert agent.follower.pause_ns(agent.now, well=False) == SECOND // 4
+
+
+@pytest.mark.parametrize("delay", [MS, 80 * MS])
+def test_frames_steer_only_where_they_are_better_than_pings(delay: int, agent: Agent) -> None:
+    assert agent.answer(agent.answered(delay))
+    assert abs(agent.error_ns) <= 1000
+    # A burst is lost, and the frame that comes then was on its way for 40 ms.
+    agent.now += 540 * MS
+    agent.answer()
+    assert not agent.hear()
+    assert abs(agent.error_ns) <= 1000
+    # Of a clock whose rate is not known the pings tell little after three minutes.
+    agent.now += 180 * SECOND
+    agent.answer()
+    assert not agent.hear()
+    assert agent.error_ns == pytest.approx(-40 * MS, abs=MS)
+
+
+def test_another_leader_is_not_believed_for_one_bad_ping(agent: Agent) -> None:
+    assert agent.answer(agent.answered())
+    for _ in range(8):
+        agent.now += SECOND // 2
+        assert agent.answer(agent.answered())
+    # All of its way was the way there.
+    assert agent.answer(agent.answered(200 * MS, epoch=2, lie_ns=100 * MS))
+    assert agent.follower.epoch == 2
+    assert abs(agent.error_ns) <= MS
+    for _ in range(8):
+        agent.now += SECOND // 2
+        assert agent.answer(agent.answered(epoch=2))
+        assert abs(agent.error_ns) <= MS
+
+
+def test_a_frame_from_far_ahead_is_asked_about(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    assert agent.hear(1000)
+    assert agent.follower.question is not None
+    assert agent.answer(agent.answered())
+    assert agent.follower.question is None
+    assert agent.follower.counts.frames_unexplained == 1
+    assert "does not bear out" in agent.odd[-1]
+    assert agent.follower.counts.frames == 0
+
+
+def test_a_higher_epoch_is_believed_by_its_answers_only(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.now += SECOND // 2
+    assert agent.hear(epoch=7)
+    # Who leads goes on to answer, and to beat.
+    assert agent.answer(agent.answered())
+    assert agent.follower.epoch == 1
+    agent.now += SECOND // 2
+    assert agent.hear(epoch=7)
+    assert agent.answer(agent.answered(epoch=7))
+    assert agent.follower.epoch == 7
+    assert agent.follower.counts.frames == 1
+    assert not agent.hear(epoch=1)
+    assert agent.stale == [1]
+    assert agent.follower.counts.locks == 1
+
+
+def test_a_question_that_came_during_a_burst_is_not_answered_by_it(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.now += SECOND // 2
+    assert agent.hear(epoch=2)
+    assert agent.follower.answer([agent.answered()], None, agent.now)
+    assert agent.follower.question is not None
+    # Nobody answers, and who led has missed two frames.
+    agent.now += 2 * SECOND
+    agent.answer()
+    assert agent.follower.epoch == 2
+    assert agent.follower.counts.frames == 1
+
+
+def test_what_a_frame_told_is_given_up_where_three_bursts_know_nothing_of_it(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.now += SECOND // 2
+    assert not agent.hear(timeline=CHANGED)
+    assert agent.grid.timeline.segments == CHANGED.segments
+    for number in range(3):
+        agent.now += SECOND // 2
+        agent.answer(agent.answered())
+        assert (agent.grid.timeline.segments == TIMELINE.segments) == (number == 2)
+    assert agent.follower.counts.locks == 1
+
+
+def test_frames_that_say_nothing_new_are_counted(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.now += SECOND // 2
+    assert not agent.hear()
+    assert not agent.hear()
+    assert not agent.hear(cluster_id="another")
+    counts = agent.follower.counts
+    assert (counts.frames, counts.frames_repeated, counts.frames_foreign) == (1, 1, 1)
+
+
+def test_a_frame_that_explains_itself_alone_is_asked_about(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.now += SECOND // 2
+    # In the leader's name, with an older segment that nobody knows, and far ahead by it.
+    newer = TIMELINE.change(120_000, 1, epoch=1).since(agent.now + AHEAD)
+    agent.answer(agent.answered(timeline=newer))
+    made_up = Timeline((Segment(1, 0, 10**9, agent.now + AHEAD, 120_000),))
+    assert agent.hear(10**9, timeline=made_up)
+    agent.answer(agent.answered(timeline=newer))
+    assert agent.follower.counts.frames_unexplained == 1
+    agent.now += SECOND // 2
+    assert not agent.hear(timeline=newer)
+    assert agent.follower.counts.frames == 1
+
+
+def test_who_is_steered_back_for_long_hears_the_leader_all_the_same(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.hear()
+    # Three seconds, six beats, ahead: it takes half a minute to slew that.
+    agent.grid.steering.step(AHEAD + 3 * SECOND, at_ns=agent.now)
+    for _ in range(4):
+        agent.now += SECOND // 2
+        agent.answer(agent.answered())
+        agent.hear()
+        assert not agent.follower.in_holdover(agent.now + SECOND // 2)
+    assert agent.error_ns == pytest.approx(0, abs=MS)
+    assert agent.grid.cluster_at(agent.now) > agent.now + AHEAD + 2 * SECOND
+    # So nobody else is believed.
+    assert not agent.hear(epoch=0)
+    assert agent.stale == [0]
+    agent.now += 2 * SECOND
+    assert agent.follower.in_holdover(agent.now)
+
+
+def test_a_new_grid_of_the_same_epoch_is_followed_after_three_bursts(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    other = Timeline((Segment(1, 0, 0, 7 * 10**15, 120_000),))
+    for _ in range(3):
+        agent.now += SECOND // 2
+        agent.answer(agent.answered(timeline=other, lie_ns=7 * 10**15))
+    assert agent.follower.counts.locks == 2
+    assert agent.grid.timeline == other
+    assert agent.error_ns == pytest.approx(7 * 10**15, abs=MS)
+
+
+def test_answers_that_do_not_join_are_counted(agent: Agent) -> None:
+    ping, reply = agent.answered()
+    broken = Segment(1, 1, 0, 0, 60_000)
+    told = SyncReply(
+        *("c", 1, "pulse-1", reply.received_ns, reply.sent_ns, 4, SEGMENT),
+        next_segment=broken,
+    )
+    assert agent.answer((ping, told))
+    assert not agent.follower.locked
+    assert agent.follower.counts.pings_failed == 1
+
+
+class AnybodySaysAnything(RuleBasedStateMachine):
+    """Whatever comes, and from whomever: the position never runs back on one grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.agent = Agent()
+        self.locks = 0
+        self.position = self.agent.grid.position_at(self.agent.now)
+
+    epochs = st.integers(0, 4)
+    timelines = st.sampled_from([TIMELINE, CHANGED, OTHER, TIMELINE.change(0, 30, epoch=1)])
+
+    @rule(ms=st.integers(0, 3000))
+    def wait(self, ms: int) -> None:
+        self.agent.now += ms * MS
+
+    @rule(epoch=epochs, timeline=timelines, ahead=st.integers(-3, 3), rest=st.randoms())
+    def hear(self, epoch: int, timeline: Timeline, ahead: int, rest: random.Random) -> None:
+        agent = self.agent
+        present = timeline.since(agent.now + AHEAD).segments[0]
+        index = timeline.index_at(agent.now + AHEAD)
+        if present.milli_bpm:
+            index = max(present.beat0, index + ahead)
+        asked = agent.hear(index, epoch=epoch, timeline=timeline)
+        assert not asked or agent.follower.question is not None
+
+    @rule(
+        epoch=epochs,
+        timeline=timelines,
+        delay=st.integers(0, 300),
+        lie=st.sampled_from([0, 0, 0, -3600, -2, 2, 3600]),
+    )
+    def answer(self, epoch: int, timeline: Timeline, delay: int, lie: int) -> None:
+        agent = self.agent
+        told = [
+            agent.answered(d * MS, epoch=epoch, timeline=timeline, lie_ns=lie * SECOND)
+            for d in (delay, delay // 2)
+        ]
+        agent.answer(*told)
+
+    @rule(seconds=st.integers(0, 10))
+    def fall_silent(self, seconds: int) -> None:
+        agent = self.agent
+        agent.now += seconds * SECOND
+        silent = not agent.follower.locked or agent.follower.in_holdover(agent.now)
+        agent.answer()
+        # Nobody else is heard: then frames are believed.
+        assert not (silent and agent.follower.question)
+
+    @invariant()
+    def nothing_runs_back(self) -> None:
+        agent = self.agent
+        position = agent.grid.position_at(agent.now)
+        if agent.follower.counts.locks == self.locks:
+            assert position >= self.position
+        self.locks, self.position = agent.follower.counts.locks, position
+
+    @invariant()
+    def it_goes_on_within_its_limits(self) -> None:
+        agent, grid = self.agent, self.agent.grid
+        cluster = grid.cluster_at(agent.now)
+        # Not faster than slewing allows.
+        later = grid.cluster_at(agent.now + 100 * MS) - cluster
+        assert later <= 100 * MS * (1.1 + MAX_SLEW)
+        assert later >= 100 * MS * (0.9 - MAX_SLEW)
+        uncertainty = agent.follower.uncertainty_ns(agent.now)
+        assert uncertainty is None or uncertainty >= 0
+        assert MIN_STEP_NS < agent.follower.pause_ns(agent.now, well=True) <= 5 * SECOND
+
+
+AnybodySaysAnything.TestCase.settings = settings(stateful_step_count=40, deadline=None)
+TestAnybodySaysAnything = AnybodySaysAnything.TestCase

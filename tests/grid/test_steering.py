@@ -1,0 +1,309 @@
+"""What is measured of cluster time, and the clock that is steered by it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import assume, given, strategies as st
+
+from backbeat_trio._grid.steering import (
+    MAX_SLEW,
+    PARTS,
+    Estimate,
+    Ping,
+    Steering,
+    Verdict,
+    best_ping,
+)
+from backbeat_trio._grid.timeline import beat_ns
+from backbeat_trio._wire import MAX_MILLI_BPM, MIN_MILLI_BPM
+
+SECOND = 1_000_000_000
+BEAT = SECOND // 2
+
+millis = st.integers(MIN_MILLI_BPM, MAX_MILLI_BPM)
+instants = st.integers(-(10**15), 10**18)
+frequencies = st.integers(-(10**11), 10**11)
+offsets = st.integers(-(10**10), 10**10)
+
+
+waits = st.integers(0, 10**10)
+
+
+@given(offsets, st.lists(st.tuples(waits, offsets, frequencies), max_size=6), millis)
+def test_cluster_time_never_runs_back_nor_slower_than_it_may(
+    first: int, corrections: list[tuple[int, int, int]], milli: int
+) -> None:
+    steering, now, slowest = Steering(first), 0, 1 - MAX_SLEW
+    for wait, offset, frequency in corrections:
+        before = steering.cluster_at(now)
+        assert steering.cluster_at(now + wait) - before >= math.floor(wait * slowest) - 1
+        now += wait
+        before = steering.cluster_at(now)
+        steering.correct(now, offset, beat_ns=beat_ns(milli), frequency=frequency)
+        assert steering.cluster_at(now) >= before
+        slowest = 1 - MAX_SLEW + frequency / PARTS
+    settled = steering.settled_ns + 1
+    assert steering.cluster_at(settled) == settled + steering.target_at(settled)
+
+
+@given(offsets, offsets, frequencies, st.integers(-(10**10), 10**11))
+def test_local_at_inverts_cluster_at(
+    first: int, second: int, frequency: int, cluster_ns: int
+) -> None:
+    steering = Steering(first)
+    steering.correct(0, second, beat_ns=10**9, frequency=frequency)
+    local = steering.local_at(cluster_ns)
+    assert steering.cluster_at(local) >= cluster_ns
+    assert steering.cluster_at(local - 1) < cluster_ns
+
+
+def test_a_large_error_forward_is_stepped_and_backward_is_slewed() -> None:
+    steering = Steering(0)
+    steering.correct(0, 300_000_000, beat_ns=1_000_000_000)
+    assert steering.cluster_at(0) == 300_000_000
+    steering.correct(0, 0, beat_ns=1_000_000_000)
+    assert steering.cluster_at(0) == 300_000_000
+    assert steering.settled_ns == math.ceil(300_000_000 / MAX_SLEW)
+    assert steering.cluster_at(steering.settled_ns) == steering.settled_ns
+
+
+pings = st.builds(Ping, instants, instants, instants, instants)
+
+
+@given(instants, st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 10**9), offsets)
+def test_a_ping_is_wrong_by_half_its_way_at_most(
+    sent: int, there: int, work: int, back: int, offset: int
+) -> None:
+    ping = Ping(
+        sent,
+        sent + there + offset,
+        sent + there + work + offset,
+        sent + there + work + back,
+    )
+    assert ping.delay_ns == there + back
+    assert abs(ping.offset_ns - offset) <= (there + back) // 2 + 1
+
+
+@given(st.lists(pings))
+def test_the_best_ping_is_an_honest_one(burst: list[Ping]) -> None:
+    best = best_ping(burst)
+    honest = [p for p in burst if p.delay_ns >= 0 and p.replied_ns >= p.received_ns]
+    assume(honest)
+    assert best is not None
+    assert best.delay_ns == min(p.delay_ns for p in honest)
+
+
+def test_no_ping_is_best_of_none() -> None:
+    assert best_ping([]) is None
+    assert best_ping([Ping(0, 0, 100, 50)]) is None
+
+
+# Estimating. True time is the leader's; an agent's clock runs at a rate and from a beginning of
+# its own, and messages take their time.
+
+
+class Agent:
+    def __init__(self, *, ppm: float = 0.0, start_ns: int = 0, seed: int = 1) -> None:
+        self.random = random.Random(seed)
+        self.rate = 1 + ppm * 1e-6
+        self.start_ns = start_ns
+        self.now = 0
+        self.estimate = Estimate()
+        self.steering = Steering()
+        self.locked = False
+
+    def local(self, true_ns: float) -> int:
+        return round(true_ns * self.rate) + self.start_ns
+
+    def ping(self, lie_ns: int = 0) -> Ping:
+        there, back = (150_000 + self.random.expovariate(1 / 150_000) for _ in range(2))
+        sent, came = self.now, self.now + there
+        self.now = round(came + 100_000 + back)
+        return Ping(
+            self.local(sent),
+            round(came) + lie_ns,
+            round(came) + 100_000 + lie_ns,
+            self.local(self.now),
+        )
+
+    def burst(self, pings: int = 4, lie_ns: int = 0) -> Verdict:
+        verdict = self.estimate.add([self.ping(lie_ns) for _ in range(pings)])
+        now, estimate = self.local(self.now), self.estimate
+        offset, frequency = estimate.offset_at(now), estimate.frequency
+        if not self.locked:
+            self.locked = True
+            self.steering.step(offset, at_ns=now, frequency=frequency)
+        elif verdict in (Verdict.TAKEN, Verdict.OVERRULED):
+            self.steering.correct(now, offset, beat_ns=BEAT, frequency=frequency)
+        return verdict
+
+    def error(self, true_ns: float) -> float:
+        return self.steering.cluster_at(self.local(true_ns)) - true_ns
+
+    def run(self, beats: int, *, each: Callable[[], object] = lambda: None) -> list[float]:
+        errors = []
+        for _ in range(beats):
+            begun = self.now
+            self.burst(4 if self.locked else 16)
+            each()
+            errors += [self.error(self.now + part * BEAT / 10) for part in range(10)]
+            self.now = begun + BEAT
+        return errors
+
+
+def p99(values: list[float]) -> float:
+    return sorted(map(abs, values))[len(values) * 99 // 100]
+
+
+@pytest.mark.parametrize("ppm", [-200, -20, 0, 20, 200])
+def test_clocks_that_are_off_agree_to_a_fifth_of_a_millisecond(ppm: int) -> None:
+    agent = Agent(ppm=ppm, start_ns=-5 * SECOND, seed=ppm)
+    agent.run(10)
+    assert p99(agent.run(200)) <= 200_000
+    assert agent.estimate.frequency / PARTS == pytest.approx(-ppm * 1e-6, abs=5e-6)
+
+
+@pytest.mark.parametrize("ppm", [-200, 200])
+def test_a_minute_without_pings_after_a_minute_with_them(ppm: int) -> None:
+    agent = Agent(ppm=ppm, start_ns=3 * SECOND)
+    agent.run(120)
+    later = agent.now + 60 * SECOND
+    assert abs(agent.error(later)) <= 5_000_000
+    known, grown = (agent.estimate.uncertainty_at(agent.local(t)) for t in (agent.now, later))
+    assert abs(agent.error(later)) <= grown
+    assert known < 500_000 < grown - known + 500_000
+    assert grown > known
+
+
+@pytest.mark.parametrize("ppm", [80_000, -80_000])
+def test_a_clock_at_a_rate_that_nobody_expects(ppm: int) -> None:
+    agent = Agent(ppm=ppm)
+    agent.run(20)
+    assert p99(agent.run(60)) <= 1_000_000
+
+
+@pytest.mark.parametrize("jump", [-2 * SECOND, -10_000_000, 10_000_000, 2 * SECOND])
+def test_a_clock_that_jumps_is_found_out(jump: int) -> None:
+    agent = Agent(ppm=50)
+    agent.run(60)
+    frequency = agent.estimate.frequency
+    agent.start_ns += jump
+    verdicts = []
+    for _ in range(3):
+        verdicts.append(agent.burst())
+        agent.now += BEAT
+    assert verdicts == [Verdict.OUTLYING, Verdict.OUTLYING, Verdict.OVERRULED]
+    now = agent.local(agent.now)
+    assert abs(now + agent.estimate.offset_at(now) - agent.now) <= 500_000
+    # What was known of its rate is still true.
+    assert agent.estimate.frequency / PARTS == pytest.approx(frequency / PARTS, abs=20e-6)
+    # Ahead of its cluster it waits, and never runs back.
+    errors = agent.run(80)
+    assert p99(errors[-50:]) <= 300_000
+
+
+def test_answers_that_lie_are_outlying_and_harmless() -> None:
+    agent = Agent(ppm=-30)
+    agent.run(60)
+    for round_ in range(20):
+        lie = SECOND * (3 + round_)
+        assert agent.burst(lie_ns=lie * (-1) ** round_) is Verdict.OUTLYING
+        assert abs(agent.error(agent.now)) <= 300_000
+        agent.now += BEAT
+        # Somebody else answers in between, and is believed.
+        if round_ % 2:
+            assert agent.burst() is Verdict.TAKEN
+
+
+def test_the_leader_is_heard_among_answers_that_lie() -> None:
+    agent = Agent()
+    agent.run(30)
+    burst = [agent.ping(lie_ns=7 * SECOND), agent.ping(), agent.ping(lie_ns=-SECOND)]
+    assert agent.estimate.add(burst) is Verdict.TAKEN
+    now = agent.local(agent.now)
+    assert abs(now + agent.estimate.offset_at(now) - agent.now) <= 300_000
+
+
+def test_lies_that_contradict_one_another_never_overrule() -> None:
+    agent = Agent()
+    agent.run(30)
+    for round_ in range(10):
+        assert agent.burst(lie_ns=5 * SECOND * (round_ + 1) * (-1) ** round_) is Verdict.OUTLYING
+        agent.now += BEAT
+
+
+def change_leader(agent: Agent, ping: Ping) -> None:
+    agent.estimate.begin_anew(ping)
+    assert agent.estimate.add([ping]) is Verdict.TAKEN
+
+
+def long_ping(agent: Agent, lie_ns: int = 0) -> Ping:
+    # All of its way is the way there, so that it is wrong by half of it.
+    sent, agent.now = agent.now, agent.now + 40_000_000
+    came = agent.now + lie_ns
+    return Ping(agent.local(sent), came, came, agent.local(agent.now))
+
+
+def offset_error(agent: Agent, lie_ns: int = 0) -> float:
+    now = agent.local(agent.now)
+    return now + agent.estimate.offset_at(now) - agent.now - lie_ns
+
+
+@pytest.mark.parametrize("lie", [-400_000, 0, 400_000, 30_000_000, -30_000_000])
+def test_the_offset_to_another_leader_is_measured_anew(lie: int) -> None:
+    agent = Agent(ppm=100)
+    agent.run(60)
+    frequency = agent.estimate.frequency
+    change_leader(agent, min((agent.ping(lie) for _ in range(16)), key=lambda p: p.delay_ns))
+    assert abs(offset_error(agent, lie)) <= 250_000
+    for _ in range(10):
+        assert agent.burst(lie_ns=lie) is Verdict.TAKEN
+        assert abs(offset_error(agent, lie)) <= agent.estimate.uncertainty_at(
+            agent.local(agent.now)
+        )
+        agent.now += BEAT
+    assert abs(offset_error(agent, lie)) <= 150_000
+    assert agent.estimate.frequency / PARTS == pytest.approx(frequency / PARTS, abs=10e-6)
+
+
+def test_one_bad_ping_does_not_undo_what_was_known_before_another_leader() -> None:
+    agent = Agent(ppm=100)
+    agent.run(60)
+    change_leader(agent, long_ping(agent))
+    assert abs(offset_error(agent)) <= 500_000
+    # None of the good ones that follow is taken for an outlier.
+    for _ in range(10):
+        assert agent.burst() is Verdict.TAKEN
+        agent.now += BEAT
+    assert abs(offset_error(agent)) <= 150_000
+
+
+def test_one_bad_ping_of_another_leader_that_is_far_off() -> None:
+    agent, lie = Agent(ppm=100), 100_000_000
+    agent.run(60)
+    change_leader(agent, long_ping(agent, lie))
+    now = agent.local(agent.now)
+    assert abs(offset_error(agent, lie)) <= agent.estimate.uncertainty_at(now)
+    assert agent.burst(lie_ns=lie) is Verdict.TAKEN
+    assert abs(offset_error(agent, lie)) <= 250_000
+
+
+def test_good_pings_after_a_first_one_that_was_bad_are_no_outliers() -> None:
+    agent = Agent()
+    assert agent.estimate.add([long_ping(agent)]) is Verdict.TAKEN
+    assert abs(offset_error(agent)) >= 15_000_000
+    assert abs(offset_error(agent)) <= agent.estimate.uncertainty_at(agent.local(agent.now))
+    assert agent.burst() is Verdict.TAKEN
+    assert abs(offset_error(agent)) <= 250_000
+
+
+def test_nothing_comes_of_no_pings() -> None:
+    estimate = Estimate()
+    assert not estimate.known
+    assert estimate.add([]) is Verdict.NOTHING
+    assert estimate.add([Ping(0, 0, 100, 50)]) is Verdict.NOTHING
+    assert not estimate.known

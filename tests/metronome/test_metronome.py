@@ -1,0 +1,234 @@
+"""The leader: its grid, its frames and its answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, strategies as st
+
+import backbeat_trio as backbeat
+from backbeat_trio._grid.changes import propose
+from backbeat_trio._grid.timeline import Timeline, beat_ns
+from backbeat_trio._metronome.metronome import Metronome, find_leader
+from backbeat_trio._wire import (
+    Segment,
+    SyncRequest,
+    TempoRequest,
+    decode_frame,
+    decode_sync_reply,
+    decode_tempo_reply,
+    encode,
+)
+from backbeat_trio.testing import CLUSTER_ID, open_session
+
+Clock = trio.testing.MockClock
+
+
+@asynccontextmanager
+async def leading(
+    **options: Any,
+) -> AsyncGenerator[tuple[Metronome, backbeat.MemoryTransport], None]:
+    transport = backbeat.MemoryTransport(backbeat.MemoryBus())
+    settings: dict[str, Any] = {"cluster_id": "c", "leader_id": "pulse-a", "tempo_bpm": 120.0}
+    metronome = Metronome(transport, **(settings | options))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await nursery.start(metronome.run)
+        await trio.testing.wait_all_tasks_blocked()
+        yield metronome, transport
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_frame_a_beat_on_its_instant(autojump_clock: Clock) -> None:
+    transport = backbeat.MemoryTransport(backbeat.MemoryBus())
+    metronome = Metronome(transport, cluster_id="c", leader_id="pulse-a", tempo_bpm=120.0)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        async with transport.open_subscription("backbeat.beat.c") as messages:
+            start = trio.current_time()
+            await nursery.start(metronome.run)
+            for index in range(20):
+                message = await anext(messages)
+                frame = decode_frame(message.data)
+                assert trio.current_time() - start == index / 2
+                assert frame.beat_index == index
+                assert frame.downbeat == (index % 8 == 0)
+                assert frame.window_id == f"w-{index // 8}"
+                assert (frame.tempo_bpm, frame.beats_per_bar) == (120.0, 8)
+                assert (frame.leader_id, frame.epoch) == ("pulse-a", metronome.epoch)
+                assert frame.segment.milli_bpm == 120_000
+                assert frame.next_segment is None
+        nursery.cancel_scope.cancel()
+    assert metronome.statistics().frames == 20
+
+
+async def test_sync_replies_are_in_cluster_time(autojump_clock: Clock) -> None:
+    async with leading() as (metronome, transport):
+        await trio.sleep(3.25)
+        request = encode(SyncRequest("c", "agent"))
+        answer = await transport.request("backbeat.sync.c", request, timeout=1)
+        reply = decode_sync_reply(answer.data)
+        assert reply.received_ns == reply.sent_ns == reply.segment.t0_ns + 3_250_000_000
+        assert (reply.leader_id, reply.epoch) == ("pulse-a", metronome.epoch)
+        for data in (b"{", encode(SyncRequest("other", "agent"))):
+            with pytest.raises(backbeat.TransportBroken, match="no answer"):
+                await transport.request("backbeat.sync.c", data, timeout=1)
+        assert metronome.statistics().undecodable == 2
+        assert metronome.statistics().syncs == 1
+        leader = await find_leader(transport, "c", "agent")
+        assert leader is not None
+        assert leader.leader_id == "pulse-a"
+        assert await find_leader(transport, "other", "agent") is None
+
+
+async def test_a_change_of_tempo_is_announced_and_then_in_force(autojump_clock: Clock) -> None:
+    async with leading() as (_, transport):
+        async with transport.open_subscription("backbeat.beat.c") as messages:
+            request = encode(TempoRequest("c", 240.0, at_beat=5))
+            answer = await transport.request("backbeat.tempo.c", request, timeout=1)
+            reply = decode_tempo_reply(answer.data)
+            assert (reply.ok, reply.effective_beat) == (True, 5)
+            start = trio.current_time()
+            for index in range(1, 9):
+                frame = decode_frame((await anext(messages)).data)
+                assert frame.beat_index == index
+                assert (frame.next_segment is None) == (index >= 5)
+                assert frame.tempo_bpm == (240.0 if index >= 5 else 120.0)
+                if index >= 5:
+                    assert frame.segment == reply.segment
+            assert trio.current_time() - start == 5 * 0.5 + 3 * 0.25
+
+
+@pytest.mark.parametrize(
+    ("bpm", "at_beat", "text"),
+    [
+        (0.05, None, "from 0.1 to 6000"),
+        (7000, None, "from 0.1 to 6000"),
+        (60, 0, "is past"),
+        (60, 2, "too soon"),
+    ],
+)
+async def test_refusals_say_why(
+    bpm: float, at_beat: int | None, text: str, autojump_clock: Clock
+) -> None:
+    async with leading() as (metronome, transport):
+        await trio.sleep(0.75)
+        request = encode(TempoRequest("c", bpm, at_beat=at_beat))
+        answer = await transport.request("backbeat.tempo.c", request, timeout=1)
+        reply = decode_tempo_reply(answer.data)
+        assert not reply.ok
+        assert text in str(reply.error)
+        assert reply.effective_beat is None
+        assert metronome.statistics().refused == 1
+        assert metronome.statistics().tempo_changes == 0
+
+
+async def test_requests_without_a_reply_subject_and_hostile_ones(autojump_clock: Clock) -> None:
+    async with leading() as (metronome, transport):
+        transport.publish_nowait("backbeat.tempo.c", encode(TempoRequest("c", 240.0)))
+        transport.publish_nowait("backbeat.tempo.c", b'{"type":"backbeat.tempo.v1"}')
+        transport.publish_nowait("backbeat.tempo.c", b"x" * 1_000_000)
+        transport.publish_nowait(
+            "backbeat.sync.c", encode(SyncRequest("c", "a")), reply="nobody.listens"
+        )
+        await trio.sleep(1)
+        assert metronome.statistics().tempo_changes == 1
+        assert metronome.statistics().undecodable == 2
+        assert metronome.current_beat() == 2
+
+
+async def test_it_beats_on_without_a_connection(autojump_clock: Clock) -> None:
+    async with leading() as (metronome, transport):
+        transport.sever()
+        await trio.sleep(2.25)
+        assert metronome.statistics().frames_unsent == 4
+        transport.restore()
+        async with transport.open_subscription("backbeat.beat.c") as messages:
+            assert decode_frame((await anext(messages)).data).beat_index == 5
+
+
+async def test_a_loop_that_was_blocked_sends_no_burst(mock_clock: Clock) -> None:
+    async with leading() as (metronome, transport):
+        async with transport.open_subscription("backbeat.beat.c") as messages:
+            mock_clock.jump(5.1)
+            assert decode_frame((await anext(messages)).data).beat_index == 10
+            await trio.testing.wait_all_tasks_blocked()
+        assert metronome.statistics().frames == 2
+
+
+milli = st.integers(100, 6_000_000)
+
+
+@given(milli, milli, st.integers(0, 10**12), st.integers(1, 16), st.none() | st.integers(0, 400))
+def test_proposals(first: int, second: int, now: int, bar: int, ahead: int | None) -> None:
+    timeline = Timeline((Segment(1, 0, 0, 0, first),))
+    index = timeline.index_at(now)
+    at_beat = None if ahead is None else index + ahead
+    least = max(2 * 60_000 * 10**9 / first, 250_000_000)
+    try:
+        changed = propose(timeline, now, second, at_beat, beats_per_bar=bar, epoch=7)
+    except backbeat.TempoRefused:
+        assert at_beat is not None
+        assert timeline.time_of(at_beat) - now < least + 2 * beat_ns(first)
+        return
+    present, added = changed.segments
+    assert present == timeline.segments[0]
+    assert (added.milli_bpm, added.epoch, added.seq) == (second, 7, 1)
+    assert added.t0_ns == timeline.time_of(added.beat0)
+    assert added.t0_ns - now >= math.floor(least) - 1
+    if at_beat is None:
+        assert added.beat0 % bar == 0
+        assert timeline.time_of(added.beat0 - bar) - now < least + beat_ns(first)
+    else:
+        assert added.beat0 == at_beat
+
+
+def test_a_proposal_replaces_what_is_pending_from_its_beat_on() -> None:
+    timeline = Timeline((Segment(1, 0, 0, 0, 60_000),))
+    pending = propose(timeline, 0, 120_000, 10, beats_per_bar=8, epoch=1)
+    later = propose(pending, 0, 30_000, 12, beats_per_bar=8, epoch=1)
+    assert [(s.beat0, s.milli_bpm) for s in later.segments] == [
+        (0, 60_000),
+        (10, 120_000),
+        (12, 30_000),
+    ]
+    sooner = propose(later, 0, 40_000, 9, beats_per_bar=8, epoch=1)
+    assert [segment.beat0 for segment in sooner.segments] == [0, 9]
+    assert sooner.segments[-1].seq > later.segments[-1].seq
+
+
+async def test_statistics_are_immutable(autojump_clock: Clock) -> None:
+    async with leading() as (metronome, _):
+        with pytest.raises(AttributeError):
+            metronome.statistics().frames = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("bar", [0, 1_000_001])
+def test_bars_that_no_frame_could_tell_of_are_refused(bar: int) -> None:
+    transport = backbeat.MemoryTransport(backbeat.MemoryBus())
+    with pytest.raises(ValueError, match="beats_per_bar"):
+        Metronome(transport, cluster_id="c", leader_id="pulse-a", beats_per_bar=bar)
+
+
+async def test_an_agent_goes_on_by_frames_where_its_pings_are_too_large(
+    autojump_clock: Clock,
+) -> None:
+    bus = backbeat.MemoryBus()
+    transport, small = backbeat.MemoryTransport(bus), backbeat.MemoryTransport(bus)
+    small.max_payload = 16
+    metronome = Metronome(transport, cluster_id=CLUSTER_ID, leader_id="pulse-a", tempo_bpm=120.0)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await nursery.start(metronome.run)
+        async with open_session(transport=small, health_beats=0) as bb:
+            await trio.sleep(3.25)
+            assert any("no pings" in error for error in bb.health().errors)
+            assert bb.health().leader_id == "pulse-a"
+            assert bb.current_beat() == metronome.current_beat()
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,374 @@
+"""The stream of terminal claims, on a real server."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from nats.aio.client import Client
+from nats.js.api import DiscardPolicy, StreamConfig, StreamInfo
+
+import backbeat_trio as backbeat
+from backbeat_trio import BackbeatConfig, ConfigError, Session, StatusClaim
+from backbeat_trio._transport import jetstream as _jetstream
+from backbeat_trio._transport.jetstream import ClaimStream, KeyValueStore, Refused
+from backbeat_trio._transport.nats import NatsTransport
+from backbeat_trio._wire import decode_claims
+from backbeat_trio.testing import NatsServer, open_recorder, open_session
+
+STREAM = "BACKBEAT_STATUS"
+NEW = DiscardPolicy.NEW
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with trio.fail_after(20):
+        while not condition():
+            await trio.sleep(0.005)
+
+
+@asynccontextmanager
+async def admin(url: str) -> AsyncGenerator[NatsTransport, None]:
+    transport = NatsTransport(BackbeatConfig(nats_url=url, agent_id="admin"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await transport.wait_connected()
+        yield transport
+        nursery.cancel_scope.cancel()
+
+
+async def info(transport: NatsTransport, stream: str = STREAM) -> StreamInfo:
+    async def ask(client: Client) -> StreamInfo:
+        return await client.jetstream().stream_info(stream)
+
+    return await transport.call(ask)
+
+
+async def stored(transport: NatsTransport, stream: str = STREAM) -> list[StatusClaim]:
+    async def read(client: Client) -> list[StatusClaim]:
+        js = client.jetstream()
+        last = (await js.stream_info(stream)).state.last_seq
+        found = []
+        for number in range(1, last + 1):
+            found += decode_claims((await js.get_msg(stream, number)).data or b"")
+        return found
+
+    return await transport.call(read)
+
+
+def session(server: NatsServer, **overrides: Any) -> Any:
+    options: dict[str, Any] = {"tempo_bpm": 600.0, "lock_timeout": 0.0, "require_connection": True}
+    return open_session(nats_url=server.url, **(options | overrides))
+
+
+async def confirmed(bb: Session) -> None:
+    await until(lambda: not bb.statistics().claims_pending)
+
+
+async def test_terminal_claims_are_stored_and_heard_and_others_only_heard() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+        async with session(server, health_beats=1) as bb, open_recorder(bb) as recorder:
+            bb.start_operation("election", id="long")
+            for number in range(300):
+                bb.start_operation("dht_store", id=f"short-{number}").complete()
+            await confirmed(bb)
+            await bb.sleep(5)
+            await recorder.wait_for("short-299", "done")
+            heard = recorder.of("short-7")
+            # What is terminal is heard after what is not.
+            assert [claim.state for claim in heard][-1] == "done"
+            assert len(recorder.of("long")) > 4
+            assert bb.statistics().claims_stored == 300
+            assert recorder.of("chorus-p2p-health")
+        claims = await stored(transport)
+        wanted = [*(f"short-{number}" for number in range(300)), "long"]
+        assert sorted(claim.task_id for claim in claims) == sorted(wanted)
+        assert {claim.state for claim in claims} == {"done", "failed"}
+
+
+async def test_the_stream_is_made_on_demand_with_its_limits() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+        async with session(
+            server, claims_stream="ENDS", claims_max_age=60.0, claims_max_bytes=1_000_000
+        ) as bb:
+            await bb.sleep(2)
+            with pytest.raises(backbeat.TransportBroken, match="stream not found"):
+                await info(transport, "ENDS")
+            bb.start_operation("election").complete()
+            await confirmed(bb)
+        config = (await info(transport, "ENDS")).config
+        assert config.subjects == ["backbeat.status.>"]
+        assert (config.max_age, config.max_bytes, config.num_replicas) == (60.0, 1_000_000, 1)
+        assert config.duplicate_window == 60.0
+
+
+async def test_a_claim_whose_acknowledgement_is_lost_is_stored_once() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+        config = BackbeatConfig(nats_url=server.url, agent_id="a")
+        journal = ClaimStream(transport, config)
+        assert await journal.open()
+        for _ in range(3):
+            assert await journal.store("backbeat.status.a", [("id-1", b"{}"), ("id-2", b"{}")])
+        assert (await info(transport)).state.messages == 2
+
+
+async def test_without_jetstream_claims_are_sent_as_ever() -> None:
+    async with (
+        NatsServer() as server,
+        session(server) as bb,
+        open_recorder(bb) as recorder,
+    ):
+        bb.start_operation("election", id="x").complete()
+        await recorder.wait_for("x", "done")
+        await confirmed(bb)
+        assert bb.statistics().claims_stored == 0
+        assert bb.health().errors == ()
+
+
+@pytest.mark.parametrize("fault", ["refused", "narrow"])
+async def test_where_there_can_be_no_stream_claims_are_sent_as_ever(fault: str) -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+        if fault == "narrow":
+            # Somebody else keeps one agent's claims: there cannot be a stream of all.
+            async def add(client: Client) -> None:
+                await client.jetstream().add_stream(
+                    StreamConfig(name="other", subjects=["backbeat.status.somebody"])
+                )
+
+            await transport.call(add)
+        limit = 2**62 if fault == "refused" else -1
+        async with session(server, claims_max_bytes=limit) as bb, open_recorder(bb) as recorder:
+            bb.start_operation("election", id="x").complete()
+            await recorder.wait_for("x", "done")
+            await confirmed(bb)
+            assert any("no stream of terminal claims" in error for error in bb.health().errors)
+
+
+async def test_a_stream_of_another_name_is_used() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+
+        async def add(client: Client) -> None:
+            await client.jetstream().add_stream(name="mine", subjects=["backbeat.status.*"])
+
+        await transport.call(add)
+        async with session(server) as bb:
+            bb.start_operation("election", id="x").complete()
+            await confirmed(bb)
+            assert bb.statistics().claims_stored == 1
+        assert [claim.task_id for claim in await stored(transport, "mine")] == ["x"]
+
+
+async def test_it_can_be_left_out() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+        async with session(server, store_claims=False) as bb:
+            bb.start_operation("election").complete()
+            await confirmed(bb)
+        with pytest.raises(backbeat.TransportBroken, match="stream not found"):
+            await info(transport)
+
+
+async def test_a_stream_that_goes_away_is_made_again() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport, session(server) as bb:
+        bb.start_operation("election", id="one").complete()
+        await confirmed(bb)
+
+        async def delete(client: Client) -> None:
+            await client.jetstream().delete_stream(STREAM)
+
+        await transport.call(delete)
+        bb.start_operation("election", id="two").complete()
+        await confirmed(bb)
+        assert [claim.task_id for claim in await stored(transport)] == ["two"]
+
+
+async def test_a_stream_that_takes_nothing_is_tried_again_and_listeners_are_told() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+
+        async def seal(client: Client) -> None:
+            js = client.jetstream()
+            await js.add_stream(
+                StreamConfig(name=STREAM, subjects=["backbeat.status.>"], max_msgs=1, discard=NEW)
+            )
+
+        async def unseal(client: Client) -> None:
+            js = client.jetstream()
+            await js.update_stream(
+                StreamConfig(name=STREAM, subjects=["backbeat.status.>"], max_msgs=9, discard=NEW)
+            )
+
+        await transport.call(seal)
+        async with session(server) as bb, open_recorder(bb) as recorder:
+            for name in ("one", "two", "three"):
+                bb.start_operation("election", id=name).complete()
+            for name in ("one", "two", "three"):
+                await recorder.wait_for(name, "done")
+            assert bb.statistics().claims_pending
+            await transport.call(unseal)
+            await confirmed(bb)
+        found = [claim.task_id for claim in await stored(transport)]
+        assert sorted(found) == ["one", "three", "two"]
+
+
+async def test_a_paused_server_holds_claims_back_and_loses_none() -> None:
+    async with NatsServer(["-js"]) as server:
+        async with session(server) as bb:
+            bb.start_operation("election", id="first").complete()
+            await confirmed(bb)
+            server.pause()
+            for number in range(50):
+                bb.start_operation("election", id=f"{number}").complete()
+            await trio.sleep(2)
+            server.resume()
+            await confirmed(bb)
+        async with admin(server.url) as transport:
+            found = sorted(claim.task_id for claim in await stored(transport))
+        assert found == sorted(["first", *map(str, range(50))])
+
+
+async def test_an_account_without_jetstream() -> None:
+    config = """
+    accounts { A { users: [{ user: a, password: a }] }
+               J { jetstream: enabled, users: [{ user: j, password: j }] } }
+    """
+    async with NatsServer(["-js"], config=config) as server:
+        login = {"user": "a", "password": "a"}
+        async with session(server, **login) as bb:
+            bb.start_operation("election").complete()
+            await confirmed(bb)
+            transport = bb._transport
+            assert isinstance(transport, NatsTransport)
+            assert not await KeyValueStore(transport, "backbeat-c").open()
+            assert bb.statistics().claims_stored == 0
+
+
+@asynccontextmanager
+async def cluster(number: int) -> AsyncGenerator[list[NatsServer], None]:
+    """Run servers that are one JetStream."""
+    with ExitStack() as sockets:
+        bound = [sockets.enter_context(socket.socket()) for _ in range(number)]
+        for each in bound:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in bound]
+    routes = ", ".join(f"nats-route://127.0.0.1:{port}" for port in ports)
+    servers = [
+        NatsServer(
+            ["-js"],
+            config=f"server_name: s{port}\n"
+            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{routes}] }}\n",
+        )
+        for port in ports
+    ]
+    async with AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server)
+        yield servers
+
+
+async def settled(open_it: Callable[[], Awaitable[bool]]) -> list[str]:
+    """Try until there is an answer, as everybody does; return what the refusals before it said."""
+    told: list[str] = []
+    with trio.fail_after(60):
+        while True:
+            try:
+                assert await open_it()
+            except Refused:
+                raise
+            except backbeat.TransportBroken as error:
+                told.append(str(error))
+                await trio.sleep(0.1)
+            else:
+                return told
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_jetstream, "_SETTLING", 0.3)
+
+
+async def test_a_cluster_of_three_servers_keeps_three_copies() -> None:
+    async with cluster(3) as servers, admin(servers[0].url) as transport:
+        store = KeyValueStore(transport, "backbeat-c")
+        claims = ClaimStream(transport, BackbeatConfig(agent_id="a"))
+        await settled(store.open)
+        await settled(claims.open)
+        for stream in ("KV_backbeat-c", STREAM):
+            assert (await info(transport, stream)).config.num_replicas == 3
+        assert (store.replicas, store.short, claims.short) == (3, False, False)
+
+
+async def test_a_cluster_of_two_servers_keeps_two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    async with cluster(2) as servers, admin(servers[0].url) as transport:
+        store = KeyValueStore(transport, "backbeat-c")
+        assert (
+            f"JetStream on {servers[0].url}: no suitable peers" in (await settled(store.open))[-1]
+        )
+        config = BackbeatConfig(agent_id="a")
+        claims = ClaimStream(transport, config)
+        await settled(claims.open)
+        for stream in ("KV_backbeat-c", STREAM):
+            assert (await info(transport, stream)).config.num_replicas == 2
+        assert (store.replicas, store.short, claims.short) == (2, True, True)
+        # Who comes later finds them, and has nothing to tell of.
+        again = KeyValueStore(transport, "backbeat-c", replicas=3)
+        assert await again.open()
+        assert (again.replicas, again.short) == (2, False)
+        # Three that were asked for are not made two.
+        with pytest.raises(Refused, match="too few servers with JetStream for 3 copies"):
+            await settled(KeyValueStore(transport, "backbeat-d", replicas=3).open)
+
+
+async def test_a_third_server_that_is_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    async with cluster(3) as servers:
+        async with admin(servers[0].url) as transport:
+            await settled(KeyValueStore(transport, "backbeat-first").open)
+        # The two that come back know that there is a third one, and nothing else of it.
+        for server in servers:
+            server.kill()
+        async with trio.open_nursery() as nursery:
+            for server in servers[:2]:
+                nursery.start_soon(server.start)
+        async with admin(servers[0].url) as transport:
+            store = KeyValueStore(transport, "backbeat-c")
+            refusals = 0
+            with trio.fail_after(60):
+                while refusals < 10:
+                    with pytest.raises(backbeat.TransportBroken) as caught:
+                        await store.open()
+                    assert not isinstance(caught.value, Refused)
+                    refusals += "no suitable peers" in str(caught.value)
+                    await trio.sleep(0.1)
+            await servers[2].start()
+            await settled(store.open)
+            assert (store.replicas, store.short) == (3, False)
+
+
+async def test_copies_that_a_lone_server_does_not_keep() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+        with pytest.raises(Refused, match="keeps no 3 copies: it is not in a cluster"):
+            await KeyValueStore(transport, "backbeat-c", replicas=3).open()
+        with pytest.raises(Refused, match="maximum replicas is 5"):
+            await KeyValueStore(transport, "backbeat-c", replicas=9).open()
+        claims = ClaimStream(transport, BackbeatConfig(agent_id="a", claims_replicas=3))
+        assert not await claims.open()
+        assert claims.reason == "the server keeps no 3 copies: it is not in a cluster"
+        store = KeyValueStore(transport, "backbeat-c")
+        assert await store.open()
+        assert (store.replicas, store.short) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("claims_stream", "no.token"),
+        ("claims_replicas", 6),
+        ("claims_max_bytes", 0),
+        ("claims_max_age", -1.0),
+    ],
+)
+def test_settings_that_cannot_work(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        BackbeatConfig(**{field: value})
