@@ -5,6 +5,7 @@ Folders are layers, from the ground up. Imports between them point downwards onl
 ===============  ===========================================================
 `_errors`        errors, and what a logger must have
 `_wire`          the wire contract: messages, subjects and codecs
+`_checks`        checks of arguments
 `nats_server`    a nats-server of one's own
 `_grid`          pure: the grid, cluster time, and whom an agent believes
 `_config`        settings
@@ -25,6 +26,7 @@ from ._errors import (
     BeatBudgetExceeded as BeatBudgetExceeded,
     ConfigError as ConfigError,
     InvalidTransition as InvalidTransition,
+    Logger as Logger,
     MetronomeUnavailable as MetronomeUnavailable,
     NoResponders as NoResponders,
     OperationExists as OperationExists,
@@ -39,13 +41,11 @@ from ._errors import (
 from ._metronome.metronome import Metronome as Metronome, MetronomeStatistics as MetronomeStatistics
 from ._runtime.health import Health as Health, SessionStatistics as SessionStatistics
 from ._runtime.operations import Operation as Operation, Phase as Phase
-from ._runtime.services import Logger as Logger
 from ._session.lifecycle import session as session
 from ._session.session import Session as Session, current_session as current_session
 from ._time.clock import Beat as Beat, Beats as Beats, BeatScope as BeatScope
+from ._transport.memory import MemoryBus as MemoryBus, MemoryTransport as MemoryTransport
 from ._transport.protocol import (
-    MemoryBus as MemoryBus,
-    MemoryTransport as MemoryTransport,
     Message as Message,
     Reply as Reply,
     Transport as Transport,

@@ -1,6 +1,8 @@
-"""The small tree of errors: what was refused, what you closed, and what broke."""
+"""The small tree of errors: what was refused, what you closed, what broke; and what logs it."""
 
 from __future__ import annotations
+
+from typing import Any, Protocol
 
 import trio
 
@@ -63,3 +65,12 @@ class TLSFailed(TransportBroken):
 
 class NoResponders(TransportBroken):
     """Nobody is subscribed to the subject of a request."""
+
+
+class Logger(Protocol):
+    """What a session logs to; `logging.Logger` is one."""
+
+    def debug(self, msg: object, /, *args: object) -> Any: ...
+    def info(self, msg: object, /, *args: object) -> Any: ...
+    def warning(self, msg: object, /, *args: object) -> Any: ...
+    def error(self, msg: object, /, *args: object) -> Any: ...

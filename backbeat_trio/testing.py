@@ -29,11 +29,12 @@ import trio.testing
 from pytest_trio import trio_fixture
 
 from ._config import BackbeatConfig
+from ._errors import Logger
 from ._metronome.metronome import Metronome
-from ._runtime.services import Logger
 from ._session.lifecycle import session
 from ._session.session import Session
-from ._transport.protocol import MemoryBus, MemoryTransport, Transport
+from ._transport.memory import MemoryBus, MemoryTransport
+from ._transport.protocol import Transport
 from ._wire import ClaimState, StatusClaim
 from .nats_server import NatsServer as NatsServer
 

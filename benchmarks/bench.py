@@ -31,7 +31,8 @@ from trio.lowlevel import TrioToken
 
 from backbeat_trio import BackbeatConfig, Session, TransportBroken
 from backbeat_trio._grid.timeline import Timeline
-from backbeat_trio._time.clock import BeatClock, local_ns
+from backbeat_trio._time.clock import BeatClock
+from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import status_subject
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session

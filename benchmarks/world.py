@@ -18,10 +18,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Final, NamedTuple
 
+from backbeat_trio._grid.estimate import Ping
 from backbeat_trio._grid.follower import Answer, Follower, Heard
 from backbeat_trio._grid.grid import Grid
 from backbeat_trio._grid.punctuality import TempoDrift
-from backbeat_trio._grid.steering import PARTS, Ping, Steering
+from backbeat_trio._grid.steering import PARTS, Steering
 from backbeat_trio._grid.timeline import NEVER, Timeline
 from backbeat_trio._wire import BeatFrame, Segment, SyncReply
 

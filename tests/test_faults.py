@@ -31,10 +31,10 @@ from nats.aio.client import Client
 
 import backbeat_trio as backbeat
 from backbeat_trio import BackbeatConfig, Metronome, Session, StatusClaim
-from backbeat_trio._metronome.ledger import Store
-from backbeat_trio._time.clock import local_ns
+from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport.jetstream import KeyValueStore
 from backbeat_trio._transport.nats import NatsTransport
+from backbeat_trio._transport.store import Store
 from backbeat_trio._wire import BeatFrame, bucket_of, decode_frame, decode_record
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_recorder, open_session
 

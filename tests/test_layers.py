@@ -18,6 +18,7 @@ PACKAGE = Path(backbeat_trio.__file__).parent
 ORDER = [
     "_errors",
     "_wire",
+    "_checks",
     "nats_server",
     "_grid",
     "_config",
@@ -30,10 +31,6 @@ ORDER = [
     "_cli",
     "__main__",
 ]
-
-
-# Checks, the Logger protocol and the store's: they are to move down.
-UPWARDS = {("_metronome", "_runtime"), ("_transport", "_metronome")}
 
 
 def modules() -> Iterator[tuple[str, ...]]:
@@ -78,8 +75,6 @@ def test_every_module_has_its_place() -> None:
 def test_imports_point_downwards() -> None:
     for module in modules():
         for imported in own_imports(module):
-            if (module[0], imported[0]) in UPWARDS:
-                continue
             below = ORDER.index(imported[0]) <= ORDER.index(module[0])
             assert below, f"{module} imports {imported}"
 

@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeAlias, final
 
 from .._wire import BeatFrame, SyncReply
+from .estimate import Estimate, Ping, Verdict, best_ping
 from .grid import Grid
 from .punctuality import Drift, is_late
-from .steering import MIN_STEP_NS, Estimate, Ping, Verdict, best_ping
+from .steering import MIN_STEP_NS
 from .timeline import Timeline, beat_ns
 
 JOINING_PINGS: Final = 16

@@ -19,13 +19,14 @@ from msgspec import Struct
 from msgspec.structs import replace
 from trio_util import AsyncBool
 
+from .._checks import check_integer
 from .._errors import MetronomeUnavailable, TempoRefused, TransportBroken
 from .._grid.changes import ASKED_NS, propose
 from .._grid.steering import Steering
 from .._grid.timeline import Timeline, beat_ns, milli_bpm
-from .._runtime.operations import check_integer
-from .._time.clock import local_ns, seconds_of
+from .._time.local import local_ns, seconds_of
 from .._transport.protocol import Message, Transport
+from .._transport.store import Conflict
 from .._wire import (
     BeatFrame,
     Probe,
@@ -44,7 +45,7 @@ from .._wire import (
     tempo_subject,
     window_id,
 )
-from .ledger import Conflict, Ledger
+from .ledger import Ledger
 
 # How long standbys wait for a leader that does not answer and is not known to be gone.
 _LEASE_BEATS: Final = 2

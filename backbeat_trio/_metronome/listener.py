@@ -9,12 +9,12 @@ import msgspec
 import trio
 from trio_util import AsyncBool
 
-from .._errors import TransportBroken
+from .._errors import Logger, TransportBroken
+from .._grid.estimate import Ping
 from .._grid.follower import Answer, Follower
-from .._grid.steering import Ping
 from .._grid.timeline import NEVER, Timeline
-from .._runtime.services import Logger
-from .._time.clock import BeatClock, local_ns
+from .._time.clock import BeatClock
+from .._time.local import local_ns
 from .._transport.protocol import Transport
 from .._wire import (
     SyncRequest,

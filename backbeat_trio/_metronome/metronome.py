@@ -16,12 +16,15 @@ from typing import NamedTuple, final
 import msgspec
 import trio
 
+from .._checks import check_integer
 from .._errors import MetronomeUnavailable, TransportBroken
 from .._grid.steering import Steering
 from .._grid.timeline import ORIGINS_NS, Timeline, milli_bpm
-from .._runtime.operations import check_integer
-from .._time.clock import BeatClock, local_ns
-from .._transport.protocol import MemoryBus, Message, Transport
+from .._time.clock import BeatClock
+from .._time.local import local_ns
+from .._transport.memory import MemoryBus
+from .._transport.protocol import Message, Transport
+from .._transport.store import Store
 from .._wire import (
     MAX_BEATS_PER_BAR,
     Segment,
@@ -32,7 +35,7 @@ from .._wire import (
     sync_subject,
 )
 from .leader import Counts, Leader, Term
-from .ledger import Ledger, Store
+from .ledger import Ledger
 from .listener import BeatListener
 from .standby import Standby
 

@@ -22,8 +22,10 @@ from msgspec.structs import replace
 from .._errors import NoResponders, TransportBroken
 from .._grid.changes import reschedule
 from .._grid.timeline import Timeline
-from .._time.clock import BeatClock, local_ns
+from .._time.clock import BeatClock
+from .._time.local import local_ns
 from .._transport.protocol import Message, Transport
+from .._transport.store import Conflict
 from .._wire import (
     MAX_INDEX,
     MAX_NS,
@@ -38,7 +40,7 @@ from .._wire import (
     sync_subject,
 )
 from .leader import Counts, Term, lease_ns
-from .ledger import Conflict, Ledger
+from .ledger import Ledger
 from .listener import BeatListener
 
 # How late a frame may be, and how often a leader that owes one is asked.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-import operator
 from collections.abc import Iterable
-from typing import Any, Final, Protocol, SupportsIndex, final
+from typing import Any, Final, Protocol, final
 
+from .._checks import check_integer
 from .._errors import InvalidTransition, OperationExists, OperationNotFound
 from .._wire import ClaimState, StatusClaim
 
@@ -48,21 +48,6 @@ class _Owner(Protocol):
     def advance_operation(self, id: str, phase: Phase, /, *, peers: int | None = None) -> None: ...
     def complete_operation(self, id: str, /, *, peers: int | None = None) -> None: ...
     def fail_operation(self, id: str, /, reason: str) -> None: ...
-
-
-def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:
-    """Refuse what is no integer of at least ``minimum``, naming the parameter."""
-    if value != value:  # noqa: PLR0124 - NaN is what differs from itself
-        raise ValueError(f"`{name}` must not be NaN")
-    if isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an integer, not {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an integer, not {value!r}") from None
-    if number < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, not {number}")
-    return number
 
 
 def _name(name: str, value: str) -> str:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, final
+from typing import final
 
 import trio
 
+from .._errors import Logger
 from .._time.clock import BeatClock, Beats
 from .._transport.protocol import Transport
 from .._wire import format_bpm
-
-
-class Logger(Protocol):
-    """What a session logs to; `logging.Logger` is one."""
-
-    def debug(self, msg: object, /, *args: object) -> Any: ...
-    def info(self, msg: object, /, *args: object) -> Any: ...
-    def warning(self, msg: object, /, *args: object) -> Any: ...
-    def error(self, msg: object, /, *args: object) -> Any: ...
 
 
 @final

@@ -22,10 +22,12 @@ import msgspec
 import trio
 
 from .._config import BackbeatConfig
+from .._errors import Logger
 from .._metronome.metronome import Metronome
 from .._runtime.emitter import ClaimEmitter, Journal
-from .._runtime.services import Logger, tick, watch_connection
-from .._transport.protocol import MemoryTransport, Transport, open_memory_bus
+from .._runtime.services import tick, watch_connection
+from .._transport.memory import MemoryTransport, open_memory_bus
+from .._transport.protocol import Transport
 from .session import MAKER, Session, current
 
 

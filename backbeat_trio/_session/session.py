@@ -14,9 +14,11 @@ import msgspec
 import trio
 from msgspec import UNSET
 
+from .._checks import check_beats, check_index, check_position
 from .._config import BackbeatConfig
 from .._errors import (
     BackbeatError,
+    Logger,
     MetronomeUnavailable,
     SessionClosed,
     TempoRefused,
@@ -28,12 +30,12 @@ from .._grid.timeline import beat_ns, milli_bpm
 from .._metronome.listener import BeatListener
 from .._runtime.emitter import ClaimEmitter, Journal
 from .._runtime.health import Health, SessionStatistics, health_claim
-from .._runtime.operations import Operation, Operations, Phase, check_integer
-from .._runtime.services import Counters, Logger
-from .._time.clock import BeatClock, Beats, BeatScope, check_beats, check_position, local_ns
+from .._runtime.operations import Operation, Operations, Phase
+from .._runtime.services import Counters
+from .._time.clock import BeatClock, Beats, BeatScope
+from .._time.local import local_ns
 from .._transport.protocol import Message, Transport, TransportStatistics
 from .._wire import (
-    MAX_INDEX,
     StatusClaim,
     TempoRequest,
     decode_claims,
@@ -330,7 +332,7 @@ class Session:
 
         """
         milli = milli_bpm("bpm", bpm)
-        return await self._change_grid(milli / 1000, at_beat, _check_index("over", over))
+        return await self._change_grid(milli / 1000, at_beat, check_index("over", over))
 
     async def pause(self, *, at_beat: int | None = None) -> int:
         """Ask the metronome's leader to have the grid stand still. A checkpoint.
@@ -373,7 +375,7 @@ class Session:
 
     async def _change_grid(self, bpm: float | None, at_beat: int | None, over: int = 0) -> int:
         if at_beat is not None:
-            at_beat = _check_index("at_beat", at_beat)
+            at_beat = check_index("at_beat", at_beat)
         self._check_open()
         if self._transport is None:
             raise MetronomeUnavailable("the session is disabled")
@@ -622,14 +624,6 @@ class Session:
             tempo = self._clock.segment().milli_bpm
             claim = health_claim(self.health(), self._config.agent_id, index, tempo)
             self._emitter.emit(claim)
-
-
-def _check_index(name: str, value: int) -> int:
-    # What no message can carry would be dropped by the leader, and look as if there were none.
-    index = check_integer(name, value, 0)
-    if index > MAX_INDEX:
-        raise ValueError(f"`{name}` must be at most {MAX_INDEX}, not {index}")
-    return index
 
 
 def _reason(error: BaseException) -> str:

@@ -19,12 +19,14 @@ from msgspec import Struct
 from trio import CancelScope, current_time
 from trio.lowlevel import Task, current_task
 
+from .._checks import check_beats, check_position
 from .._errors import BeatBudgetExceeded, SessionClosed
 from .._grid.grid import Grid
 from .._grid.punctuality import Punctuality, is_late
 from .._grid.steering import Steering
 from .._grid.timeline import NEVER, Timeline, beat_ns
 from .._wire import BeatPhase, Segment, beat_phase, window_id
+from .local import local_ns, seconds_of
 
 # How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
 _AT_ONCE: Final = 1000
@@ -45,31 +47,6 @@ new_scope: Final[Callable[[type[BeatScope]], BeatScope]] = object.__new__
 # A scope's place in the heap, for as long as its own `_entry` is this very object; its task is who
 # entered it.
 _Entry: TypeAlias = "tuple[float, int, BeatScope, Task]"
-
-
-def check_beats(name: str, value: float) -> float:
-    """Refuse what is no amount of beats, naming the parameter."""
-    try:
-        good = value >= 0
-    except TypeError:
-        good = None
-    if good is None or isinstance(value, str):
-        raise TypeError(f"`{name}` must be a number of beats, not {value!r}")
-    if not good:
-        nan = value != value  # noqa: PLR0124 - NaN is what differs from itself
-        raise ValueError(f"`{name}` must {'not be NaN' if nan else 'be non-negative'}")
-    return value
-
-
-def check_position(name: str, value: float) -> float:
-    """Refuse what is no position, naming the parameter."""
-    try:
-        nan = math.isnan(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be a position in beats, not {value!r}") from None
-    if nan:
-        raise ValueError(f"`{name}` must not be NaN")
-    return value
 
 
 class Beat(Struct, frozen=True):
@@ -636,18 +613,3 @@ class BeatClock:
         if math.isinf(answer):
             return answer
         return self.grid.position_at(round(answer * 1e9))
-
-
-def seconds_of(ns: int) -> float:
-    """Return an instant of local time in seconds of Trio's clock, and never one before it."""
-    seconds = ns / 1e9
-    # Far from a clock's origin floats are coarser than a nanosecond. What sleeps until too early an
-    # instant finds nothing to do, and sleeps until it again.
-    while round(seconds * 1e9) < ns:
-        seconds = math.nextafter(seconds, math.inf)
-    return seconds
-
-
-def local_ns() -> int:
-    """Return Trio's clock in whole nanoseconds: the local time of everything here."""
-    return round(trio.current_time() * 1e9)

@@ -18,9 +18,9 @@ from nats.js.kv import KeyValue
 
 from .._config import BackbeatConfig
 from .._errors import TransportBroken
-from .._metronome.ledger import Conflict, Entry
 from .._wire import status_subject
 from .nats import NatsTransport
+from .store import Conflict, Entry
 
 # What an answer may take. A stream whose leader was killed is back after 7 to 8 s.
 _PATIENCE: Final = 1.0

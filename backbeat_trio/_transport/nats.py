@@ -18,8 +18,9 @@ import trio
 
 from .._config import BackbeatConfig
 from .._errors import ConfigError, NoResponders, TransportBroken
+from .base import BaseTransport, Mailbox, State
 from .nats_client import INBOX, Client, Incoming, Publish, Subscribe, Unsubscribe
-from .protocol import BaseTransport, Mailbox, Message, Reply, State
+from .protocol import Message, Reply
 
 # A first retry soon, as a restarted server is back within 20 ms; later ones leave room for others.
 _BACKOFF_MIN: Final = 0.01

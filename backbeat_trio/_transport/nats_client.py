@@ -31,7 +31,7 @@ from nats.aio.msg import Msg
 
 from .._config import Server
 from .._errors import AuthenticationFailed, BackbeatError, TLSFailed, TransportBroken
-from .._time.clock import local_ns
+from .._time.local import local_ns
 
 # The server is asked for a sign of life this often, and given up after this long without one.
 _PING_EVERY: Final = 0.4

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from backbeat_trio._grid.estimate import Ping
 from backbeat_trio._grid.follower import JOINING_PINGS, STEADY_PINGS, Answer, Follower
 from backbeat_trio._grid.grid import Grid
-from backbeat_trio._grid.steering import MAX_SLEW, MIN_STEP_NS, Ping, Steering
+from backbeat_trio._grid.steering import MAX_SLEW, MIN_STEP_NS, Steering
 from backbeat_trio._grid.timeline import Timeline
 from backbeat_trio._wire import BeatFrame, Segment, SyncReply, beat_phase, window_id
 

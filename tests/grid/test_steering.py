@@ -9,15 +9,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import assume, given, strategies as st
 
-from backbeat_trio._grid.steering import (
-    MAX_SLEW,
-    PARTS,
-    Estimate,
-    Ping,
-    Steering,
-    Verdict,
-    best_ping,
-)
+from backbeat_trio._grid.estimate import Estimate, Ping, Verdict, best_ping
+from backbeat_trio._grid.steering import MAX_SLEW, PARTS, Steering
 from backbeat_trio._grid.timeline import beat_ns
 from backbeat_trio._wire import MAX_MILLI_BPM, MIN_MILLI_BPM
 

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 import backbeat_trio as backbeat
-from backbeat_trio._metronome.ledger import Conflict, Entry
+from backbeat_trio._transport.store import Conflict, Entry
 from backbeat_trio._wire import (
     BeatFrame,
     Probe,

@@ -15,7 +15,7 @@ import trio.testing
 import backbeat_trio as backbeat
 from backbeat_trio._grid.changes import propose
 from backbeat_trio._grid.timeline import Timeline
-from backbeat_trio._time.clock import local_ns
+from backbeat_trio._time.local import local_ns
 from backbeat_trio._wire import (
     BeatFrame,
     Segment,

@@ -15,7 +15,8 @@ from hypothesis import given, settings, strategies as st
 
 from backbeat_trio import BeatBudgetExceeded, SessionClosed
 from backbeat_trio._grid.timeline import Timeline
-from backbeat_trio._time.clock import BeatClock, Beats, BeatScope, local_ns
+from backbeat_trio._time.clock import BeatClock, Beats, BeatScope
+from backbeat_trio._time.local import local_ns
 from backbeat_trio._wire import Segment
 
 

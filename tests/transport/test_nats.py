@@ -45,7 +45,7 @@ from backbeat_trio import (
     TLSFailed,
     TransportBroken,
 )
-from backbeat_trio._time.clock import local_ns
+from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport import nats_client as _nats_client
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio.testing import AGENT_ID, CLUSTER_ID, NatsServer, open_recorder, open_session

@@ -24,9 +24,10 @@ from backbeat_trio import (
     TransportBroken,
     TransportClosed,
 )
-from backbeat_trio._time.clock import local_ns
+from backbeat_trio._time.local import local_ns
+from backbeat_trio._transport.memory import open_memory_bus
 from backbeat_trio._transport.nats import NatsTransport
-from backbeat_trio._transport.protocol import check_subject, matches, open_memory_bus
+from backbeat_trio._transport.protocol import check_subject, matches
 from backbeat_trio.testing import NatsServer, open_session
 
 P = ParamSpec("P")

@@ -1,0 +1,168 @@
+"""What every transport shares: mailboxes, counters, errors, and being closed."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import enum
+import itertools
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import final
+
+import trio
+from trio_util import AsyncValue
+
+from .._errors import TransportBroken, TransportClosed
+from .._time.local import local_ns
+from .protocol import (
+    SUBSCRIPTION_MESSAGES,
+    Message,
+    TransportStatistics,
+    check_pattern,
+    check_subject,
+)
+
+
+class State(enum.Enum):
+    """What can be said of a transport's connection."""
+
+    UP = enum.auto()
+    DOWN = enum.auto()
+    CLOSED = enum.auto()
+
+
+@final
+class Mailbox:
+    """The receiving end of one subscription: bounded, and an async iterator of messages."""
+
+    def __init__(self, subject: str, capacity: int) -> None:
+        self.subject = subject
+        self._send, self._receive = trio.open_memory_channel[Message](capacity)
+
+    def deliver(self, message: Message) -> bool:
+        """Take in a message; return whether there was room for it."""
+        try:
+            self._send.send_nowait(message)
+        except trio.WouldBlock:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the iteration once what is there has been taken."""
+        self._send.close()
+
+    def __aiter__(self) -> Mailbox:
+        return self
+
+    async def __anext__(self) -> Message:
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            raise TransportClosed("the transport has been closed") from None
+
+
+class BaseTransport(abc.ABC):
+    """What both transports share: mailboxes, counters, requests, and being closed."""
+
+    def __init__(self, *, inbox_prefix: str = "_INBOX") -> None:
+        self._state: AsyncValue[State] = AsyncValue(State.DOWN)
+        self.generation = 0
+        self.max_payload = 1024 * 1024
+        self._inbox_prefix = inbox_prefix
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._numbers = itertools.count(1)
+        self._received = self._dropped = self._permission_errors = 0
+        self._last_error: str | None = None
+        self._errors: deque[tuple[int, str]] = deque(maxlen=16)
+
+    @property
+    def connected(self) -> bool:
+        """See `Transport.connected`."""
+        return bool(self._state.value is State.UP)
+
+    async def wait_connected(self, connected: bool = True, /) -> None:
+        """See `Transport.wait_connected`."""
+        wanted = (State.UP,) if connected else (State.DOWN, State.CLOSED)
+        await self._state.wait_value(lambda state: state in wanted or state is State.CLOSED)
+        if connected:
+            self._check_open()
+
+    @abc.abstractmethod
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """See `Transport.run`."""
+
+    @abc.abstractmethod
+    async def flush(self) -> None:
+        """See `Transport.flush`."""
+
+    @abc.abstractmethod
+    def _subscribe(self, number: int, mailbox: Mailbox) -> None: ...
+
+    @abc.abstractmethod
+    def _unsubscribe(self, number: int, mailbox: Mailbox) -> None: ...
+
+    @asynccontextmanager
+    async def open_subscription(
+        self, subject: str, *, capacity: int = SUBSCRIPTION_MESSAGES
+    ) -> AsyncGenerator[AsyncIterator[Message], None]:
+        """See `Transport.open_subscription`."""
+        self._check_open()
+        check_pattern(subject)
+        number, mailbox = next(self._numbers), Mailbox(subject, capacity)
+        self._mailboxes[number] = mailbox
+        self._subscribe(number, mailbox)
+        try:
+            with contextlib.suppress(TransportBroken):
+                await self.flush()
+            yield mailbox
+        finally:
+            del self._mailboxes[number]
+            mailbox.close()
+            self._unsubscribe(number, mailbox)
+
+    def _deliver(self, mailbox: Mailbox, message: Message) -> None:
+        self._received += 1
+        if not mailbox.deliver(message):
+            self._dropped += 1
+
+    def note_error(self, error: str) -> None:
+        """Keep an error for whoever looks at the statistics."""
+        self._errors.append((local_ns(), error))
+
+    def _check_open(self) -> None:
+        if self._state.value is State.CLOSED:
+            raise TransportClosed("the transport has been closed")
+
+    def _check_message(self, subject: str, data: bytes, reply: str = "") -> None:
+        self._check_open()
+        check_subject(subject)
+        if reply:
+            check_subject(reply)
+        if len(data) > self.max_payload:
+            raise ValueError(
+                f"a message of {len(data)} bytes is over the {self.max_payload} allowed"
+            )
+        self._check_connected()
+
+    def _check_connected(self) -> None:
+        self._check_open()
+        if not self.connected:
+            raise TransportBroken(self._last_error or "there is no connection yet")
+
+    def _close(self) -> None:
+        self._state.value = State.CLOSED
+        for mailbox in self._mailboxes.values():
+            mailbox.close()
+
+    def statistics(self) -> TransportStatistics:
+        """See `Transport.statistics`."""
+        return TransportStatistics(
+            connects=self.generation,
+            received=self._received,
+            dropped=self._dropped,
+            permission_errors=self._permission_errors,
+            last_error=self._last_error,
+            recent_errors=tuple(self._errors),
+        )

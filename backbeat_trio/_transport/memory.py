@@ -1,0 +1,139 @@
+"""The in-process bus, and the transport over it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Final, final
+
+import trio
+
+from .._errors import NoResponders, TransportBroken
+from .._grid.timeline import Timeline
+from .._time.local import local_ns
+from .base import BaseTransport, Mailbox, State
+from .protocol import Message, Reply, matches
+
+
+@final
+class MemoryBus:
+    """An in-process bus: what is published on it reaches every transport on it at once.
+
+    It also keeps the grid of the metronome that leads on it, so that the next one takes it over.
+    """
+
+    def __init__(self) -> None:
+        self.leadership: trio.Lock = trio.Lock()
+        self.grid: Timeline | None = None
+        self.origin_ns = 0
+        self.beats_per_bar = 0
+        self.milli_bpm = 0
+        self.epoch = 0
+        self.high_water = -1
+        self.users = 0
+        self._mailboxes: dict[Mailbox, MemoryTransport] = {}
+
+    def _publish(self, message: Message) -> bool:
+        # Returns whether anybody is subscribed.
+        reached = False
+        for mailbox, owner in self._mailboxes.items():
+            if owner.connected and matches(mailbox.subject, message.subject):
+                owner._deliver(mailbox, message)
+                reached = True
+        return reached
+
+
+_buses: Final[trio.lowlevel.RunVar[dict[str, MemoryBus]]] = trio.lowlevel.RunVar("backbeat buses")
+
+
+@asynccontextmanager
+async def open_memory_bus(name: str) -> AsyncGenerator[MemoryBus, None]:
+    """Share the bus of this name with whoever else has it open in this Trio run."""
+    try:
+        buses = _buses.get()
+    except LookupError:
+        buses = {}
+        _buses.set(buses)
+    bus = buses.setdefault(name, MemoryBus())
+    bus.users += 1
+    try:
+        yield bus
+    finally:
+        bus.users -= 1
+        if not bus.users:
+            del buses[name]
+
+
+@final
+class MemoryTransport(BaseTransport):
+    """A transport over a `MemoryBus`; pure Trio, so it works in virtual time."""
+
+    def __init__(self, bus: MemoryBus, *, inbox_prefix: str = "_INBOX") -> None:
+        super().__init__(inbox_prefix=inbox_prefix)
+        self.bus = bus
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """See `Transport.run`."""
+        self.restore()
+        task_status.started()
+        try:
+            await self._state.wait_value(State.CLOSED)
+        finally:
+            self._close()
+
+    async def first_attempt(self) -> None:
+        """See `Transport.first_attempt`."""
+        await trio.lowlevel.checkpoint()
+
+    def sever(self) -> None:
+        """Cut the connection, as an outage would; for tests."""
+        self._check_open()
+        self._last_error = "the connection was severed"
+        self.note_error(self._last_error)
+        self._state.value = State.DOWN
+
+    def restore(self) -> None:
+        """Connect, or connect again after `sever`."""
+        self._check_open()
+        self.generation += 1
+        self._last_error = None
+        self._state.value = State.UP
+
+    def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:
+        """See `Transport.publish_nowait`."""
+        self._check_message(subject, data, reply)
+        self.bus._publish(Message(subject, data, reply, local_ns()))
+
+    async def publish(self, subject: str, data: bytes, *, reply: str = "") -> None:
+        """See `Transport.publish`."""
+        await trio.lowlevel.checkpoint()
+        self.publish_nowait(subject, data, reply=reply)
+
+    async def flush(self) -> None:
+        """See `Transport.flush`."""
+        await trio.lowlevel.checkpoint()
+        self._check_connected()
+
+    async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
+        """See `Transport.request`."""
+        self._check_message(subject, data)
+        inbox = f"{self._inbox_prefix}.{id(self):x}.{next(self._numbers)}"
+        sent_ns = local_ns()
+        async with self.open_subscription(inbox, capacity=1) as answers:
+            if not self.bus._publish(Message(subject, data, inbox, sent_ns)):
+                raise NoResponders(f"nobody answers on {subject}")
+            with trio.move_on_after(timeout):
+                answer = await anext(answers)
+                return Reply(answer.data, sent_ns, answer.received_ns)
+        raise TransportBroken(f"no answer on {subject} within {timeout:g} s")
+
+    async def aclose(self) -> None:
+        """See `Transport.aclose`."""
+        self._close()
+        await trio.lowlevel.checkpoint()
+
+    def _subscribe(self, number: int, mailbox: Mailbox) -> None:
+        self.bus._mailboxes[mailbox] = self
+
+    def _unsubscribe(self, number: int, mailbox: Mailbox) -> None:
+        del self.bus._mailboxes[mailbox]
