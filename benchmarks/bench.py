@@ -215,13 +215,13 @@ async def settle(bb: Session) -> int:
 
 async def send_beats(bb: Session, listener: Peer, beats: int) -> tuple[Heard, int]:
     """Have the claims of some beats sent, each as soon as the last one's are out."""
-    emitter, transport = bb._emitter, bb._transport
+    emitter, transport = bb._runtime.emitter, bb._runtime.transport
     assert emitter is not None
     assert transport is not None
     before = await settle(bb)
     for _ in range(beats):
         # As if a beat had passed: every operation gets on, and its claim changes.
-        bb._operations.rebase(-1)
+        bb._runtime.operations.rebase(-1)
         emitter.beat()
         while emitter._beat_due:  # noqa: ASYNC110 - there is no event
             await trio.sleep(0.001)

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from typing import Final, NamedTuple
 
 from backbeat_trio._grid.estimate import Ping
-from backbeat_trio._grid.follower import Answer, Follower, Heard
+from backbeat_trio._grid.follower import Answer, Follower, FollowerObserver, Heard
 from backbeat_trio._grid.grid import Grid
 from backbeat_trio._grid.punctuality import TempoDrift
 from backbeat_trio._grid.steering import PARTS, Steering
@@ -201,7 +201,7 @@ class History:
         return self.reigns[0].cluster_at(true_ns)
 
 
-class Agent:
+class Agent(FollowerObserver):
     """An agent: a real follower, and its surroundings; also a standby or a region's metronome."""
 
     def __init__(
@@ -223,9 +223,7 @@ class Agent:
         self.stalls = self._make_stalls(seconds) if stalls else []
         timeline = Timeline((Segment(0, 0, 0, 0, MILLI),))
         self.grid = Grid(timeline, Steering(-clock.local(join_ns)), BEATS_PER_BAR)
-        self.follower = Follower(self.grid, cluster_id=CLUSTER_ID)
-        self.follower.on_lock = self._on_lock
-        self.follower.on_followed = self._on_followed
+        self.follower = Follower(self.grid, cluster_id=CLUSTER_ID, observer=self)
         self.grid.on_rebase = self._on_rebase
         self.grid.on_change = self._on_change
         # A metronome that follows leads its own region with what it knows.
@@ -372,10 +370,12 @@ class Agent:
 
     # What its follower and its grid tell.
 
-    def _on_lock(self) -> None:
+    def on_lock(self) -> None:
+        """Note when it has locked."""
         self.locked_ns = min(self.locked_ns, self.now)
 
-    def _on_followed(self) -> None:
+    def on_followed(self) -> None:
+        """Count what it says of the frames."""
         before, self.verdict = self.verdict, self.follower.drift.verdict
         self.verdicts[self.verdict] += 1
         self.flaps += before == "acceptable" != self.verdict

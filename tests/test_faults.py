@@ -316,7 +316,7 @@ class Agent:
             self.tempos[beat.index] = beat.tempo_bpm
 
     async def hear(self, task_status: trio.TaskStatus[None]) -> None:
-        transport = self.bb._transport
+        transport = self.bb._runtime.transport
         assert transport is not None
         async with transport.open_subscription(f"backbeat.beat.{CLUSTER_ID}") as messages:
             task_status.started()
@@ -458,7 +458,7 @@ async def test_leader_is_killed_within_a_probe() -> None:
         agents(server.url) as everybody,
     ):
         first = everybody[0]
-        transport = first.bb._transport
+        transport = first.bb._runtime.transport
         assert transport is not None
         await until(lambda: any("locked" in pulses.log(f"pulse-{n}") for n in (1, 2, 3)))
         await trio.sleep(1.5)
@@ -1118,7 +1118,7 @@ async def test_half_open_server_is_left_for_a_healthy_one(thorough: bool, report
             open_recorder(listening.bb) as recorder,
             trio.open_nursery() as nursery,
         ):
-            transport = bb._transport
+            transport = bb._runtime.transport
             assert transport is not None
             await until(lambda: bb.health().connected)
             # The metronome is on the other one.

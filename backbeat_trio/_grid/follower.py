@@ -13,8 +13,10 @@ grid that is steered, a wish to ask the leader, and when to do so next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple, TypeAlias, final
+
+from msgspec import Struct
 
 from .._wire import BeatFrame, SyncReply
 from .estimate import Estimate, Ping, Verdict, best_ping
@@ -47,21 +49,38 @@ class Heard(NamedTuple):
     received_ns: int
 
 
-@final
-class Counts:
-    """What a follower, and who feeds it, count."""
+class FollowCounts(Struct):
+    """What a follower counts, and who feeds it."""
 
-    def __init__(self) -> None:
-        self.frames = 0
-        self.frames_undecodable = 0
-        self.frames_foreign = 0
-        self.frames_stale_epoch = 0
-        self.frames_repeated = 0
-        self.frames_unexplained = 0
-        self.pings = 0
-        self.pings_failed = 0
-        self.pings_outlying = 0
-        self.locks = 0
+    frames: int = 0
+    frames_undecodable: int = 0
+    frames_foreign: int = 0
+    frames_stale_epoch: int = 0
+    frames_repeated: int = 0
+    frames_unexplained: int = 0
+    pings: int = 0
+    pings_failed: int = 0
+    pings_outlying: int = 0
+    locks: int = 0
+
+
+class FollowerObserver:
+    """Whom a follower calls. Each method does nothing unless it is overridden."""
+
+    def on_followed(self) -> None:
+        """Take note that a frame was followed, or that the grid was locked to."""
+
+    def on_lock(self) -> None:
+        """Take note of a lock: the first one, or one to another grid. `on_followed` comes next."""
+
+    def on_leader(self) -> None:
+        """Take note that somebody else leads on the same grid."""
+
+    def on_stale(self, epoch: int) -> None:
+        """Take note of a frame of an epoch that is over."""
+
+    def on_odd(self, text: str) -> None:
+        """Take note of what somebody ought to look at."""
 
 
 @final
@@ -71,10 +90,13 @@ class Follower:
     Args:
       grid: moved and steered from here only, but for what its owner does.
       cluster_id: frames and answers of other clusters are none.
+      observer: is called when something has happened.
 
     """
 
-    def __init__(self, grid: Grid, *, cluster_id: str) -> None:
+    def __init__(
+        self, grid: Grid, *, cluster_id: str, observer: FollowerObserver | None = None
+    ) -> None:
         self.grid: Grid = grid
         self.locked: bool = False
         """Whether the grid is the cluster's."""
@@ -85,17 +107,8 @@ class Follower:
         self.question: Heard | None = None
         """A frame that is not believed before the leader was asked about it."""
         self.drift: Drift = Drift()
-        self.counts: Counts = Counts()
-        self.on_followed: Callable[[], object] = lambda: None
-        """Called when a frame has been followed, and after a lock."""
-        self.on_lock: Callable[[], None] = lambda: None
-        """Called before that after a lock: the first one, or one to another grid."""
-        self.on_leader: Callable[[], None] = lambda: None
-        """Called when somebody else leads on the same grid."""
-        self.on_stale: Callable[[int], None] = lambda epoch: None
-        """Called with the epoch of a frame that comes too late for it."""
-        self.on_odd: Callable[[str], None] = lambda text: None
-        """Called with what somebody ought to look at."""
+        self.counts: FollowCounts = FollowCounts()
+        self._observer = observer or FollowerObserver()
         self._cluster_id = cluster_id
         self._estimate = Estimate()
         # When that frame came, in local time; or when the grid was locked to.
@@ -152,8 +165,8 @@ class Follower:
             return False
         if frame.epoch < self.epoch and not self.in_holdover(now_ns):
             counts.frames_stale_epoch += 1
-            self.on_odd(f"a frame of epoch {frame.epoch} while epoch {self.epoch} leads")
-            self.on_stale(frame.epoch)
+            self._observer.on_odd(f"a frame of epoch {frame.epoch} while epoch {self.epoch} leads")
+            self._observer.on_stale(frame.epoch)
             return False
         # A grid that stands still is told of again and again.
         first = self._next_index - (not frame.segment.milli_bpm)
@@ -205,7 +218,7 @@ class Follower:
         self._judged_epoch = frame.epoch
         if moves and not waited and not taken_over:
             self.drift.add(due, received_ns, late - due, beat)
-        self.on_followed()
+        self._observer.on_followed()
 
     def _is_better_than_pings(self, received_ns: int) -> bool:
         estimate = self._estimate
@@ -219,7 +232,7 @@ class Follower:
             return
         frame, self.question = self.question.frame, None
         self.counts.frames_unexplained += 1
-        self.on_odd(
+        self._observer.on_odd(
             f"a frame of epoch {frame.epoch} that the leader of epoch {self.epoch} "
             "does not bear out"
         )
@@ -229,7 +242,7 @@ class Follower:
         newer = timeline.segments[-1].seq >= present.segments[-1].seq
         if told.epoch != self.epoch:
             self.epoch, self.leader_id = told.epoch, told.leader_id
-            self.on_leader()
+            self._observer.on_leader()
             newer = True
         # A reply may have been on its way for longer than the frame that told of a change.
         if newer and timeline.segments != present.segments:
@@ -267,7 +280,7 @@ class Follower:
         """
         epoch = max((reply.epoch for _, reply in answers), default=-1)
         if any(reply.epoch != epoch for _, reply in answers):
-            self.on_odd(f"pings are answered in several epochs, up to {epoch}")
+            self._observer.on_odd(f"pings are answered in several epochs, up to {epoch}")
             answers = [(ping, reply) for ping, reply in answers if reply.epoch == epoch]
         burst = [ping for ping, _ in answers]
         best = best_ping(burst)
@@ -279,7 +292,9 @@ class Follower:
         reply = answers[-1][1]
         if self.locked and reply.epoch < self.epoch and not self.in_holdover(now_ns):
             self.counts.frames_stale_epoch += 1
-            self.on_odd(f"a ping is answered in epoch {reply.epoch} while epoch {self.epoch} leads")
+            self._observer.on_odd(
+                f"a ping is answered in epoch {reply.epoch} while epoch {self.epoch} leads"
+            )
             return True
         try:
             timeline = Timeline.of(reply)
@@ -317,7 +332,7 @@ class Follower:
             self.drift.clear()
         if self._is_mistaken(timeline, same=same, epoch=reply.epoch):
             self.counts.frames_unexplained += 1
-            self.on_odd("the leader knows nothing of what frames in its name have told")
+            self._observer.on_odd("the leader knows nothing of what frames in its name have told")
             if same:
                 grid.adopt(timeline, now_ns)
                 self._next_index = min(self._next_index, grid.index_at(now_ns) + 1)
@@ -325,7 +340,7 @@ class Follower:
                 self._lock(reply, timeline, estimate.offset_at(now_ns), now_ns, estimate.frequency)
         if verdict is Verdict.OUTLYING or not timeline.continues(grid.timeline, apart):
             self.counts.pings_outlying += 1
-            self.on_odd("a ping's answer contradicts what is known of cluster time")
+            self._observer.on_odd("a ping's answer contradicts what is known of cluster time")
             return Verdict.OUTLYING
         self._follow(reply, timeline, now_ns)
         grid.steer(estimate.offset_at(now_ns), now_ns, estimate.frequency)
@@ -380,5 +395,5 @@ class Follower:
         self._next_index = grid.index_at(now_ns)
         self.told_ns, self._told_at_ns = timeline.last_beat(grid.cluster_at(now_ns)), now_ns
         self.counts.locks += 1
-        self.on_lock()
-        self.on_followed()
+        self._observer.on_lock()
+        self._observer.on_followed()

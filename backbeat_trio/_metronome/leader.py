@@ -8,7 +8,6 @@ the record alone: a frame of a higher epoch, or having stood still for long, mak
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, final
@@ -20,7 +19,7 @@ from msgspec.structs import replace
 from trio_util import AsyncBool
 
 from .._checks import check_integer
-from .._errors import MetronomeUnavailable, TempoRefused, TransportBroken
+from .._errors import Logger, MetronomeUnavailable, TempoRefused, TransportBroken
 from .._grid.changes import ASKED_NS, propose
 from .._grid.steering import Steering
 from .._grid.timeline import Timeline, beat_ns, milli_bpm
@@ -101,28 +100,39 @@ class Term(Struct, frozen=True):
         )
 
 
-@final
-class Counts:
-    """What a metronome counts over its terms; made a snapshot by `Metronome.statistics`."""
+class MetronomeCounts(Struct):
+    """What a metronome counts over its terms; `Metronome.statistics` makes a snapshot of it."""
 
-    def __init__(self) -> None:
-        self.frames = 0
-        self.frames_unsent = 0
-        self.syncs = 0
-        self.tempo_changes = 0
-        self.refused = 0
-        self.undecodable = 0
-        self.takeovers = 0
-        self.deposed = 0
-        self.probes = 0
-        self.commits = 0
-        self.commits_failed = 0
-        self.frames_foreign = 0
+    frames: int = 0
+    frames_unsent: int = 0
+    syncs: int = 0
+    tempo_changes: int = 0
+    refused: int = 0
+    undecodable: int = 0
+    takeovers: int = 0
+    deposed: int = 0
+    probes: int = 0
+    commits: int = 0
+    commits_failed: int = 0
+    frames_foreign: int = 0
 
 
 @final
 class Leader:
-    """The leader of a cluster, for one term."""
+    """The leader of a cluster, for one term.
+
+    Args:
+      transport: run by somebody else.
+      term: what it begins with.
+      cluster_id: the cluster to lead.
+      leader_id: the name that goes into the frames.
+      counts: counted up.
+      logger: where it says what it does.
+      ledger: the record that it keeps; None where there is none.
+      keep: called with the record whenever the term has changed; None is nobody. It is for what
+        needs no waiting: what keeps the grid in this process.
+
+    """
 
     def __init__(
         self,
@@ -131,9 +141,10 @@ class Leader:
         *,
         cluster_id: str,
         leader_id: str,
-        counts: Counts,
-        logger: logging.Logger,
+        counts: MetronomeCounts,
+        logger: Logger,
         ledger: Ledger | None = None,
+        keep: Callable[[Record], None] | None = None,
     ) -> None:
         self.timeline: Timeline = term.timeline
         self.epoch: int = term.epoch
@@ -149,7 +160,7 @@ class Leader:
         self._counts = counts
         self._logger = logger
         self._ledger = ledger
-        self.keep: Callable[[Leader], None] = lambda leader: None
+        self._keep_now = keep
         self._committing = trio.Lock()
         self._changing = trio.Lock()
         self._look = AsyncBool(False)
@@ -182,6 +193,10 @@ class Leader:
             told_seq=self.told_seq,
         )
 
+    def _changed(self) -> None:
+        if self._keep_now is not None:
+            self._keep_now(self.present_term().record(self._cluster_id, self._leader_id))
+
     # Beating.
 
     async def run(
@@ -202,7 +217,7 @@ class Leader:
             self._leader_id,
             self.epoch,
         )
-        self.keep(self)
+        self._changed()
         try:
             with self._scope:
                 # The first frame may be overdue: it waits for no subscription.
@@ -265,7 +280,7 @@ class Leader:
             self.milli_bpm = present.milli_bpm
         if index > self.sent or not present.milli_bpm:
             self.sent = max(self.sent, index)
-            self.keep(self)
+            self._changed()
             self._publish(self.frame(index))
             if index % self.beats_per_bar == 0:
                 self._look.value = True
@@ -457,7 +472,7 @@ class Leader:
         still = not self.timeline.segments[0].milli_bpm
         given_up = [s for s in self.timeline.segments[1:] if s not in timeline.segments]
         self.timeline = timeline
-        self.keep(self)
+        self._changed()
         self._counts.tempo_changes += 1
         tempo = timeline.segments[-1].milli_bpm / 1000
         if not tempo:

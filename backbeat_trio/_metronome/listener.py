@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Final, final
 
 import msgspec
@@ -11,7 +12,7 @@ from trio_util import AsyncBool
 
 from .._errors import Logger, TransportBroken
 from .._grid.estimate import Ping
-from .._grid.follower import Answer, Follower
+from .._grid.follower import Answer, Follower, FollowerObserver
 from .._grid.timeline import NEVER, Timeline
 from .._time.clock import BeatClock
 from .._time.local import local_ns
@@ -32,8 +33,18 @@ _LOG_EVERY_NS: Final = 1_000_000_000
 
 
 @final
-class BeatListener:
-    """Follows the leader of a cluster over a transport, and steers a clock by it."""
+class BeatListener(FollowerObserver):
+    """Follows the leader of a cluster over a transport, and steers a clock by it.
+
+    Args:
+      clock: is steered.
+      transport: run by somebody else.
+      cluster_id: the cluster to follow.
+      agent_id: the name that goes into pings.
+      logger: where it says what it notices.
+      on_stale: called with the epoch of a frame whose epoch is over; None is nobody.
+
+    """
 
     def __init__(
         self,
@@ -43,8 +54,9 @@ class BeatListener:
         cluster_id: str,
         agent_id: str,
         logger: Logger,
+        on_stale: Callable[[int], None] | None = None,
     ) -> None:
-        self.follower: Follower = Follower(clock.grid, cluster_id=cluster_id)
+        self.follower: Follower = Follower(clock.grid, cluster_id=cluster_id, observer=self)
         self.locked = trio.Event()
         self.followed: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
         """Where to wait for a frame that is followed, or a lock."""
@@ -57,10 +69,7 @@ class BeatListener:
         self._logger = logger
         self._logged_ns = -_LOG_EVERY_NS
         self._ask = AsyncBool(False)
-        self.follower.on_followed = self.followed.unpark_all
-        self.follower.on_lock = self._on_lock
-        self.follower.on_leader = self._on_leader
-        self.follower.on_odd = self._on_odd
+        self._on_stale = on_stale
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen and steer until cancelled."""
@@ -79,7 +88,7 @@ class BeatListener:
                         raise ValueError("a frame of a beat that does not come")
                 except (msgspec.DecodeError, ValueError):
                     self.follower.counts.frames_undecodable += 1
-                    self._on_odd("a frame that cannot be decoded")
+                    self.on_odd("a frame that cannot be decoded")
                     continue
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
@@ -119,19 +128,26 @@ class BeatListener:
                 break
             except msgspec.DecodeError:
                 counts.pings_failed += 1
-                self._on_odd("an answer to a ping that cannot be decoded")
+                self.on_odd("an answer to a ping that cannot be decoded")
                 continue
             except ValueError as error:
                 # A server that takes only small messages: then there are frames.
                 counts.pings_failed += 1
-                self._on_odd(f"no pings: {error}")
+                self.on_odd(f"no pings: {error}")
                 break
             if reply.cluster_id == self._cluster_id:
                 ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)
                 answers.append((ping, reply))
         return answers
 
-    def _on_lock(self) -> None:
+    # What the follower calls.
+
+    def on_followed(self) -> None:
+        """Wake whoever waits for a frame."""
+        self.followed.unpark_all()
+
+    def on_lock(self) -> None:
+        """Say whose grid it is, and let whoever waits for a lock go on."""
         follower = self.follower
         self._logger.info(
             "locked to the grid - leader=%s epoch=%d beat=%d",
@@ -141,11 +157,18 @@ class BeatListener:
         )
         self.locked.set()
 
-    def _on_leader(self) -> None:
+    def on_leader(self) -> None:
+        """Say who leads now."""
         follower = self.follower
         self._logger.info("another leader - leader=%s epoch=%d", follower.leader_id, follower.epoch)
 
-    def _on_odd(self, text: str) -> None:
+    def on_stale(self, epoch: int) -> None:
+        """Pass on the epoch of a frame whose epoch is over."""
+        if self._on_stale is not None:
+            self._on_stale(epoch)
+
+    def on_odd(self, text: str) -> None:
+        """Keep what looked odd for `Session.health`, and log it where it is new."""
         # Once, and not every time that it is seen; and not as often as somebody else likes.
         now = local_ns()
         others = [entry for entry in self.recent_errors if entry[1] != text]

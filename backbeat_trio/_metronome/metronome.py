@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import NamedTuple, final
 
@@ -17,26 +17,26 @@ import msgspec
 import trio
 
 from .._checks import check_integer
-from .._errors import MetronomeUnavailable, TransportBroken
+from .._errors import Logger, MetronomeUnavailable, TransportBroken
 from .._grid.steering import Steering
 from .._grid.timeline import ORIGINS_NS, Timeline, milli_bpm
-from .._time.clock import BeatClock
 from .._time.local import local_ns
 from .._transport.memory import MemoryBus
 from .._transport.protocol import Message, Transport
-from .._transport.store import Store
+from .._transport.store import MemoryStore, Store
 from .._wire import (
     MAX_BEATS_PER_BAR,
+    Record,
     Segment,
     SyncReply,
     SyncRequest,
+    decode_record,
     decode_sync_reply,
     encode,
     sync_subject,
 )
-from .leader import Counts, Leader, Term
+from .leader import Leader, MetronomeCounts, Term
 from .ledger import Ledger
-from .listener import BeatListener
 from .standby import Standby
 
 
@@ -85,7 +85,7 @@ class Metronome:
       bus: the in-process bus whose grid it takes over and keeps; None where there is none.
       store: what it shares with other metronomes of the cluster, such as a key in JetStream; None
         where there is nothing.
-      logger: where it says what it does.
+      logger: where it says what it does; by default ``logging.getLogger("backbeat_trio")``.
 
     Raises:
       TypeError, ValueError: for a tempo or a bar length that is none; the text names it.
@@ -102,7 +102,7 @@ class Metronome:
         beats_per_bar: int = 8,
         bus: MemoryBus | None = None,
         store: Store | None = None,
-        logger: logging.Logger | None = None,
+        logger: Logger | None = None,
     ) -> None:
         self._transport = transport
         self._cluster_id = cluster_id
@@ -113,8 +113,8 @@ class Metronome:
             raise ValueError(f"`beats_per_bar` must be at most {MAX_BEATS_PER_BAR:,}")
         self._bus = bus
         self._ledger = None if store is None else Ledger(store, cluster_id)
-        self._logger = logger or logging.getLogger("backbeat_trio")
-        self._counts = Counts()
+        self._logger: Logger = logger or logging.getLogger("backbeat_trio")
+        self._counts = MetronomeCounts()
         self._leader: Leader | None = None
         self._seen = -1
 
@@ -130,8 +130,22 @@ class Metronome:
 
     def statistics(self) -> MetronomeStatistics:
         """Return the counters."""
-        unreadable = 0 if self._ledger is None else self._ledger.unreadable
-        return MetronomeStatistics(**vars(self._counts), records_unreadable=unreadable)
+        counts = self._counts
+        return MetronomeStatistics(
+            frames=counts.frames,
+            frames_unsent=counts.frames_unsent,
+            syncs=counts.syncs,
+            tempo_changes=counts.tempo_changes,
+            refused=counts.refused,
+            undecodable=counts.undecodable,
+            takeovers=counts.takeovers,
+            deposed=counts.deposed,
+            probes=counts.probes,
+            commits=counts.commits,
+            commits_failed=counts.commits_failed,
+            frames_foreign=counts.frames_foreign,
+            records_unreadable=0 if self._ledger is None else self._ledger.unreadable,
+        )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Lead whenever it is this one's turn, until cancelled. A checkpoint.
@@ -144,7 +158,7 @@ class Metronome:
 
         """
         if self._bus is not None:
-            await self._run_on_bus(self._bus, task_status)
+            await self._run_on_bus(self._bus.store_of(self._cluster_id), task_status)
         elif self._ledger is not None:
             await self._run_by_turns(self._ledger, task_status)
         else:
@@ -153,35 +167,37 @@ class Metronome:
             term = self._first_term(time.time_ns() // 1_000_000)
             await self._lead(self._make_leader(term), task_status=task_status)
 
-    async def _run_on_bus(self, bus: MemoryBus, task_status: trio.TaskStatus[None]) -> None:
+    async def _run_on_bus(self, store: MemoryStore, task_status: trio.TaskStatus[None]) -> None:
         try:
-            bus.leadership.acquire_nowait()
+            store.turn.acquire_nowait()
         except trio.WouldBlock:
             task_status.started()
             task_status = trio.TASK_STATUS_IGNORED
-            await bus.leadership.acquire()
+            await store.turn.acquire()
         try:
-            term = self._first_term(bus.epoch + 1)
-            if bus.grid is not None:
-                term = Term(
-                    epoch=bus.epoch + 1,
-                    timeline=bus.grid,
-                    steering=Steering(-bus.origin_ns),
-                    beats_per_bar=bus.beats_per_bar,
-                    sent=bus.high_water,
-                    milli_bpm=bus.milli_bpm,
-                )
-            bus.origin_ns = -term.steering.target_at(0)
+            term = self._next_term(store)
+            store.offset_ns = term.steering.target_at(0)
 
-            def keep(leader: Leader) -> None:
-                bus.grid, bus.epoch, bus.high_water = leader.timeline, leader.epoch, leader.sent
-                bus.beats_per_bar, bus.milli_bpm = leader.beats_per_bar, leader.milli_bpm
+            def keep(record: Record) -> None:
+                store.write_nowait(encode(record), store.read_nowait().revision)
 
-            leader = self._make_leader(term)
-            leader.keep = keep
-            await self._lead(leader, task_status=task_status)
+            await self._lead(self._make_leader(term, keep=keep), task_status=task_status)
         finally:
-            bus.leadership.release()
+            store.turn.release()
+
+    def _next_term(self, store: MemoryStore) -> Term:
+        data = store.read_nowait().data
+        if not data:
+            return self._first_term(1)
+        record = decode_record(data)
+        return Term(
+            epoch=record.epoch + 1,
+            timeline=Timeline(record.segments),
+            steering=Steering(store.offset_ns),
+            beats_per_bar=record.beats_per_bar,
+            sent=record.high_water,
+            milli_bpm=record.milli_bpm,
+        )
 
     async def _run_by_turns(self, ledger: Ledger, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
@@ -189,28 +205,19 @@ class Metronome:
         while True:
             async with AsyncExitStack() as stack:
                 async with trio.open_nursery() as nursery:
-                    clock = BeatClock.local(self._milli, self._beats_per_bar)
-                    listener = BeatListener(
-                        clock,
-                        self._transport,
-                        cluster_id=self._cluster_id,
-                        agent_id=self._leader_id,
-                        logger=self._logger,
-                    )
-                    await nursery.start(clock.run)
-                    await nursery.start(listener.run)
                     standby = Standby(
-                        clock,
-                        listener,
                         self._transport,
                         ledger,
                         cluster_id=self._cluster_id,
                         leader_id=self._leader_id,
+                        milli_bpm=self._milli,
+                        beats_per_bar=self._beats_per_bar,
                         counts=self._counts,
                         logger=self._logger,
                         seen=self._seen,
                         former=former,
                     )
+                    await nursery.start(standby.follow)
                     term, probes = await standby.wait_for_turn(
                         stack, self._first_term(0, nonce=secrets.token_hex(8))
                     )
@@ -236,7 +243,7 @@ class Metronome:
             nonce=nonce,
         )
 
-    def _make_leader(self, term: Term) -> Leader:
+    def _make_leader(self, term: Term, *, keep: Callable[[Record], None] | None = None) -> Leader:
         return Leader(
             self._transport,
             term,
@@ -245,6 +252,7 @@ class Metronome:
             counts=self._counts,
             logger=self._logger,
             ledger=self._ledger,
+            keep=keep,
         )
 
     async def _lead(

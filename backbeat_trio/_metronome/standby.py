@@ -9,7 +9,6 @@ several standbys is the record: only one of them writes over the revision that a
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -19,7 +18,7 @@ import msgspec
 import trio
 from msgspec.structs import replace
 
-from .._errors import NoResponders, TransportBroken
+from .._errors import Logger, NoResponders, TransportBroken
 from .._grid.changes import reschedule
 from .._grid.timeline import Timeline
 from .._time.clock import BeatClock
@@ -39,7 +38,7 @@ from .._wire import (
     lead_subject,
     sync_subject,
 )
-from .leader import Counts, Term, lease_ns
+from .leader import MetronomeCounts, Term, lease_ns
 from .ledger import Ledger
 from .listener import BeatListener
 
@@ -60,40 +59,67 @@ _ASK: Final = 0.1
 
 @final
 class Standby:
-    """A metronome that does not lead."""
+    """A metronome that does not lead.
+
+    Args:
+      transport: run by somebody else.
+      ledger: the record that metronomes share.
+      cluster_id: the cluster.
+      leader_id: the name of this metronome.
+      milli_bpm: the tempo of a grid that begins here, in thousandths of a beat a minute.
+      beats_per_bar: the bar length of such a grid.
+      counts: counted up.
+      logger: where it says what it does.
+      seen: the highest epoch that was heard of in an earlier life; -1 for none.
+      former: the term that ended for this standby to begin; it may be all that is left of the grid.
+
+    """
 
     def __init__(
         self,
-        clock: BeatClock,
-        listener: BeatListener,
         transport: Transport,
         ledger: Ledger,
         *,
         cluster_id: str,
         leader_id: str,
-        counts: Counts,
-        logger: logging.Logger,
+        milli_bpm: int,
+        beats_per_bar: int,
+        counts: MetronomeCounts,
+        logger: Logger,
         seen: int,
         former: Term | None = None,
     ) -> None:
-        self._clock = clock
-        self._listener = listener
-        self._follower = listener.follower
+        self._clock = BeatClock.local(milli_bpm, beats_per_bar)
+        self._listener = BeatListener(
+            self._clock,
+            transport,
+            cluster_id=cluster_id,
+            agent_id=leader_id,
+            logger=logger,
+            on_stale=self._depose,
+        )
+        self._follower = self._listener.follower
         self._transport = transport
         self._ledger = ledger
         self._cluster_id = cluster_id
         self._leader_id = leader_id
         self._counts = counts
         self._logger = logger
-        # The highest epoch that was heard of, in this life or an earlier one.
         self._seen = seen
-        # The term that ended for this standby to begin; it may be all that is left of the grid.
         self._former = former
         self._why = ""
         self._stands_by = False
         self._troubled = False
         self._generation = transport.generation
-        self._follower.on_stale = self._tell
+
+    async def follow(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Follow the grid as an agent does, until cancelled. To be run beside `wait_for_turn`."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._clock.run)
+            await nursery.start(self._listener.run)
+            task_status.started()
 
     async def wait_for_turn(
         self, stack: AsyncExitStack, fresh: Term
@@ -123,7 +149,7 @@ class Standby:
             else:
                 self._troubled = False
 
-    def _tell(self, epoch: int) -> None:
+    def _depose(self, epoch: int) -> None:
         # A leader that was replaced without knowing, as it stood still or was cut off.
         with contextlib.suppress(TransportBroken):
             self._transport.publish_nowait(

@@ -22,8 +22,8 @@ from .._errors import TransportBroken
 from .._time.clock import BeatClock
 from .._transport.protocol import Transport
 from .._wire import ClaimArrays, StatusClaim, encode_claim, status_subject
+from .health import ClaimCounts
 from .operations import Operations
-from .services import Counters
 
 # How many claims are encoded in one go: about half a millisecond of the loop.
 _SLICE: Final = 512
@@ -86,7 +86,7 @@ class ClaimEmitter:
         operations: Operations,
         *,
         agent_id: str,
-        counters: Counters,
+        counters: ClaimCounts,
         journal: Journal | None = None,
     ) -> None:
         self._clock = clock

@@ -89,6 +89,15 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     """The transport's counters; None where there is no transport."""
 
 
+class ClaimCounts(msgspec.Struct):
+    """What a session counts of claims; see `SessionStatistics`."""
+
+    claims_sent: int = 0
+    claims_stored: int = 0
+    claims_coalesced: int = 0
+    claims_undecodable: int = 0
+
+
 def health_claim(health: Health, agent_id: str, index: int, milli_bpm: int) -> StatusClaim:
     """Make the claim that tells of an agent's health."""
     return StatusClaim(

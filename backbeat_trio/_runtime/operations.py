@@ -1,8 +1,12 @@
-"""The six-phase machine of operations, and the claims of its transitions. Pure: beats come in."""
+"""The six-phase machine of operations, and the claims of its transitions.
+
+Nothing here reads a clock or sends anything: both is the business of the session's `Host`.
+"""
 
 from __future__ import annotations
 
 import enum
+import secrets
 from collections.abc import Iterable
 from typing import Any, Final, Protocol, final
 
@@ -38,22 +42,36 @@ ESTIMATES: Final = {
 """Minimum and maximum of beats of the operation types known by name; the maximum is the budget."""
 
 DEFAULT_ESTIMATE: Final = 8
-# Characters of a type or an id.
-_LONGEST: Final = 1000
 """Budget, in beats, of an operation of another type that names none: a bar by default."""
 
+# The most characters of a type or an id.
+_MAX_NAME: Final = 1000
+# How many characters of its type an id that is made up begins with.
+_TYPE_IN_ID: Final = 100
+# A name of its own, as the comparison with it is made for each operation on each beat.
+_COMPLETED: Final = Phase.COMPLETED
 
-class _Owner(Protocol):
-    def current_beat(self) -> int: ...
-    def advance_operation(self, id: str, phase: Phase, /, *, peers: int | None = None) -> None: ...
-    def complete_operation(self, id: str, /, *, peers: int | None = None) -> None: ...
-    def fail_operation(self, id: str, /, reason: str) -> None: ...
+
+class Host(Protocol):
+    """What operations need of the session that they belong to."""
+
+    def current_beat(self) -> int:
+        """Return the index of the present beat."""
+        ...
+
+    def check_open(self) -> None:
+        """Raise `SessionClosed` where the session was left."""
+        ...
+
+    def emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
+        """Queue a claim."""
+        ...
 
 
 def _name(name: str, value: str) -> str:
     # It must fit into any message, and unlike notes it cannot be shortened.
-    if len(_text(name, value)) > _LONGEST:
-        raise ValueError(f"`{name}` must have at most {_LONGEST} characters")
+    if len(_text(name, value)) > _MAX_NAME:
+        raise ValueError(f"`{name}` must have at most {_MAX_NAME} characters")
     return value
 
 
@@ -76,18 +94,7 @@ class Operation:
     operation has ended raises `InvalidTransition`.
     """
 
-    __slots__ = (
-        "_notes",
-        "_owner",
-        "_start",
-        "_table",
-        "beats",
-        "data",
-        "id",
-        "peers",
-        "phase",
-        "type",
-    )
+    __slots__ = ("_notes", "_start", "_table", "beats", "data", "id", "peers", "phase", "type")
 
     id: str
     type: str
@@ -97,8 +104,8 @@ class Operation:
     """Whatever was given when the operation was started; it stays in this process."""
     phase: Phase
     peers: int
+    """How many peers take part."""
     _notes: str
-    _owner: _Owner
     _start: int
     _table: Operations
 
@@ -115,49 +122,50 @@ class Operation:
           peers: how many peers take part; None leaves the count as it was.
 
         Raises:
-          InvalidTransition: for an earlier phase, or where the operation has ended.
+          InvalidTransition: for an earlier phase, for the two final ones, or where the operation
+            has ended.
           SessionClosed: where the session was left.
 
         """
-        self._check_live()
-        self._owner.advance_operation(self.id, phase, peers=peers)
+        self._table.advance(self, phase, peers)
 
     def complete(self, *, peers: int | None = None) -> None:
         """End the operation well, and queue its terminal claim. Not a checkpoint.
 
+        Args:
+          peers: how many peers took part; None leaves the count as it was.
+
         Raises:
           InvalidTransition: where the operation has ended.
+          SessionClosed: where the session was left.
 
         """
-        self._check_live()
-        self._owner.complete_operation(self.id, peers=peers)
+        self._table.complete(self, peers)
 
     def fail(self, reason: str) -> None:
         """End the operation as failed for a reason, and queue its terminal claim. Not a checkpoint.
 
+        Args:
+          reason: goes into the claim's notes.
+
         Raises:
           InvalidTransition: where the operation has ended.
+          SessionClosed: where the session was left.
 
         """
-        self._check_live()
-        self._owner.fail_operation(self.id, reason)
+        self._table.fail(self, reason)
 
     @property
     def beats_left(self) -> int:
         """What remains of the estimate, in beats; 0 when it is used up or the operation ended."""
         if self.phase.final:
             return 0
-        return max(0, self.beats - (self._owner.current_beat() - self.start_beat))
+        return max(0, self.beats - (self._table.current_beat() - self.start_beat))
 
     @property
     def start_beat(self) -> int:
         """The index of the beat in which it started, on the present grid."""
         return self._start + self._table._shift
-
-    def _check_live(self) -> None:
-        # By object and not by id: the id may belong to a later operation by now.
-        if self.phase.final:
-            raise InvalidTransition(f"operation {self.id!r} has ended: {self.phase.name.lower()}")
 
     def __repr__(self) -> str:
         return (
@@ -167,11 +175,19 @@ class Operation:
 
 @final
 class Operations:
-    """The live operations of an agent. Every transition returns the claim to send."""
+    """The live operations of an agent: it takes them from phase to phase, and emits their claims.
 
-    def __init__(self, agent_id: str, node_id: str) -> None:
+    Args:
+      agent_id: who the claims are of.
+      node_id: the node that their notes name.
+      host: tells the present beat, and takes the claims.
+
+    """
+
+    def __init__(self, agent_id: str, node_id: str, host: Host) -> None:
         self._agent_id = agent_id
         self._node_id = node_id
+        self._host = host
         self._live: dict[str, Operation] = {}
         # Start beats are kept less this, so that changing grid is a single addition however many
         # operations live.
@@ -179,6 +195,10 @@ class Operations:
 
     def __len__(self) -> int:
         return len(self._live)
+
+    def current_beat(self) -> int:
+        """Return the index of the present beat."""
+        return self._host.current_beat()
 
     def rebase(self, beats: int) -> None:
         """Move all start beats along when the position changes grid."""
@@ -188,19 +208,28 @@ class Operations:
         """Return those that live now, oldest first."""
         return list(self._live.values())
 
+    def find(self, id: str) -> Operation:
+        """Return the live operation of an id.
+
+        Raises:
+          OperationNotFound: where there is none.
+          SessionClosed: where the session was left.
+        """
+        self._host.check_open()
+        try:
+            return self._live[id]
+        except KeyError:
+            raise OperationNotFound(f"no live operation {id!r}") from None
+
     def start(
-        self,
-        owner: _Owner,
-        type: str,
-        *,
-        id: str,
-        beats: int | None,
-        data: object,
-        beat: int,
-    ) -> tuple[Operation, StatusClaim]:
-        """Register an operation that starts in ``beat``."""
+        self, type: str, *, id: str | None = None, beats: int | None = None, data: object = None
+    ) -> Operation:
+        """Start an operation; see `Session.start_operation`."""
+        self._host.check_open()
         operation = Operation.__new__(Operation)
         operation.type = _name("type", type)
+        if id is None:
+            id = f"{type[:_TYPE_IN_ID]}-{secrets.token_hex(6)}"
         operation.id = _name("id", id)
         if beats is None:
             operation.beats = ESTIMATES.get(type, (0, DEFAULT_ESTIMATE))[1]
@@ -208,49 +237,59 @@ class Operations:
             operation.beats = check_integer("beats", beats, 1)
         if id in self._live:
             raise OperationExists(f"operation {id!r} is live already")
+        beat = self.current_beat()
         operation.data = data
         operation.phase = Phase.STARTED
         operation.peers = 0
-        operation._owner = owner
         operation._table = self
         operation._start = beat - self._shift
         self._live[id] = operation
         self._annotate(operation)
-        return operation, self._claim(operation, beat)
+        self._host.emit(self._claim(operation, beat))
+        return operation
 
-    def advance(self, id: str, phase: Phase, *, peers: int | None, beat: int) -> StatusClaim:
+    def advance(self, operation: Operation, phase: Phase, peers: int | None) -> None:
         """Take an operation forward; `COMPLETED` and `FAILED` are reached by their own verbs."""
-        operation = self._find(id)
+        self._check(operation)
         phase = Phase(phase)
         if phase.final:
             verb = "complete" if phase is Phase.COMPLETED else "fail"
-            raise InvalidTransition(f"operation {id!r} gets to {phase.name} by `{verb}`")
+            raise InvalidTransition(f"operation {operation.id!r} gets to {phase.name} by `{verb}`")
         if phase < operation.phase:
             raise InvalidTransition(
-                f"operation {id!r} cannot go back from {operation.phase.name} to {phase.name}"
+                f"operation {operation.id!r} cannot go back "
+                f"from {operation.phase.name} to {phase.name}"
             )
         if peers is not None:
             operation.peers = check_integer("peers", peers, 0)
         operation.phase = phase
         self._annotate(operation)
-        return self._claim(operation, beat)
+        self._host.emit(self._claim(operation, self.current_beat()))
 
-    def complete(self, id: str, *, peers: int | None, beat: int) -> StatusClaim:
+    def complete(self, operation: Operation, peers: int | None) -> None:
         """End an operation well."""
-        operation = self._find(id)
+        self._check(operation)
         if peers is not None:
             operation.peers = check_integer("peers", peers, 0)
         operation.phase = Phase.COMPLETED
         self._annotate(operation)
-        return self._end(operation, beat, "done", 1.0, operation._notes)
+        self._end(operation, "done", 1.0, operation._notes)
 
-    def fail(self, id: str, reason: str, *, beat: int) -> StatusClaim:
+    def fail(self, operation: Operation, reason: str) -> None:
         """End an operation for a reason."""
-        operation = self._find(id)
+        self._check(operation)
         _text("reason", reason)
+        self._fail(operation, reason)
+
+    def fail_all(self, reason: str) -> None:
+        """End all live operations for a reason, also where the session is being left."""
+        for operation in self.live():
+            self._fail(operation, reason)
+
+    def _fail(self, operation: Operation, reason: str) -> None:
         operation.phase = Phase.FAILED
         notes = f"P2P operation failed: {reason} (type: {operation.type})"
-        return self._end(operation, beat, "failed", 0.0, notes)
+        self._end(operation, "failed", 0.0, notes)
 
     def claims(self, operations: Iterable[Operation], beat: int) -> list[StatusClaim]:
         """Return the beat's claims of those among ``operations`` that still live."""
@@ -269,14 +308,15 @@ class Operations:
             if (left := operation.beats - since + operation._start) > 0
             else StatusClaim(agent_id, operation.id, beat, "executing", 0, 1.0, operation._notes)
             for operation in operations
-            if operation.phase < 4
+            if operation.phase < _COMPLETED
         ]
 
-    def _find(self, id: str) -> Operation:
-        try:
-            return self._live[id]
-        except KeyError:
-            raise OperationNotFound(f"no live operation {id!r}") from None
+    def _check(self, operation: Operation) -> None:
+        # By object and not by id: the id may belong to a later operation by now.
+        if operation.phase.final:
+            ended = operation.phase.name.lower()
+            raise InvalidTransition(f"operation {operation.id!r} has ended: {ended}")
+        self._host.check_open()
 
     def _annotate(self, operation: Operation) -> None:
         operation._notes = (
@@ -298,8 +338,8 @@ class Operations:
             operation._notes,
         )
 
-    def _end(
-        self, operation: Operation, beat: int, state: ClaimState, progress: float, notes: str
-    ) -> StatusClaim:
+    def _end(self, operation: Operation, state: ClaimState, progress: float, notes: str) -> None:
         del self._live[operation.id]
-        return StatusClaim(self._agent_id, operation.id, beat, state, 0, progress, notes)
+        beat = self.current_beat()
+        claim = StatusClaim(self._agent_id, operation.id, beat, state, 0, progress, notes)
+        self._host.emit(claim, terminal=True)

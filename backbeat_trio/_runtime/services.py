@@ -1,69 +1,100 @@
-"""What a session logs and counts, and the small services: ticking, and watching the connection."""
+"""The tasks that a session runs beside its body, each shielded until it is released."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import final
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, final
 
 import trio
 
-from .._errors import Logger
-from .._time.clock import BeatClock, Beats
-from .._transport.protocol import Transport
-from .._wire import format_bpm
+
+@final
+class ServiceTask(trio.TaskStatus[None]):
+    """One service: the scope that shields it, and what has become of it."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope(shield=True)
+        self.has_started = trio.Event()
+        self.has_ended = trio.Event()
+        self.is_ready = False
+
+    def started(self, value: None = None) -> None:
+        """Let whoever started the service go on."""
+        self.is_ready = True
+        self.has_started.set()
 
 
 @final
-class Counters:
-    """What a session counts of claims; made an immutable snapshot by `Session.statistics`."""
+class ServiceGroup:
+    """The services of a session, by the functions that they run.
 
-    def __init__(self) -> None:
-        self.claims_sent = 0
-        self.claims_stored = 0
-        self.claims_coalesced = 0
-        self.claims_undecodable = 0
+    Ctrl-C never strikes inside one of them: Trio delivers it to the main task instead.
+    """
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self.crashed = False
+        """Whether a service has raised an exception."""
+        self._running: dict[object, ServiceTask] = {}
+
+    @trio.lowlevel.enable_ki_protection
+    async def start(self, async_fn: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Start a service, and wait until it says that it has started. A checkpoint.
+
+        Raises:
+          RuntimeError: where it returned before it had said so.
+
+        """
+        # Not by `trio.Nursery.start`: where that is cancelled it waits for the task to end, which
+        # a shielded one does not do.
+        service = ServiceTask()
+        self._nursery.start_soon(self._run, service, async_fn, args, name=async_fn)
+        self._running[async_fn] = service
+        await service.has_started.wait()
+        if not service.is_ready and not self.crashed:
+            raise RuntimeError(f"{async_fn!r} returned before it called `task_status.started()`")
+
+    @trio.lowlevel.enable_ki_protection
+    async def _run(
+        self,
+        service: ServiceTask,
+        async_fn: Callable[..., Awaitable[None]],
+        args: tuple[Any, ...],
+    ) -> None:
+        crash: BaseException | None = None
+        try:
+            with service.scope:
+                await async_fn(*args, task_status=service)
+        except BaseException as error:  # noqa: BLE001 - it is raised again, further down
+            self.crashed = True
+            crash = sole(error)
+        finally:
+            service.has_started.set()
+            service.has_ended.set()
+        # Outside of the handler, so that it does not get the group that it was in for its context.
+        if crash is not None:
+            try:
+                raise crash
+            finally:
+                del crash
+
+    def cancel(self, *names: object) -> list[trio.Event]:
+        """Cancel the named services, or all of them; return what tells that they have ended."""
+        chosen = [self._running[name] for name in names or self._running if name in self._running]
+        for service in chosen:
+            service.scope.cancel()
+        return [service.has_ended for service in chosen]
+
+    async def release(self, *names: object, keep: Collection[object] = ()) -> None:
+        """Cancel the named services, or all but some, and wait until they have unwound."""
+        chosen = names or [name for name in self._running if name not in keep]
+        with trio.CancelScope(shield=True):
+            for ended in self.cancel(*chosen) if chosen else ():
+                await ended.wait()
 
 
-async def tick(
-    clock: BeatClock,
-    logger: Logger,
-    on_beat: Callable[[int, int], None],
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Log every beat, and call ``on_beat`` with its index and how many were skipped before it."""
-    beats = Beats(clock, bars=False)
-    task_status.started()
-    async for beat in beats:
-        tempo = format_bpm(round(beat.tempo_bpm * 1000))
-        logger.debug(
-            "🥁 BACKBEAT beat received - beat=%d phase=%s tempo=%s window=%s",
-            beat.index,
-            beat.phase,
-            tempo,
-            beat.window_id,
-        )
-        if beat.downbeat:
-            logger.debug(
-                "🎼 BACKBEAT downbeat - new bar started - beat=%d window=%s",
-                beat.index,
-                beat.window_id,
-            )
-        on_beat(beat.index, beat.skipped)
-
-
-async def watch_connection(
-    transport: Transport,
-    logger: Logger,
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Log when the connection comes and goes."""
-    task_status.started()
-    while True:
-        await transport.wait_connected()
-        logger.info("connected")
-        await transport.wait_connected(False)
-        # Not the error of the present: by now there may be a connection again.
-        errors = transport.statistics().recent_errors
-        logger.warning("connection lost: %s", errors[-1][1] if errors else "closed")
+def sole(error: BaseException) -> BaseException:
+    """Return what is in an exception group, where that is one exception only."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

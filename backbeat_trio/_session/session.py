@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import math
-import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -18,23 +17,19 @@ from .._checks import check_beats, check_index, check_position
 from .._config import BackbeatConfig
 from .._errors import (
     BackbeatError,
-    Logger,
     MetronomeUnavailable,
     SessionClosed,
     TempoRefused,
     TransportBroken,
+    TransportClosed,
 )
 from .._grid.changes import ASKED_NS
-from .._grid.follower import Counts
-from .._grid.timeline import beat_ns, milli_bpm
-from .._metronome.listener import BeatListener
-from .._runtime.emitter import ClaimEmitter, Journal
-from .._runtime.health import Health, SessionStatistics, health_claim
-from .._runtime.operations import Operation, Operations, Phase
-from .._runtime.services import Counters
+from .._grid.timeline import milli_bpm
+from .._runtime.health import ClaimCounts, Health, SessionStatistics
+from .._runtime.operations import Operation, Phase
+from .._runtime.runtime import Runtime
 from .._time.clock import BeatClock, Beats, BeatScope
-from .._time.local import local_ns
-from .._transport.protocol import Message, Transport, TransportStatistics
+from .._transport.protocol import Message
 from .._wire import (
     StatusClaim,
     TempoRequest,
@@ -49,26 +44,30 @@ from .._wire import (
 T = TypeVar("T")
 PosArgs = TypeVarTuple("PosArgs")
 
-# Errors are reported for as long as two health claims are apart, and no less than this.
-_ERRORS_NS = 10_000_000_000
-# What `_lifecycle` shows to be let to make a session.
-MAKER = object()
-
-
-current: contextvars.ContextVar[Session] = contextvars.ContextVar("backbeat session")
+session_var: contextvars.ContextVar[Session] = contextvars.ContextVar("backbeat session")
 
 
 def current_session() -> Session:
     """Return the session of the running task's context.
 
+    A thread that was started with this context has it, too; another run of Trio has not.
+
     Raises:
       RuntimeError: where no session is open.
 
     """
-    try:
-        return current.get()
-    except LookupError:
-        raise RuntimeError("no backbeat session is open in this context") from None
+    bb = session_var.get(None)
+    if bb is None or bb._runtime.is_elsewhere:
+        raise RuntimeError("no backbeat session is open in this context")
+    return bb
+
+
+def make_session(runtime: Runtime) -> Session:
+    """Return what an application sees of a runtime."""
+    bb: Session = object.__new__(Session)
+    bb._runtime = runtime
+    bb._clock = runtime.clock
+    return bb
 
 
 @final
@@ -79,52 +78,17 @@ class Session:
     no other. Methods raise `SessionClosed` once the block has been left.
     """
 
-    def __init__(
-        self,
-        maker: object,
-        config: BackbeatConfig,
-        transport: Transport | None,
-        logger: Logger,
-        journal: Journal | None = None,
-    ) -> None:
-        if maker is not MAKER:
-            raise TypeError("sessions are made by `backbeat_trio.session`")
-        self._config = config
-        self._logger = logger
-        self._transport = transport
-        self._counters = Counters()
-        self._started = False
-        self._closing = False
-        self._clock = BeatClock.local(
-            milli_bpm("tempo_bpm", config.tempo_bpm),
-            config.beats_per_bar,
-            enforcing=config.enabled,
-        )
-        self._operations = Operations(config.agent_id, config.node_id)
-        self._clock.on_rebase = self._operations.rebase
-        self._listener: BeatListener | None = None
-        self._emitter: ClaimEmitter | None = None
-        if transport is not None:
-            self._listener = BeatListener(
-                self._clock,
-                transport,
-                cluster_id=config.cluster_id,
-                agent_id=config.agent_id,
-                logger=logger,
-            )
-            self._emitter = ClaimEmitter(
-                self._clock,
-                transport,
-                self._operations,
-                agent_id=config.agent_id,
-                counters=self._counters,
-                journal=journal,
-            )
+    _runtime: Runtime
+    # The runtime's clock, as budgets are made and entered as often as Trio's own scopes.
+    _clock: BeatClock
+
+    def __init__(self) -> None:
+        raise TypeError("sessions are made by `backbeat_trio.session`")
 
     @property
     def config(self) -> BackbeatConfig:
         """The settings that the session was opened with."""
-        return self._config
+        return self._runtime.config
 
     # Budgets.
 
@@ -295,7 +259,7 @@ class Session:
           SessionClosed: where the session is closed; so does the iterator.
 
         """
-        self._check_open()
+        self._runtime.check_open()
         return Beats(self._clock, bars=False, precise=precise)
 
     def downbeats(self, *, precise: bool = False) -> Beats:
@@ -305,7 +269,7 @@ class Session:
           SessionClosed: where the session is closed; so does the iterator.
 
         """
-        self._check_open()
+        self._runtime.check_open()
         return Beats(self._clock, bars=True, precise=precise)
 
     async def set_tempo(self, bpm: float, *, at_beat: int | None = None, over: int = 0) -> int:
@@ -376,14 +340,18 @@ class Session:
     async def _change_grid(self, bpm: float | None, at_beat: int | None, over: int = 0) -> int:
         if at_beat is not None:
             at_beat = check_index("at_beat", at_beat)
-        self._check_open()
-        if self._transport is None:
+        self._runtime.check_open()
+        cluster_id, transport = self._runtime.config.cluster_id, self._runtime.transport
+        if transport is None:
             raise MetronomeUnavailable("the session is disabled")
-        request = encode(TempoRequest(self._config.cluster_id, bpm, at_beat, over or UNSET))
-        subject = tempo_subject(self._config.cluster_id)
+        request = encode(TempoRequest(cluster_id, bpm, at_beat, over or UNSET))
         try:
-            answer = await self._transport.request(subject, request, timeout=ASKED_NS / 1e9)
+            answer = await transport.request(
+                tempo_subject(cluster_id), request, timeout=ASKED_NS / 1e9
+            )
             reply = decode_tempo_reply(answer.data)
+        except TransportClosed:
+            raise SessionClosed("the session has been closed") from None
         except TransportBroken as error:
             raise MetronomeUnavailable(f"no metronome took the request: {error}") from error
         except msgspec.DecodeError as error:
@@ -455,17 +423,7 @@ class Session:
           SessionClosed: where the session was left.
 
         """
-        self._check_open()
-        operation, claim = self._operations.start(
-            self,
-            type,
-            id=f"{type}-{secrets.token_hex(6)}" if id is None else id,
-            beats=beats,
-            data=data,
-            beat=self._clock.index(),
-        )
-        self._emit(claim)
-        return operation
+        return self._runtime.operations.start(type, id=id, beats=beats, data=data)
 
     def advance_operation(self, id: str, phase: Phase, *, peers: int | None = None) -> None:
         """Take an operation on to a later phase, and queue a claim. Not a checkpoint.
@@ -481,8 +439,7 @@ class Session:
           SessionClosed: where the session was left.
 
         """
-        self._check_open()
-        self._emit(self._operations.advance(id, phase, peers=peers, beat=self._clock.index()))
+        self._runtime.operations.find(id).advance(phase, peers=peers)
 
     def complete_operation(self, id: str, *, peers: int | None = None) -> None:
         """End an operation well, and queue its terminal claim. Not a checkpoint.
@@ -496,9 +453,7 @@ class Session:
           SessionClosed: where the session was left.
 
         """
-        self._check_open()
-        claim = self._operations.complete(id, peers=peers, beat=self._clock.index())
-        self._emit(claim, terminal=True)
+        self._runtime.operations.find(id).complete(peers=peers)
 
     def fail_operation(self, id: str, reason: str) -> None:
         """End an operation as failed, and queue its terminal claim. Not a checkpoint.
@@ -512,69 +467,20 @@ class Session:
           SessionClosed: where the session was left.
 
         """
-        self._check_open()
-        claim = self._operations.fail(id, reason, beat=self._clock.index())
-        self._emit(claim, terminal=True)
+        self._runtime.operations.find(id).fail(reason)
 
     # Observation.
 
     def health(self) -> Health:
-        """Return how the session is doing. Not a checkpoint; fine at any time, also afterwards."""
-        transport, now = self._transport, local_ns()
-        follower = None if self._listener is None else self._listener.follower
-        connected = transport is not None and transport.connected and not self._clock.closed
-        degraded = self._config.enabled and (
-            not connected
-            or follower is None
-            or not follower.locked
-            or follower.in_holdover(now)
-            or self._clock.loop_late
-        )
-        followed = follower if follower is not None and follower.locked else None
-        uncertainty = None if followed is None else followed.uncertainty_ns(now)
-        counters = None if transport is None else transport.statistics()
-        return Health(
-            enabled=self._config.enabled,
-            started=self._started,
-            connected=connected,
-            current_beat=self._clock.index(),
-            current_tempo=self.tempo_bpm,
-            measured_bpm=None if follower is None else follower.measured_bpm(now),
-            tempo_drift="unknown" if follower is None else follower.drift.verdict,
-            reconnect_count=0 if counters is None else max(0, counters.connects - 1),
-            active_operations=len(self._operations),
-            local_degradation=degraded,
-            errors=() if counters is None else self._recent(counters),
-            node_id=self._config.node_id,
-            paused=not self._clock.segment().milli_bpm,
-            uncertainty=None if uncertainty is None else uncertainty / 1e9,
-            epoch=None if followed is None else followed.epoch,
-            leader_id=None if followed is None else followed.leader_id,
-        )
+        """Return how the session is doing, or how it was when it was left.
 
-    def _recent(self, counters: TransportStatistics) -> tuple[str, ...]:
-        beats = 2 * self._config.health_beats
-        age = max(_ERRORS_NS, beats * beat_ns(self._clock.segment().milli_bpm))
-        since = local_ns() - age
-        errors = counters.recent_errors
-        if self._listener is not None:
-            errors = tuple(sorted((*errors, *self._listener.recent_errors)))
-        recent = [text for when, text in errors if when >= since]
-        if counters.last_error is not None and counters.last_error not in recent:
-            recent.append(counters.last_error)
-        return tuple(recent)
+        Not a checkpoint. It may be called at any time, also after Trio's run has ended.
+        """
+        return self._runtime.health()
 
     def statistics(self) -> SessionStatistics:
         """Return the counters. Not a checkpoint; fine at any time."""
-        emitter, transport = self._emitter, self._transport
-        followed = Counts() if self._listener is None else self._listener.follower.counts
-        return SessionStatistics(
-            **vars(followed),
-            **vars(self._counters),
-            claims_pending=0 if emitter is None else emitter.pending,
-            live_scopes=self._clock.live_scopes,
-            transport=None if transport is None else transport.statistics(),
-        )
+        return self._runtime.statistics()
 
     @asynccontextmanager
     async def open_claims(
@@ -598,38 +504,22 @@ class Session:
         """
         if agent_id != "*" and not is_token(agent_id):
             raise ValueError(f"`agent_id` must be a subject token or '*', not {agent_id!r}")
-        self._check_open()
-        if self._transport is None:
+        self._runtime.check_open()
+        transport = self._runtime.transport
+        if transport is None:
             raise BackbeatError("there are no claims to hear: the session is disabled")
-        async with self._transport.open_subscription(status_subject(agent_id)) as messages:
-            yield _Claims(messages, self._counters)
-
-    # The inside.
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise SessionClosed("the session has been closed")
-
-    def _emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
-        if self._emitter is not None:
-            self._emitter.emit(claim, terminal=terminal)
-
-    def _on_beat(self, index: int, skipped: int) -> None:
-        if self._emitter is None:
-            return
-        if len(self._operations):
-            self._emitter.beat()
-        every = self._config.health_beats
-        if every and index // every != (index - skipped - 1) // every:
-            tempo = self._clock.segment().milli_bpm
-            claim = health_claim(self.health(), self._config.agent_id, index, tempo)
-            self._emitter.emit(claim)
+        async with transport.open_subscription(status_subject(agent_id)) as messages:
+            yield _Claims(messages, self._runtime.claim_counts)
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, trio.Cancelled):
         return "cancelled"
-    text = str(error).encode(errors="replace").decode()
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - it must not take the place of the exception itself
+        text = "its text cannot be told"
+    text = text.encode(errors="replace").decode()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -637,7 +527,7 @@ def _reason(error: BaseException) -> str:
 class _Claims:
     """An async iterator of the claims in messages; no generator, so it survives cancellation."""
 
-    def __init__(self, messages: AsyncIterator[Message], counters: Counters) -> None:
+    def __init__(self, messages: AsyncIterator[Message], counters: ClaimCounts) -> None:
         self._messages = messages
         self._counters = counters
         self._waiting: deque[StatusClaim] = deque()

@@ -9,29 +9,29 @@ from typing import Final, final
 import trio
 
 from .._errors import NoResponders, TransportBroken
-from .._grid.timeline import Timeline
 from .._time.local import local_ns
 from .base import BaseTransport, Mailbox, State
 from .protocol import Message, Reply, matches
+from .store import MemoryStore
 
 
 @final
 class MemoryBus:
     """An in-process bus: what is published on it reaches every transport on it at once.
 
-    It also keeps the grid of the metronome that leads on it, so that the next one takes it over.
+    It also keeps the grid of each cluster whose metronomes lead on it, so that the next one goes on
+    with it.
     """
 
     def __init__(self) -> None:
-        self.leadership: trio.Lock = trio.Lock()
-        self.grid: Timeline | None = None
-        self.origin_ns = 0
-        self.beats_per_bar = 0
-        self.milli_bpm = 0
-        self.epoch = 0
-        self.high_water = -1
-        self.users = 0
+        self.users: int = 0
+        """How many sessions have it open by its name."""
+        self._stores: dict[str, MemoryStore] = {}
         self._mailboxes: dict[Mailbox, MemoryTransport] = {}
+
+    def store_of(self, cluster_id: str) -> MemoryStore:
+        """Return what the metronomes of a cluster share on this bus."""
+        return self._stores.setdefault(cluster_id, MemoryStore())
 
     def _publish(self, message: Message) -> bool:
         # Returns whether anybody is subscribed.

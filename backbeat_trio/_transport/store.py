@@ -6,7 +6,9 @@ has seen. An answer that is lost leaves it unknown whether a write was made: it 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, final
+
+import trio
 
 from .._errors import BackbeatError
 
@@ -47,3 +49,44 @@ class Store(Protocol):
 
         """
         ...
+
+
+@final
+class MemoryStore:
+    """A value that is kept in this process, for the metronomes of one cluster on one bus.
+
+    They share Trio's clock, so they can also share cluster time, and take turns by a lock.
+    """
+
+    def __init__(self) -> None:
+        self.turn: trio.Lock = trio.Lock()
+        """Held by whoever leads."""
+        self.offset_ns: int = 0
+        """Cluster time minus local time, as whoever led last had it."""
+        self._entry = Entry(b"", 0)
+
+    def read_nowait(self) -> Entry:
+        """Return what is stored."""
+        return self._entry
+
+    def write_nowait(self, data: bytes, revision: int) -> int:
+        """Store a value over a revision, and return its own; raise `Conflict` over another one."""
+        if revision != self._entry.revision:
+            raise Conflict("the value was written by somebody else")
+        self._entry = Entry(data, revision + 1)
+        return revision + 1
+
+    async def open(self) -> bool:
+        """See `Store.open`. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        return True
+
+    async def read(self) -> Entry:
+        """See `Store.read`. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        return self.read_nowait()
+
+    async def write(self, data: bytes, revision: int) -> int:
+        """See `Store.write`. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        return self.write_nowait(data, revision)

@@ -11,8 +11,8 @@ import trio.testing
 import backbeat_trio as backbeat
 from backbeat_trio import StatusClaim, TransportBroken
 from backbeat_trio._runtime.emitter import ClaimEmitter
+from backbeat_trio._runtime.health import ClaimCounts
 from backbeat_trio._runtime.operations import Operations
-from backbeat_trio._runtime.services import Counters
 from backbeat_trio._time.clock import BeatClock
 from backbeat_trio._wire import ClaimState, decode_claims
 
@@ -21,6 +21,19 @@ Clock = trio.testing.MockClock
 
 def claim(name: str, state: ClaimState = "done") -> StatusClaim:
     return StatusClaim("a", name, 0, state, 0, 1.0, "notes")
+
+
+class Host:
+    """A session that is always on beat 0, and emits nothing."""
+
+    def current_beat(self) -> int:
+        return 0
+
+    def check_open(self) -> None:
+        pass
+
+    def emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
+        pass
 
 
 class Journal:
@@ -55,9 +68,9 @@ async def emitting(
     emitter = ClaimEmitter(
         BeatClock.local(60_000, 4),
         transport,
-        Operations("a", "n"),
+        Operations("a", "n", Host()),
         agent_id="a",
-        counters=Counters(),
+        counters=ClaimCounts(),
         journal=journal,
     )
 

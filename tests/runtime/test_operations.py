@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from backbeat_trio import (
     OperationExists,
     OperationNotFound,
     Phase,
+    SessionClosed,
     StatusClaim,
 )
 from backbeat_trio._runtime.operations import ESTIMATES, Operations
@@ -25,27 +25,24 @@ class Owner:
     """What a session is to its operations, without one."""
 
     def __init__(self) -> None:
-        self.table = Operations("agent", "node-1")
+        self.table = Operations("agent", "node-1", self)
         self.beat = 100
         self.claims: list[StatusClaim] = []
+        self.closed = False
 
     def current_beat(self) -> int:
         return self.beat
 
-    def start(self, type: str = "election", **options: Any) -> Operation:
-        options = {"id": "op", "beats": None, "data": None} | options
-        operation, claim = self.table.start(self, type, beat=self.beat, **options)
+    def check_open(self) -> None:
+        if self.closed:
+            raise SessionClosed("closed")
+
+    def emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
+        assert terminal is (claim.state in ("done", "failed"))
         self.claims.append(claim)
-        return operation
 
-    def advance_operation(self, id: str, phase: Phase, /, *, peers: int | None = None) -> None:
-        self.claims.append(self.table.advance(id, phase, peers=peers, beat=self.beat))
-
-    def complete_operation(self, id: str, /, *, peers: int | None = None) -> None:
-        self.claims.append(self.table.complete(id, peers=peers, beat=self.beat))
-
-    def fail_operation(self, id: str, /, reason: str) -> None:
-        self.claims.append(self.table.fail(id, reason, beat=self.beat))
+    def start(self, type: str = "election", **options: Any) -> Operation:
+        return self.table.start(type, **({"id": "op"} | options))
 
 
 def test_the_claims_of_a_life() -> None:
@@ -179,14 +176,34 @@ def test_refused_transitions_change_nothing() -> None:
 
 def test_unknown_ids() -> None:
     owner = Owner()
-    calls: list[Callable[[], None]] = [
-        lambda: owner.advance_operation("x", Phase.EXECUTING),
-        lambda: owner.complete_operation("x"),
-        lambda: owner.fail_operation("x", "why"),
-    ]
-    for call in calls:
-        with pytest.raises(OperationNotFound, match="'x'"):
+    with pytest.raises(OperationNotFound, match="'x'"):
+        owner.table.find("x")
+
+
+def test_a_session_that_was_left_takes_no_more() -> None:
+    owner = Owner()
+    operation = owner.start()
+    owner.closed = True
+    for call in (
+        lambda: owner.start(id="other"),
+        lambda: owner.table.find("op"),
+        lambda: operation.advance(Phase.EXECUTING),
+        operation.complete,
+        lambda: operation.fail("late"),
+    ):
+        with pytest.raises(SessionClosed):
             call()
+    assert len(owner.table) == 1
+    owner.table.fail_all("the session was closed")
+    assert operation.phase is Phase.FAILED
+    assert len(owner.table) == 0
+
+
+def test_an_id_that_is_made_up_fits_whatever_the_type_is() -> None:
+    owner = Owner()
+    one, two = (owner.start("x" * 1000, id=None) for _ in range(2))
+    assert one.id != two.id
+    assert one.id.startswith("xxx")
 
 
 def test_operations_are_not_made_by_hand() -> None:
@@ -222,12 +239,12 @@ class OperationMachine(RuleBasedStateMachine):
     def advance(self, id: str, phase: Phase, peers: int | None) -> None:
         if id not in self.model:
             with pytest.raises(OperationNotFound):
-                self.owner.advance_operation(id, phase, peers=peers)
+                self.owner.table.find(id).advance(phase, peers=peers)
         elif phase.final or phase < self.model[id][0]:
             with pytest.raises(InvalidTransition):
-                self.owner.advance_operation(id, phase, peers=peers)
+                self.owner.table.find(id).advance(phase, peers=peers)
         else:
-            self.owner.advance_operation(id, phase, peers=peers)
+            self.owner.table.find(id).advance(phase, peers=peers)
             self.model[id][0] = phase
             if peers is not None:
                 self.model[id][1] = peers
@@ -236,9 +253,9 @@ class OperationMachine(RuleBasedStateMachine):
     def end(self, id: str, well: bool) -> None:
         def end() -> None:
             if well:
-                self.owner.complete_operation(id)
+                self.owner.table.find(id).complete()
             else:
-                self.owner.fail_operation(id, "why not")
+                self.owner.table.find(id).fail("why not")
 
         if self.model.pop(id, None) is None:
             with pytest.raises(OperationNotFound):

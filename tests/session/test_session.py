@@ -17,7 +17,7 @@ import trio.testing
 
 import backbeat_trio as backbeat
 from backbeat_trio import Phase
-from backbeat_trio._session import lifecycle as _lifecycle
+from backbeat_trio._runtime.runtime import Runtime
 from backbeat_trio.testing import ClaimRecorder, ManualMetronome, open_recorder, open_session
 
 Clock = trio.testing.MockClock
@@ -221,7 +221,7 @@ async def test_operations_by_id(
 
 async def test_every_beat_has_one_array_of_claims(autojump_clock: Clock) -> None:
     async with open_session(tempo_bpm=60.0) as bb:
-        transport = bb._transport
+        transport = bb._runtime.transport
         assert transport is not None
         async with transport.open_subscription("backbeat.status.*") as messages:
             for number in range(2000):
@@ -493,7 +493,7 @@ async def test_current_session(autojump_clock: Clock) -> None:
     with pytest.raises(RuntimeError, match="no backbeat session"):
         backbeat.current_session()
     with pytest.raises(TypeError, match="made by"):
-        backbeat.Session(None, bb.config, None, logging.getLogger())
+        backbeat.Session()
 
 
 # Exceptions come out as they went in.
@@ -572,7 +572,7 @@ async def test_a_service_that_crashes_cancels_the_body_and_surfaces(
         await trio.sleep(5)
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(_lifecycle, "tick", crash)
+    monkeypatch.setattr(Runtime, "_tick", crash)
     unwound = []
     with pytest.raises(ZeroDivisionError, match="a bug"):
         async with open_session() as bb:
@@ -592,7 +592,7 @@ async def test_a_crash_and_an_error_of_the_body_leave_together(
         await trio.sleep(5)
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(_lifecycle, "tick", crash)
+    monkeypatch.setattr(Runtime, "_tick", crash)
     with pytest.raises(ExceptionGroup) as caught:
         async with open_session():
             try:

@@ -238,7 +238,7 @@ async def test_an_account_without_jetstream() -> None:
         async with session(server, **login) as bb:
             bb.start_operation("election").complete()
             await confirmed(bb)
-            transport = bb._transport
+            transport = bb._runtime.transport
             assert isinstance(transport, NatsTransport)
             assert not await KeyValueStore(transport, "backbeat-c").open()
             assert bb.statistics().claims_stored == 0

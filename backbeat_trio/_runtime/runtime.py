@@ -1,0 +1,303 @@
+"""What one session runs: its clock, transport, listener, emitter and operations, in their order.
+
+Order of leaving. Each service runs in a shielded scope of its own, so that neither Ctrl-C nor a
+cancellation from outside stops it before the body has unwound: no new operations, terminal claims
+queued, flushed within the grace period, services released, transport closed.
+"""
+
+from __future__ import annotations
+
+from typing import Final, final
+
+import trio
+
+from .._config import BackbeatConfig
+from .._errors import Logger, SessionClosed
+from .._grid.follower import FollowCounts
+from .._grid.timeline import beat_ns, milli_bpm
+from .._metronome.listener import BeatListener
+from .._metronome.metronome import Metronome
+from .._time.clock import BeatClock, Beats
+from .._time.local import local_ns
+from .._transport.protocol import Transport, TransportStatistics
+from .._wire import StatusClaim, format_bpm
+from .emitter import ClaimEmitter, Journal
+from .health import ClaimCounts, Health, SessionStatistics, health_claim
+from .operations import Operations
+from .services import ServiceGroup
+
+# Errors are reported for as long as two health claims are apart, and no less than this.
+_ERRORS_NS: Final = 10_000_000_000
+
+
+@final
+class Runtime:
+    """The inside of a session.
+
+    Args:
+      config: the settings.
+      logger: where it says what it does.
+      transport: run and closed from here; None where the session is disabled.
+      journal: the stream that takes terminal claims; None where there is none.
+      metronome: run beside the rest; None where somebody else runs one.
+
+    """
+
+    def __init__(
+        self,
+        config: BackbeatConfig,
+        logger: Logger,
+        transport: Transport | None = None,
+        *,
+        journal: Journal | None = None,
+        metronome: Metronome | None = None,
+    ) -> None:
+        self.config: BackbeatConfig = config
+        self.logger: Logger = logger
+        self.transport: Transport | None = transport
+        self._run_token = trio.lowlevel.current_trio_token()
+        self.operations: Operations = Operations(config.agent_id, config.node_id, self)
+        self.clock: BeatClock = BeatClock.local(
+            milli_bpm("tempo_bpm", config.tempo_bpm),
+            config.beats_per_bar,
+            enforcing=config.enabled,
+        )
+        self.clock.on_rebase = self.operations.rebase
+        self.claim_counts: ClaimCounts = ClaimCounts()
+        self.started: bool = False
+        self.closing: bool = False
+        self._last_health: Health | None = None
+        self._metronome = metronome
+        self.listener: BeatListener | None = None
+        self.emitter: ClaimEmitter | None = None
+        if transport is not None:
+            self.listener = BeatListener(
+                self.clock,
+                transport,
+                cluster_id=config.cluster_id,
+                agent_id=config.agent_id,
+                logger=logger,
+            )
+            self.emitter = ClaimEmitter(
+                self.clock,
+                transport,
+                self.operations,
+                agent_id=config.agent_id,
+                counters=self.claim_counts,
+                journal=journal,
+            )
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this is asked in another run of Trio than the session's."""
+        if not trio.lowlevel.in_trio_run():
+            return False
+        return trio.lowlevel.current_trio_token() is not self._run_token
+
+    # What operations need.
+
+    def current_beat(self) -> int:
+        """Return the index of the present beat."""
+        return self.clock.index()
+
+    def check_open(self) -> None:
+        """Raise `SessionClosed` where the session was left, or is being left."""
+        if self.closing:
+            raise SessionClosed("the session has been closed")
+
+    def emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
+        """Queue a claim; where the session is disabled there is no queue."""
+        if self.emitter is not None:
+            self.emitter.emit(claim, terminal=terminal)
+
+    # Beginning and ending.
+
+    async def start(self, services: ServiceGroup) -> None:
+        """Start all services, the ones that others build on first. A checkpoint.
+
+        Raises:
+          TransportBroken: with ``require_connection``, where there is none.
+          RuntimeError: where a service returns before it has started.
+
+        """
+        config, transport = self.config, self.transport
+        await services.start(self.clock.run)
+        if transport is not None and self.listener is not None and self.emitter is not None:
+            await services.start(transport.run)
+            if config.require_connection:
+                await transport.first_attempt()
+            await services.start(self._watch_connection, transport)
+            await services.start(self.listener.run)
+            if self._metronome is not None:
+                await services.start(self._metronome.run)
+            with trio.move_on_after(config.lock_timeout):
+                await self.listener.locked.wait()
+            await services.start(self.emitter.run)
+        await services.start(self._tick)
+        self.started = True
+        self.logger.info(
+            "🎵 CHORUS BACKBEAT integration started - cluster=%s agent=%s",
+            config.cluster_id,
+            config.agent_id,
+        )
+
+    async def stop(self, services: ServiceGroup) -> None:
+        """End all services in the order of leaving. A checkpoint; goes on where it is cancelled."""
+        self.closing = True
+        try:
+            self.operations.fail_all("the session was closed")
+            if self.emitter is not None:
+                await self._flush(services, self.emitter)
+        finally:
+            # What uses the transport is released before it, and the clock last.
+            try:
+                await services.release(keep=self._foundations())
+            finally:
+                self.clock.close()
+                try:
+                    if self.transport is not None:
+                        with trio.move_on_after(self.config.grace_period, shield=True):
+                            await self.transport.aclose()
+                finally:
+                    services.cancel()
+                    if self.started:
+                        self.started = False
+                        self.logger.info("🎵 CHORUS BACKBEAT integration stopped")
+                    self._last_health = self.health()
+
+    def _foundations(self) -> set[object]:
+        foundations: set[object] = {self.clock.run}
+        if self.transport is not None:
+            foundations.add(self.transport.run)
+        return foundations
+
+    async def _flush(self, services: ServiceGroup, emitter: ClaimEmitter) -> None:
+        with trio.move_on_after(self.config.grace_period, shield=True) as grace:
+            await services.release(emitter.run)
+            await emitter.drain()
+        if grace.cancelled_caught and emitter.pending:
+            self.logger.warning(
+                "%d terminal claims were not delivered within %g s",
+                emitter.pending,
+                self.config.grace_period,
+            )
+
+    # Services.
+
+    async def _tick(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        beats = Beats(self.clock, bars=False)
+        task_status.started()
+        async for beat in beats:
+            self.logger.debug(
+                "🥁 BACKBEAT beat received - beat=%d phase=%s tempo=%s window=%s",
+                beat.index,
+                beat.phase,
+                format_bpm(round(beat.tempo_bpm * 1000)),
+                beat.window_id,
+            )
+            if beat.downbeat:
+                self.logger.debug(
+                    "🎼 BACKBEAT downbeat - new bar started - beat=%d window=%s",
+                    beat.index,
+                    beat.window_id,
+                )
+            self._emit_on_beat(beat.index, beat.skipped)
+
+    def _emit_on_beat(self, index: int, skipped: int) -> None:
+        if self.emitter is None:
+            return
+        if len(self.operations):
+            self.emitter.beat()
+        every = self.config.health_beats
+        if every and index // every != (index - skipped - 1) // every:
+            tempo = self.clock.segment().milli_bpm
+            self.emit(health_claim(self.health(), self.config.agent_id, index, tempo))
+
+    async def _watch_connection(
+        self,
+        transport: Transport,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        task_status.started()
+        while True:
+            await transport.wait_connected()
+            self.logger.info("connected")
+            await transport.wait_connected(False)
+            # Not the error of the present: by now there may be a connection again.
+            errors = transport.statistics().recent_errors
+            self.logger.warning("connection lost: %s", errors[-1][1] if errors else "closed")
+
+    # Observation.
+
+    def health(self) -> Health:
+        """Return how the session is doing, or how it was when it was left."""
+        if self._last_health is not None:
+            return self._last_health
+        config, clock, transport, now = self.config, self.clock, self.transport, local_ns()
+        follower = None if self.listener is None else self.listener.follower
+        connected = transport is not None and transport.connected and not clock.closed
+        degraded = config.enabled and (
+            not connected
+            or follower is None
+            or not follower.locked
+            or follower.in_holdover(now)
+            or clock.loop_late
+        )
+        followed = follower if follower is not None and follower.locked else None
+        uncertainty = None if followed is None else followed.uncertainty_ns(now)
+        counters = None if transport is None else transport.statistics()
+        segment = clock.segment()
+        return Health(
+            enabled=config.enabled,
+            started=self.started,
+            connected=connected,
+            current_beat=clock.index(),
+            current_tempo=segment.milli_bpm / 1000,
+            measured_bpm=None if follower is None else follower.measured_bpm(now),
+            tempo_drift="unknown" if follower is None else follower.drift.verdict,
+            reconnect_count=0 if counters is None else max(0, counters.connects - 1),
+            active_operations=len(self.operations),
+            local_degradation=degraded,
+            errors=() if counters is None else self._recent_errors(counters),
+            node_id=config.node_id,
+            paused=not segment.milli_bpm,
+            uncertainty=None if uncertainty is None else uncertainty / 1e9,
+            epoch=None if followed is None else followed.epoch,
+            leader_id=None if followed is None else followed.leader_id,
+        )
+
+    def _recent_errors(self, counters: TransportStatistics) -> tuple[str, ...]:
+        beats = 2 * self.config.health_beats
+        since = local_ns() - max(_ERRORS_NS, beats * beat_ns(self.clock.segment().milli_bpm))
+        errors = counters.recent_errors
+        if self.listener is not None:
+            errors = tuple(sorted((*errors, *self.listener.recent_errors)))
+        recent = [text for when, text in errors if when >= since]
+        if counters.last_error is not None and counters.last_error not in recent:
+            recent.append(counters.last_error)
+        return tuple(recent)
+
+    def statistics(self) -> SessionStatistics:
+        """Return the counters."""
+        followed = FollowCounts() if self.listener is None else self.listener.follower.counts
+        claims, emitter, transport = self.claim_counts, self.emitter, self.transport
+        return SessionStatistics(
+            frames=followed.frames,
+            frames_undecodable=followed.frames_undecodable,
+            frames_foreign=followed.frames_foreign,
+            frames_stale_epoch=followed.frames_stale_epoch,
+            frames_repeated=followed.frames_repeated,
+            frames_unexplained=followed.frames_unexplained,
+            pings=followed.pings,
+            pings_failed=followed.pings_failed,
+            pings_outlying=followed.pings_outlying,
+            locks=followed.locks,
+            claims_sent=claims.claims_sent,
+            claims_stored=claims.claims_stored,
+            claims_coalesced=claims.claims_coalesced,
+            claims_pending=0 if emitter is None else emitter.pending,
+            claims_undecodable=claims.claims_undecodable,
+            live_scopes=self.clock.live_scopes,
+            transport=None if transport is None else transport.statistics(),
+        )
