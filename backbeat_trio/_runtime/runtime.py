@@ -146,7 +146,8 @@ class Runtime:
         self.closing = True
         try:
             self.operations.fail_all("the session was closed")
-            if self.emitter is not None:
+            # One that has crashed would do so again.
+            if self.emitter is not None and self.emitter.run not in services.crashed:
                 await self._flush(services, self.emitter)
         finally:
             # What uses the transport is released before it, and the clock last.
@@ -154,15 +155,15 @@ class Runtime:
                 await services.release(keep=self._foundations())
             finally:
                 self.clock.close()
+                services.cancel()
+                if self.started:
+                    self.started = False
+                    self.logger.info("🎵 CHORUS BACKBEAT integration stopped")
                 try:
                     if self.transport is not None:
                         with trio.move_on_after(self.config.grace_period, shield=True):
                             await self.transport.aclose()
                 finally:
-                    services.cancel()
-                    if self.started:
-                        self.started = False
-                        self.logger.info("🎵 CHORUS BACKBEAT integration stopped")
                     self._last_health = self.health()
 
     def _foundations(self) -> set[object]:

@@ -33,8 +33,8 @@ class ServiceGroup:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self.crashed = False
-        """Whether a service has raised an exception."""
+        self.crashed: set[object] = set()
+        """Those that have raised an exception."""
         self._running: dict[object, ServiceTask] = {}
 
     @trio.lowlevel.enable_ki_protection
@@ -64,9 +64,11 @@ class ServiceGroup:
         crash: BaseException | None = None
         try:
             with service.scope:
-                await async_fn(*args, task_status=service)
+                # One that is released before its first step never begins.
+                if not service.scope.cancel_called:
+                    await async_fn(*args, task_status=service)
         except BaseException as error:  # noqa: BLE001 - it is raised again, further down
-            self.crashed = True
+            self.crashed.add(async_fn)
             crash = sole(error)
         finally:
             service.has_started.set()

@@ -119,7 +119,11 @@ async def _open(
                     # It may be the cancellation by which the nursery answers a crash.
                     raise failure
         except BaseExceptionGroup as group:
-            failure = sole(group)
+            left = sole(group)
+            if not services.crashed and left.__context__ is None:
+                # Leaving was interrupted: what the body raised is not to be lost.
+                left.__context__ = failure
+            failure = left
     # Outside of the handler, so that the exception does not get the group for its context.
     if failure is not None:
         try:
