@@ -161,8 +161,10 @@ class Record(Struct, frozen=True, tag_field="type", tag="backbeat.metronome.v1")
     high_water: Annotated[int, Meta(ge=-1, le=MAX_INDEX // 2)]
     milli_bpm: Annotated[int, Meta(ge=MIN_MILLI_BPM, le=MAX_MILLI_BPM)]
     """The tempo at which a grid that stands still goes on."""
-    told_seq: Annotated[int, Meta(ge=-1, le=MAX_INDEX)] = MAX_INDEX
-    """The last segment that anybody was told of; by default all of them were."""
+    announced_seq: Annotated[int, Meta(ge=-1, le=MAX_INDEX)] = msgspec.field(
+        default=MAX_INDEX, name="told_seq"
+    )
+    """The last segment that a frame or an answer has announced; by default all of them were."""
     written_ms: Milliseconds | None = None
     """When it was written by the wall clock of who wrote it, for where nothing else is left."""
 

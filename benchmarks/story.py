@@ -133,7 +133,7 @@ def tell(
         now = change.true_ns
         reign.end_ns, reign.gone = now, change.gone
         committed = leader.timeline
-        told_seq = committed.segments[-1].seq
+        announced_seq = committed.segments[-1].seq
         if change.untold is not None:
             committed = leader.proposed(change.untold._replace(true_ns=now))
         successor, now = take_turns(waiting, now, change.gone, chance)
@@ -147,11 +147,11 @@ def tell(
             successor.grid.timeline.since(cluster),
             committed,
             cluster,
-            told_seq=told_seq,
+            announced_seq=announced_seq,
             beats_per_bar=BEATS_PER_BAR,
             epoch=reign.epoch,
         )
-        sent = successor.grid.timeline.index_at(successor.follower.told_ns)
+        sent = successor.grid.timeline.index_at(successor.follower.last_due_ns)
         milli = leader.milli
         leader = Leading(history, reign, timeline, chance, sent=sent)
         leader.steering, leader.milli = steering, milli
@@ -169,7 +169,10 @@ def take_turns(
     def gives_up(agent: Agent) -> int:
         # A leader that still lived when it was late was asked, and said so.
         follower, grid = agent.follower, agent.grid
-        due, patience = follower.told_ns, round(max(LATE_NS, JITTERS * follower.drift.jitter_ns))
+        due, patience = (
+            follower.last_due_ns,
+            round(max(LATE_NS, JITTERS * follower.drift.jitter_ns)),
+        )
         while True:
             due = grid.timeline.next_beat(due)
             deadline = agent.clock.true(grid.steering.local_at(due) + patience)
@@ -186,7 +189,7 @@ def take_turns(
         ran = gives_up(successor)
         for agent in standbys:
             agent.run(ran)
-    milli = successor.grid.timeline.segment_at(successor.follower.told_ns).milli_bpm
+    milli = successor.grid.timeline.segment_at(successor.follower.last_due_ns).milli_bpm
     lease = 0 if gone else max(LEASE_BEATS * beat_ns(milli), LEASE_NS)
     # A probe, reading the record, and writing it.
     begin = ran + lease + round(chance.uniform(2, 10) * MS)

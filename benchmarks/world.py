@@ -133,7 +133,7 @@ class Frame(NamedTuple):
             window_id="",
             epoch=epoch,
             leader_id="",
-            **timeline.told(),
+            **timeline.wire_fields(),
         )
         return cls(true_ns, frame, Timeline.of(frame))
 
@@ -173,7 +173,7 @@ class Reign:
             received_ns=self.cluster_at(came_ns),
             sent_ns=sent,
             beats_per_bar=BEATS_PER_BAR,
-            **self.timelines[self._at(left_ns)].since(sent).told(),
+            **self.timelines[self._at(left_ns)].since(sent).wire_fields(),
         )
 
 

@@ -120,41 +120,41 @@ def reschedule(
     committed: Timeline,
     cluster_ns: int,
     *,
-    told_seq: int,
+    announced_seq: int,
     beats_per_bar: int,
     epoch: int,
 ) -> Timeline:
-    """Return the timeline to go on with after a leader that may not have told of its last change.
+    """Return the timeline to go on with after a leader that may not have announced its last change.
 
-    What was told is in force, or will be, whether it was heard here or not. What was committed and
-    is far enough ahead stays as it is, too. What nobody was told of, and would have to have
+    What was announced is in force, or will be, whether it was heard here or not. What was committed
+    and is far enough ahead stays as it is, too. What was never announced, and would have to have
     happened already, is put off.
 
     Args:
       heard: what was heard of the grid, here.
       committed: what the record says of it.
       cluster_ns: now.
-      told_seq: the last segment that somebody was told of, as the record has it.
+      announced_seq: the last segment that was announced, as the record has it.
       beats_per_bar: the length of a bar.
       epoch: the term of leadership that begins.
 
     """
-    known = max(heard.segments[-1].seq, told_seq)
+    known = max(heard.segments[-1].seq, announced_seq)
     if heard.segments[-1].seq >= committed.segments[-1].seq:
         return heard.since(cluster_ns)
-    untold = [segment for segment in committed.segments if segment.seq > known]
-    if not untold or untold[0].t0_ns >= cluster_ns + LEAD_NS:
+    unannounced = [segment for segment in committed.segments if segment.seq > known]
+    if not unannounced or unannounced[0].t0_ns >= cluster_ns + LEAD_NS:
         return committed.since(cluster_ns)
-    told = heard
-    if told_seq > heard.segments[-1].seq:
+    announced = heard
+    if announced_seq > heard.segments[-1].seq:
         kept = tuple(segment for segment in committed.segments if segment.seq <= known)
-        told = Timeline(kept) if kept else heard
-    told = told.since(cluster_ns)
-    present = told.segments[0]
-    first, last = untold[0], untold[-1]
+        announced = Timeline(kept) if kept else heard
+    announced = announced.since(cluster_ns)
+    present = announced.segments[0]
+    first, last = unannounced[0], unannounced[-1]
     try:
         return propose(
-            told,
+            announced,
             cluster_ns,
             last.milli_bpm if present.milli_bpm else None,
             over=last.beat0 - first.beat0 if last.milli_bpm else 0,
@@ -164,9 +164,9 @@ def reschedule(
             after_seq=last.seq,
         )
     except TempoRefused:
-        stop = told.segments[-1]
+        stop = announced.segments[-1]
         if stop.milli_bpm or not last.milli_bpm:
-            return told
+            return announced
         # It was not to stand still any more, and will for as long as it takes to tell so.
         goes_on = max(stop.t0_ns, cluster_ns) + 2 * STILL_NS
-        return told.resume(last.milli_bpm, goes_on, epoch=epoch, after_seq=last.seq)
+        return announced.resume(last.milli_bpm, goes_on, epoch=epoch, after_seq=last.seq)

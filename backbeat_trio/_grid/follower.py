@@ -102,7 +102,7 @@ class Follower:
         """Whether the grid is the cluster's."""
         self.epoch: int = -1
         self.leader_id: str = ""
-        self.told_ns: int = 0
+        self.last_due_ns: int = 0
         """The instant, in cluster time, at which the last frame that was followed was due."""
         self.question: Heard | None = None
         """A frame that is not believed before the leader was asked about it."""
@@ -112,7 +112,7 @@ class Follower:
         self._cluster_id = cluster_id
         self._estimate = Estimate()
         # When that frame came, in local time; or when the grid was locked to.
-        self._told_at_ns = 0
+        self._last_heard_ns = 0
         self._next_index = 0
         self._judged_epoch = -1
         self._behind = 0
@@ -122,7 +122,7 @@ class Follower:
 
     def due_ns(self) -> int:
         """Return the cluster time at which the next frame is due."""
-        return self.grid.timeline.next_beat(self.told_ns)
+        return self.grid.timeline.next_beat(self.last_due_ns)
 
     def in_holdover(self, now_ns: int) -> bool:
         """Tell whether two frames in a row are missing."""
@@ -131,8 +131,8 @@ class Follower:
         patience = max(MIN_STEP_NS, beat_ns(self.grid.segment_at(now_ns).milli_bpm) // 4)
         # By when the last one came, and not by cluster time: that may be far off, and on its way
         # back, while every frame is heard.
-        silence = self.grid.timeline.next_beat(self.due_ns()) - self.told_ns
-        return now_ns - self._told_at_ns > silence + patience
+        silence = self.grid.timeline.next_beat(self.due_ns()) - self.last_due_ns
+        return now_ns - self._last_heard_ns > silence + patience
 
     def measured_bpm(self, now_ns: int) -> float | None:
         """Return the tempo of the frames' arrivals; None before there are two."""
@@ -208,7 +208,7 @@ class Follower:
         if not moves:
             # It says the same at every instant that it comes, give or take its way.
             due = timeline.last_beat(late + MIN_STEP_NS)
-        self.told_ns, self._told_at_ns = due, received_ns
+        self.last_due_ns, self._last_heard_ns = due, received_ns
         beat = beat_ns(frame.segment.milli_bpm)
         # One that had to wait for this loop says nothing of the leader, and neither does one of a
         # grid that stands still, nor the first one of a leader that had to take over: it is late
@@ -237,11 +237,11 @@ class Follower:
             "does not bear out"
         )
 
-    def _follow(self, told: BeatFrame | SyncReply, timeline: Timeline, now_ns: int) -> None:
+    def _follow(self, message: BeatFrame | SyncReply, timeline: Timeline, now_ns: int) -> None:
         present = self.grid.timeline
         newer = timeline.segments[-1].seq >= present.segments[-1].seq
-        if told.epoch != self.epoch:
-            self.epoch, self.leader_id = told.epoch, told.leader_id
+        if message.epoch != self.epoch:
+            self.epoch, self.leader_id = message.epoch, message.leader_id
             self._observer.on_leader()
             newer = True
         # A reply may have been on its way for longer than the frame that told of a change.
@@ -374,14 +374,14 @@ class Follower:
 
     def _lock(
         self,
-        told: BeatFrame | SyncReply,
+        message: BeatFrame | SyncReply,
         timeline: Timeline,
         offset_ns: int,
         now_ns: int,
         frequency: int = 0,
     ) -> None:
         grid = self.grid
-        self.epoch, self.leader_id = told.epoch, told.leader_id
+        self.epoch, self.leader_id = message.epoch, message.leader_id
         self.locked = True
         self.drift.clear()
         self._judged_epoch = -1
@@ -389,11 +389,11 @@ class Follower:
             timeline,
             offset_ns,
             now_ns,
-            beats_per_bar=told.beats_per_bar,
+            beats_per_bar=message.beats_per_bar,
             frequency=frequency,
         )
         self._next_index = grid.index_at(now_ns)
-        self.told_ns, self._told_at_ns = timeline.last_beat(grid.cluster_at(now_ns)), now_ns
+        self.last_due_ns, self._last_heard_ns = timeline.last_beat(grid.cluster_at(now_ns)), now_ns
         self.counts.locks += 1
         self._observer.on_lock()
         self._observer.on_followed()

@@ -79,8 +79,8 @@ def _edge(segment: Segment, position: float) -> int:
     return segment.t0_ns - ((segment.beat0 - position) * BEAT_UNITS // segment.milli_bpm)
 
 
-class Told(Protocol):
-    """What a frame and a sync reply both tell of the grid."""
+class Description(Protocol):
+    """The fields by which a frame and a sync reply describe the grid."""
 
     @property
     def segment(self) -> Segment: ...
@@ -97,15 +97,15 @@ class Timeline(Struct, frozen=True):
     segments: tuple[Segment, ...]
 
     @classmethod
-    def of(cls, told: Told) -> Timeline:
+    def of(cls, message: Description) -> Timeline:
         """Make the timeline that a frame or a reply describes.
 
         Raises:
           ValueError: where its segments do not join.
 
         """
-        following = () if told.next_segment is None else (told.next_segment,)
-        segments = (told.segment, *following, *(told.later_segments or ()))
+        following = () if message.next_segment is None else (message.next_segment,)
+        segments = (message.segment, *following, *(message.later_segments or ()))
         for before, segment in itertools.pairwise(segments):
             still = not before.milli_bpm
             if (segment.beat0 != before.beat0) if still else (segment.beat0 <= before.beat0):
@@ -161,9 +161,9 @@ class Timeline(Struct, frozen=True):
         segment = self.segment_at(cluster_ns)
         if segment.milli_bpm:
             return self.time_of(self.index_at(cluster_ns) + 1)
-        told = self.last_beat(cluster_ns) + STILL_NS
+        repeated = self.last_beat(cluster_ns) + STILL_NS
         # Where it goes on before that, the beat on which it stood is over, but not told again.
-        return told if self.segment_at(told) is segment else self.time_of(segment.beat0 + 1)
+        return repeated if self.segment_at(repeated) is segment else self.time_of(segment.beat0 + 1)
 
     def change(self, milli: int, at_beat: int, *, epoch: int, after_seq: int = -1) -> Timeline:
         """Return the timeline with another tempo from ``at_beat`` on; 0 stands still there.
@@ -193,8 +193,8 @@ class Timeline(Struct, frozen=True):
         seq = max(after_seq, *(segment.seq for segment in self.segments)) + 1
         return Timeline((*kept, Segment(epoch, seq, beat0, t0_ns, milli)))
 
-    def told(self) -> dict[str, Any]:
-        """Return the fields by which a frame or a reply tells of it."""
+    def wire_fields(self) -> dict[str, Any]:
+        """Return the fields by which a frame or a reply describes it."""
         segment, *later = self.segments
         return {
             "segment": segment,

@@ -80,8 +80,8 @@ class Term(Struct, frozen=True):
     """The tempo at which a grid that stands still goes on."""
     incarnation: str = ""
     nonce: str = ""
-    told_seq: int = -1
-    """The last segment that anybody was told of."""
+    announced_seq: int = -1
+    """The last segment that a frame or an answer has announced."""
 
     def record(self, cluster_id: str, leader_id: str) -> Record:
         """Return what is to be kept of the grid as the term begins."""
@@ -95,7 +95,7 @@ class Term(Struct, frozen=True):
             segments=self.timeline.segments,
             high_water=self.sent,
             milli_bpm=self.milli_bpm,
-            told_seq=self.told_seq,
+            announced_seq=self.announced_seq,
             written_ms=time.time_ns() // 1_000_000,
         )
 
@@ -150,7 +150,7 @@ class Leader:
         self.epoch: int = term.epoch
         self.sent: int = term.sent
         self.milli_bpm: int = term.milli_bpm
-        self.told_seq: int = term.told_seq
+        self.announced_seq: int = term.announced_seq
         self.beats_per_bar: int = term.beats_per_bar
         self.steering: Steering = term.steering
         self._term = term
@@ -190,7 +190,7 @@ class Leader:
             timeline=self.timeline,
             sent=self.sent,
             milli_bpm=self.milli_bpm,
-            told_seq=self.told_seq,
+            announced_seq=self.announced_seq,
         )
 
     def _changed(self) -> None:
@@ -298,7 +298,7 @@ class Leader:
             window_id=window_id(index, bar),
             epoch=self.epoch,
             leader_id=self._leader_id,
-            **timeline.told(),
+            **timeline.wire_fields(),
         )
 
     def _publish(self, frame: BeatFrame) -> None:
@@ -309,13 +309,13 @@ class Leader:
             self._counts.frames_unsent += 1
         else:
             self._counts.frames += 1
-            self._note_told()
+            self._note_announced()
 
-    def _note_told(self) -> None:
-        # Soon it is in the record, too: what nobody was told of is put off by who comes next.
+    def _note_announced(self) -> None:
+        # Soon it is in the record, too: the next leader puts off what was never announced.
         seq = self.timeline.segments[-1].seq
-        if seq > self.told_seq:
-            self.told_seq = seq
+        if seq > self.announced_seq:
+            self.announced_seq = seq
             self._look.value = True
 
     # The record.
@@ -421,7 +421,7 @@ class Leader:
     async def _answer_sync(self, request: Message) -> SyncReply:
         self._own(decode_sync_request(request.data).cluster_id)
         self._counts.syncs += 1
-        self._note_told()
+        self._note_announced()
         return SyncReply(
             cluster_id=self._cluster_id,
             epoch=self.epoch,
@@ -429,7 +429,7 @@ class Leader:
             received_ns=self.cluster_ns(request.received_ns),
             sent_ns=self.cluster_ns(),
             beats_per_bar=self.beats_per_bar,
-            **self.timeline.since(self.cluster_ns()).told(),
+            **self.timeline.since(self.cluster_ns()).wire_fields(),
         )
 
     async def _answer_tempo(self, request: Message) -> TempoReply:

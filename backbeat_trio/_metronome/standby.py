@@ -170,39 +170,41 @@ class Standby:
             self._stands_by = True
             self._logger.info("stands by - leader=%s epoch=%d", follower.leader_id, follower.epoch)
         while follower.locked:
-            told = follower.told_ns
-            due = grid.timeline.next_beat(max(told, excused_ns))
+            due_before = follower.last_due_ns
+            due = grid.timeline.next_beat(max(due_before, excused_ns))
             patience = max(_LATE_NS, _JITTERS * follower.drift.jitter_ns)
             deadline = (grid.steering.local_at(due) + patience) / 1e9
             deadline = max(deadline, trio.current_time())
-            if await self._is_heard(told, deadline):
+            if await self._is_heard(due_before, deadline):
                 continue
             late = trio.current_time() - deadline
             if transport.generation != self._generation:
                 # Who leads may not have come back yet.
                 self._generation = transport.generation
-                if await self._is_heard(told, trio.current_time() + _RECONNECT_GRACE):
+                if await self._is_heard(due_before, trio.current_time() + _RECONNECT_GRACE):
                     continue
-            if late > patience / 1e9 and await self._is_heard(told, trio.current_time() + late):
+            if late > patience / 1e9 and await self._is_heard(
+                due_before, trio.current_time() + late
+            ):
                 # It was here that time was lost.
                 continue
             epoch = max(follower.epoch, self._epoch_of(self._ledger.record))
-            if await self._is_gone(epoch, told):
+            if await self._is_gone(epoch, due_before):
                 self._seen = max(self._seen, epoch)
                 return
             excused_ns = due
 
-    async def _is_heard(self, told: int, deadline: float) -> bool:
+    async def _is_heard(self, due_before: int, deadline: float) -> bool:
         with trio.move_on_at(deadline):
-            while self._follower.told_ns == told:
+            while self._follower.last_due_ns == due_before:
                 await self._listener.followed.park()
-        return self._follower.told_ns != told
+        return self._follower.last_due_ns != due_before
 
-    async def _is_gone(self, epoch: int, told: int) -> bool:
+    async def _is_gone(self, epoch: int, due_before: int) -> bool:
         """Ask the leader of an epoch whether it lives, until it is clear or it is heard."""
         subject, probe = lead_subject(self._cluster_id, epoch), self._probe(epoch)
         silent_since, patience = local_ns(), _PROBE_EVERY
-        while self._follower.told_ns == told:
+        while self._follower.last_due_ns == due_before:
             begun = trio.current_time()
             self._counts.probes += 1
             try:
@@ -316,11 +318,11 @@ class Standby:
                 timeline=timeline,
                 steering=grid.steering,
                 beats_per_bar=grid.beats_per_bar,
-                sent=grid.timeline.index_at(follower.told_ns),
+                sent=grid.timeline.index_at(follower.last_due_ns),
                 milli_bpm=timeline.segments[0].milli_bpm or fresh.milli_bpm,
                 incarnation=fresh.incarnation,
                 nonce=fresh.nonce,
-                told_seq=grid.timeline.segments[-1].seq,
+                announced_seq=grid.timeline.segments[-1].seq,
             )
             return self._go_on(present, record, epoch) or present
         # It may have led before, and be all that is left of the grid.
@@ -344,9 +346,14 @@ class Standby:
         bar = known.beats_per_bar
         # What was beaten was told of, too.
         beaten = [s.seq for s in record.segments if s.beat0 <= record.high_water]
-        told_seq = max([min(record.told_seq, record.segments[-1].seq), *beaten])
+        announced_seq = max([min(record.announced_seq, record.segments[-1].seq), *beaten])
         timeline = reschedule(
-            known.timeline, committed, now, told_seq=told_seq, beats_per_bar=bar, epoch=epoch
+            known.timeline,
+            committed,
+            now,
+            announced_seq=announced_seq,
+            beats_per_bar=bar,
+            epoch=epoch,
         )
         return replace(
             known,
@@ -355,7 +362,7 @@ class Standby:
             sent=max(known.sent, min(record.high_water, timeline.index_at(now) + bar)),
             milli_bpm=timeline.segments[0].milli_bpm or record.milli_bpm,
             incarnation=record.incarnation,
-            told_seq=max(known.told_seq, told_seq),
+            announced_seq=max(known.announced_seq, announced_seq),
         )
 
     def _begin_again(self, record: Record | None, fresh: Term) -> Term:

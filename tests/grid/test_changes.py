@@ -108,8 +108,8 @@ def test_a_pause_is_no_ramp_and_changes_are_not_without_number() -> None:
 # What a leader committed, and may not have told.
 
 
-def left(heard: Timeline, committed: Timeline, now: int, told_seq: int = 0) -> Timeline:
-    return reschedule(heard, committed, now, told_seq=told_seq, beats_per_bar=8, epoch=9)
+def left(heard: Timeline, committed: Timeline, now: int, announced_seq: int = 0) -> Timeline:
+    return reschedule(heard, committed, now, announced_seq=announced_seq, beats_per_bar=8, epoch=9)
 
 
 def test_a_change_that_lies_ahead_stays_as_it_is() -> None:
@@ -145,10 +145,10 @@ def test_a_change_that_was_told_is_not_put_off_by_who_has_not_heard_of_it() -> N
     committed = change(GRID, 0, 120_000)
     seq = committed.segments[-1].seq
     now = 9 * SECOND
-    assert left(GRID, committed, now, told_seq=seq) == committed.since(now)
+    assert left(GRID, committed, now, announced_seq=seq) == committed.since(now)
     # One of two was told.
     both = change(committed, 0, 240_000, 16)
-    later = left(GRID, both, 12 * SECOND, told_seq=seq)
+    later = left(GRID, both, 12 * SECOND, announced_seq=seq)
     assert later.segments[0] == committed.segments[-1]
     assert later.segments[-1].milli_bpm == 240_000
     assert later.segments[-1].beat0 > 16
@@ -160,7 +160,7 @@ def test_a_pause_that_was_given_up_is_over_as_soon_as_can_be_told() -> None:
     committed = change(heard, 10 * SECOND, None)
     assert committed.segments[-1].milli_bpm == 60_000
     now = 24 * SECOND - LEAD_NS // 2
-    later = left(heard, committed, now, told_seq=heard.segments[-1].seq)
+    later = left(heard, committed, now, announced_seq=heard.segments[-1].seq)
     assert later.segments[:2] == heard.segments
     assert later.segments[2].beat0 == 24
     assert now + SECOND < later.segments[2].t0_ns < now + 3 * SECOND

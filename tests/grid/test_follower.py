@@ -58,7 +58,7 @@ class Agent(FollowerObserver):
         self, delay_ns: int = MS, *, epoch: int = 1, timeline: Timeline = TIMELINE, lie_ns: int = 0
     ) -> Answer:
         there = self.now - delay_ns // 2 + AHEAD + lie_ns
-        told = timeline.since(there).told()
+        told = timeline.since(there).wire_fields()
         reply = SyncReply("c", epoch, f"pulse-{epoch}", there, there, 4, **told)
         return Ping(self.now - delay_ns, there, there, self.now), reply
 
@@ -80,7 +80,7 @@ class Agent(FollowerObserver):
             *(cluster_id, index, index % 4 == 0, beat_phase(index, 4)),
             *(timeline.segments[0].milli_bpm / 1000, 4, window_id(index, 4), epoch),
             f"pulse-{epoch}",
-            **timeline.told(),
+            **timeline.wire_fields(),
         )
         return self.follower.hear(frame, timeline, self.now, self.now)
 

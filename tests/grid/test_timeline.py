@@ -66,7 +66,7 @@ def test_a_grid_that_stood_still_lost_nothing_but_time(
     assert resumed.time_of(at_beat + 1) == stop + pause + 1 + beat_ns(milli)
     assert resumed.continues(timeline, 0)
     assert resumed.shares(still)
-    assert Timeline.of(Grid(**resumed.told())) == resumed
+    assert Timeline.of(Grid(**resumed.wire_fields())) == resumed
 
 
 class Grid(Struct):
@@ -77,7 +77,7 @@ class Grid(Struct):
 
 @given(timelines())
 def test_what_is_told_of_a_timeline_is_all_of_it(timeline: Timeline) -> None:
-    assert Timeline.of(Grid(**timeline.told())) == timeline
+    assert Timeline.of(Grid(**timeline.wire_fields())) == timeline
 
 
 @given(timelines(), st.integers(1, 10**6))

@@ -566,7 +566,7 @@ async def test_what_was_told_is_soon_in_the_record(autojump_clock: Clock) -> Non
         await trio.sleep(1.1)
         assert bb.current_beat() < beat
         record = decode_record(made.store.entry.data)
-        assert record.told_seq == record.segments[-1].seq == 1
+        assert record.announced_seq == record.segments[-1].seq == 1
         assert one.leads
 
 

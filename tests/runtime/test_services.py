@@ -526,7 +526,7 @@ async def test_a_ramp_is_followed_from_one_frame(autojump_clock: Clock) -> None:
             beats_per_bar=4,
             epoch=5,
         )
-        leader.send(**ramp.told())
+        leader.send(**ramp.wire_fields())
         leader.answering = False
         # All the frames after that one are lost, and whoever is alive knows what is to come.
         switches = {}
