@@ -86,4 +86,4 @@ def bench(session: nox.Session) -> None:
 def simulate(session: nox.Session) -> None:
     """Simulate many agents, and print how well they agree beside the targets."""
     session.install(".", *group("simulate"))
-    session.run("python", os.path.join("benchmarks", "simulate.py"), *session.posargs)
+    session.run("python", os.path.join("simulation", "simulate.py"), *session.posargs)

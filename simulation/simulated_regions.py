@@ -12,8 +12,7 @@ from typing import Any, Final, NamedTuple
 from report import Figure, Target
 from rich.console import Console
 from rich.table import Table
-from story import Change, Failure, Story, tell
-from world import (
+from simulated_agents import (
     FOREVER,
     HERE,
     MS,
@@ -33,6 +32,7 @@ from world import (
     percentile,
     populate,
 )
+from simulated_leaders import Change, Failure, Story, tell
 
 from backbeat_trio._grid.follower import BURST_MIN_NS, STEADY_PINGS
 from backbeat_trio._grid.timeline import beat_ns

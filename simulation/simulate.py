@@ -1,12 +1,24 @@
-"""Simulate a cluster of many agents on the pure core, and print how well they agree.
+"""Simulate a cluster of many agents, and print how well they agree beside the targets.
 
-Run as ``python benchmarks/simulate.py [--agents N] [--seconds S] [--seed N] [--quick] [--jobs N]
-[--regions N] [--json PATH] [--plot PATH]``. Nothing here waits: time is a number, and the same seed
-gives the same figures, with any number of jobs. It exits with 1 where a target is missed.
+Run as ``python simulation/simulate.py [--agents N] [--seconds S] [--seed N] [--quick] [--jobs N]
+[--regions N] [--json PATH] [--plot PATH]``. It exits with 1 where a target is missed.
 
-What is real is the pure core: what agents believe, how they steer and what they tell of it, and how
-leaders change the grid. `world.py` and `story.py` say what is simulated. What is left out: leaders
-that are asked more than they can answer, and servers that have more to pass on than they can.
+No process, socket or clock takes part. Time is a number that the programs in this folder set, so
+the same seed gives the same figures, with any number of jobs.
+
+Real code, imported from ``backbeat_trio``, is the pure core in its folder ``_grid``: how an agent
+judges the pings and frames that it gets (`Follower`), how it steers its clock (`Steering`), what it
+says of itself, and how a leader changes the grid (`propose` and `reschedule`).
+
+Simulated are all parts around that core, by the rules of the real parts:
+
+- ``simulated_agents.py``: clocks that are wrong, a network that delays and loses messages, loops
+  that stall, and what `BeatListener` and `BeatClock` do;
+- ``simulated_leaders.py``: what `Leader` and `Standby` do, failovers included;
+- ``simulated_regions.py``: the ways between regions, and a metronome for each region.
+
+Left out are a leader that is asked more than it can answer, and a server that has more to pass on
+than it can.
 """
 
 from __future__ import annotations
@@ -23,12 +35,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import regions
-from report import Figure, Target, make_console, make_table, results_of, write_json
 from rich.console import Console
 from rich.table import Table
-from story import schedule, tell
-from world import (
+
+from backbeat_trio._grid.punctuality import TempoDrift
+
+# The table of figures is the one of the benchmarks.
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import simulated_regions
+from report import Figure, Target, make_console, make_table, results_of, write_json
+from simulated_agents import (
     MILLI,
     MS,
     SAMPLE_NS,
@@ -42,8 +59,7 @@ from world import (
     percentile,
     populate,
 )
-
-from backbeat_trio._grid.punctuality import TempoDrift
+from simulated_leaders import schedule, tell
 
 HOLDOVER_NS: Final = 60 * SECOND
 
@@ -333,16 +349,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"agents": agents, "seconds": seconds, "seed": arguments.seed}
     if arguments.regions:
         ways = {
-            milli: regions.simulate(
+            milli: simulated_regions.simulate(
                 arguments.regions, agents, seconds, arguments.seed, arguments.jobs, milli
             )
             for milli in (120_000, 300_000)
         }
         for milli, found in ways.items():
-            regions.show(milli, found, console)
-        figures, targets = regions.figures_of(ways), regions.TARGETS
+            simulated_regions.show(milli, found, console)
+        figures, targets = simulated_regions.figures_of(ways), simulated_regions.TARGETS
         results["regions"] = {
-            str(m): [regions.results_of(way) for way in w] for m, w in ways.items()
+            str(m): [simulated_regions.results_of(way) for way in w] for m, w in ways.items()
         }
     else:
         report = simulate(agents, seconds, arguments.seed, arguments.jobs)

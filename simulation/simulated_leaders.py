@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, NamedTuple
 
-from world import (
+from simulated_agents import (
     BEATS_PER_BAR,
     MILLI,
     MS,

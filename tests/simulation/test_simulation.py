@@ -14,7 +14,7 @@ import pytest
 
 from backbeat_trio._metronome import leader as _leader, listener as _listener, standby as _standby
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parent.parent.parent / "simulation"
 
 
 def load(*names: str) -> list[Any]:
@@ -26,7 +26,9 @@ def load(*names: str) -> list[Any]:
         sys.path.remove(str(FOLDER))
 
 
-simulate, regions, story, world = load("simulate", "regions", "story", "world")
+simulate, agents, leaders, regions = load(
+    "simulate", "simulated_agents", "simulated_leaders", "simulated_regions"
+)
 
 
 @functools.cache
@@ -39,15 +41,15 @@ def figures() -> dict[str, float]:
 
 
 def test_its_rules_are_those_of_the_listener_and_the_standby() -> None:
-    assert world.PING_TIMEOUT_NS / world.SECOND == _listener._PING_TIMEOUT
-    assert world.ASK_EVERY_NS / world.SECOND == _listener._ASK_EVERY
-    assert (story.LATE_NS, story.JITTERS) == (_standby._LATE_NS, _standby._JITTERS)
-    assert (story.LEASE_BEATS, story.LEASE_NS) == (_leader._LEASE_BEATS, _leader._LEASE_NS)
+    assert agents.PING_TIMEOUT_NS / agents.SECOND == _listener._PING_TIMEOUT
+    assert agents.ASK_EVERY_NS / agents.SECOND == _listener._ASK_EVERY
+    assert (leaders.LATE_NS, leaders.JITTERS) == (_standby._LATE_NS, _standby._JITTERS)
+    assert (leaders.LEASE_BEATS, leaders.LEASE_NS) == (_leader._LEASE_BEATS, _leader._LEASE_NS)
 
 
 def test_everybody_switches_on_the_same_index() -> None:
     assert figures()["same_index"] == 100.0
-    told = story.tell(story.schedule(120.0), 120.0, random.Random("3:leaders"))
+    told = leaders.tell(leaders.schedule(120.0), 120.0, random.Random("3:leaders"))
     tempos = set(told.history.tempos.values())
     # A change, the steps of a ramp, a pause, and a change back; one was put off by a failover.
     assert {0, 60_000, 75_000, 80_000, 100_000} < tempos
@@ -63,11 +65,11 @@ def test_what_agents_miss_is_told_by_whether_their_loop_stalls() -> None:
     assert sum(counts.total() for counts in missed.values()) == 40
     assert set(missed["never stalls"]) == {0}
     assert missed["stalls"].total() > 0
-    told = story.tell(story.schedule(60.0), 60.0, random.Random("3:leaders"))
-    agent = world.make_agent(world.World(told.history, 60.0, "3:agents"), 0)
+    told = leaders.tell(leaders.schedule(60.0), 60.0, random.Random("3:leaders"))
+    agent = agents.make_agent(agents.World(told.history, 60.0, "3:agents"), 0)
     # Four beats begin while it stands still, and it has the last of them only.
-    agent.stalls = [(21 * world.SECOND, 24 * world.SECOND)]
-    agent.run(60 * world.SECOND)
+    agent.stalls = [(21 * agents.SECOND, 24 * agents.SECOND)]
+    agent.run(60 * agents.SECOND)
     assert [count for _, count in agent.skips] == [3]
     assert len(set(range(min(agent.beats), max(agent.beats))) - set(agent.beats)) == 3
 
@@ -88,14 +90,14 @@ def test_a_seed_gives_the_same_again() -> None:
 
 
 def test_an_agent_that_hears_too_late_is_told_apart() -> None:
-    told = story.tell(story.schedule(60.0), 60.0, random.Random("7:leaders"))
+    told = leaders.tell(leaders.schedule(60.0), 60.0, random.Random("7:leaders"))
     change = told.kept[0][0].true_ns
-    cut = world.World(told.history, 60.0, "7:agents", cut_ns=change, stalls=False)
-    assert not simulate.in_tempo(world.live(cut, 0), told.history.tempos)
+    cut = agents.World(told.history, 60.0, "7:agents", cut_ns=change, stalls=False)
+    assert not simulate.in_tempo(agents.live(cut, 0), told.history.tempos)
 
 
 def test_a_clock_inverts() -> None:
-    clock = world.LocalClock(random.Random(1), 150.0, 30.0)
+    clock = agents.LocalClock(random.Random(1), 150.0, 30.0)
     for true in (0, 1, 4_999_999_999, 5_000_000_000, 12_345_678_901):
         local = clock.local(true)
         assert clock.local(clock.true(local)) >= local
@@ -105,7 +107,7 @@ def test_a_clock_inverts() -> None:
 
 def test_regions() -> None:
     one, strata = regions.simulate(2, 24, 40.0, 1, 1, 120_000)
-    p99 = world.percentile
+    p99 = agents.percentile
     assert p99(one.within, 0.99) < 2_000_000
     assert p99(strata.within, 0.99) < 500_000
     # Half of what the two ways differ by cannot be measured, and is told.
