@@ -71,9 +71,20 @@ class NatsServer:
     async def start(self) -> None:
         """Start the server, on its earlier port where it had one, and wait until it takes clients.
 
+        A start that fails or is cancelled leaves no process. A checkpoint.
+
         Raises:
-          RuntimeError: where it does not come up; the text has its log.
+          RuntimeError: where it does not come up, and the text has its log; where it runs already;
+            or in virtual time, which does not wait for a process.
         """
+        if self._process is not None and self._process.poll() is None:
+            raise RuntimeError(f"this nats-server runs already: {self.url}")
+        # Imported on use: whoever runs a server outside of tests has no need of it.
+        from trio.testing import MockClock
+
+        clock = trio.lowlevel.current_clock()
+        if isinstance(clock, MockClock) and not clock.rate:
+            raise RuntimeError("a nats-server needs a real clock, and this is virtual time")
         folder = Path(self._folder.name)
         command = [self._program, "-a", "127.0.0.1", "-p", str(self.port or -1), "-l"]
         command += [str(folder / "log"), "--ports_file_dir", str(folder), "-sd", str(folder / "js")]
@@ -86,12 +97,16 @@ class NatsServer:
             [*command, *self._arguments], stdin=subprocess.DEVNULL, start_new_session=True
         )
         ports = folder / f"{Path(self._program).name}_{process.pid}.ports"
-        with trio.move_on_after(_READY):
-            while process.poll() is None:
-                if ports.exists() and (text := ports.read_bytes()):
-                    self.port = urlsplit(msgspec.json.decode(text)["nats"][0]).port or 0
-                    return
-                await trio.sleep(0.005)
+        try:
+            with trio.move_on_after(_READY):
+                while process.poll() is None:
+                    if ports.exists() and (text := ports.read_bytes()):
+                        self.port = urlsplit(msgspec.json.decode(text)["nats"][0]).port or 0
+                        return
+                    await trio.sleep(0.005)
+        except BaseException:
+            self.kill()
+            raise
         self.kill()
         raise RuntimeError(f"nats-server did not come up: {self.log or process.returncode}")
 
@@ -116,14 +131,16 @@ class NatsServer:
 
     def close(self) -> None:
         """Stop the server, and remove its folder."""
-        self.resume()
-        self._signal(signal.SIGTERM)
-        if self._process is not None:
-            try:
-                self._process.wait(_STOP)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._folder.cleanup()
+        try:
+            self.resume()
+            self._signal(signal.SIGTERM)
+            if self._process is not None:
+                try:
+                    self._process.wait(_STOP)
+                except subprocess.TimeoutExpired:
+                    self.kill()
+        finally:
+            self._folder.cleanup()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.poll() is None:

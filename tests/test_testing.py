@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import trio
 import trio.testing
@@ -82,3 +84,46 @@ async def test_recorder_of_one_agent(backbeat_metronome: ManualMetronome) -> Non
 async def test_real_server(nats_server: NatsServer) -> None:
     async with open_session(nats_url=nats_server.url, require_connection=True) as bb:
         assert bb.health().connected
+
+
+async def test_what_the_body_of_a_server_raises_leaves_as_itself() -> None:
+    error = AssertionError("no")
+    server = NatsServer()
+    with pytest.raises(AssertionError) as caught:
+        async with server:
+            raise error
+    assert caught.value is error
+    with pytest.raises(ProcessLookupError):
+        os.kill(server.pid, 0)
+
+
+async def test_a_server_does_not_start_in_virtual_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    with pytest.raises(RuntimeError, match="virtual time"):
+        async with NatsServer():
+            pass
+
+
+async def test_a_server_that_runs_is_not_started_again(nats_server: NatsServer) -> None:
+    pid = nats_server.pid
+    with pytest.raises(RuntimeError, match="runs already"):
+        await nats_server.start()
+    assert nats_server.pid == pid
+    async with open_session(nats_url=nats_server.url, require_connection=True) as bb:
+        assert bb.health().connected
+
+
+async def test_a_start_that_is_cancelled_leaves_no_process() -> None:
+    server = NatsServer()
+    try:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await server.start()
+        assert scope.cancelled_caught
+        with pytest.raises(ProcessLookupError):
+            os.kill(server.pid, 0)
+        await server.start()
+        os.kill(server.pid, 0)
+    finally:
+        server.close()
