@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["backbeat_trio.testing"]
+pytest_plugins = ["backbeat_trio.testing", "pytester"]
 
 # Deadlines of hypothesis are seconds of a real clock, which a loaded machine makes meaningless.
 settings.register_profile("default", deadline=None)
