@@ -33,6 +33,7 @@ from backbeat_trio import (
     session,
 )
 from backbeat_trio._cli import main as cli
+from backbeat_trio._cli.connection import settings
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import BeatFrame, Segment, StatusClaim, SyncRequest, TempoRequest, encode
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
@@ -666,7 +667,7 @@ def configured(way: str, fields: dict[str, str], home: Path) -> BackbeatConfig:
         (folder / "grid.json").write_text(json.dumps(context))
         env |= {"XDG_CONFIG_HOME": str(home)}
         flags = ["--context", "grid"]
-    return cli.settings(cli._parser().parse_args(["status", *flags]), env)
+    return settings(cli._parser().parse_args(["status", *flags]), env)
 
 
 class Key(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -52,7 +53,7 @@ async def work(bb: Session, number: int) -> None:
         number += 1
 
 
-async def agent_main(url: str, name: str, number: str) -> int:
+async def _agent(url: str, name: str, number: str) -> int:
     """Run one agent, until it is terminated."""
     async with session(nats_url=url, agent_id=name, node_id=name, cluster_id=_CLUSTER) as bb:
         await work(bb, int(number))
@@ -224,7 +225,7 @@ async def _observe(show: _Show) -> None:
                 return
 
 
-async def demo(*, memory: bool, beats: int, bpm: float) -> int:
+async def _demo(*, memory: bool, beats: int, bpm: float) -> int:
     """Show a small cluster for some beats; return 0 where all of it was seen to work."""
     beats = max(beats, 1)
     async with AsyncExitStack() as outer:
@@ -257,3 +258,10 @@ async def demo(*, memory: bool, beats: int, bpm: float) -> int:
     print(show.summary(), flush=True)
     worked = locked and show.agents >= set(_AGENTS) and sum(show.ended.values()) > 0
     return 0 if worked else 1
+
+
+async def show_demo(options: argparse.Namespace) -> int:
+    """Run the demonstration, or one of its agents."""
+    if options.agent:
+        return await _agent(*options.agent)
+    return await _demo(memory=options.memory, beats=options.beats, bpm=options.bpm)

@@ -1,0 +1,75 @@
+"""The command line as programs, and a cluster for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+
+import trio
+
+from backbeat_trio.testing import NatsServer
+
+CLEAN = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("NATS_", "CHORUS_BACKBEAT_", "XDG_"))
+}
+
+
+async def backbeat(
+    *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    with trio.fail_after(60):
+        return await trio.run_process(
+            [sys.executable, "-m", "backbeat_trio", *arguments],
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env=CLEAN | dict(env or {}),
+        )
+
+
+@asynccontextmanager
+async def program(
+    *arguments: str, env: Mapping[str, str] | None = None
+) -> AsyncGenerator[trio.Process, None]:
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "backbeat_trio", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=CLEAN | dict(env or {}),
+    )
+    try:
+        yield process
+    finally:
+        with trio.CancelScope(shield=True):
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()
+            for stream in (process.stdout, process.stderr):
+                assert stream is not None
+                await stream.aclose()
+
+
+async def line_with(stream: trio.abc.ReceiveStream | None, text: str) -> str:
+    """Read until some text has come."""
+    assert stream is not None
+    heard = ""
+    with trio.fail_after(60):
+        while text not in heard:
+            data = await stream.receive_some()
+            assert data, heard
+            heard += data.decode()
+    return heard
+
+
+@asynccontextmanager
+async def cluster(bpm: float = 600) -> AsyncGenerator[str, None]:
+    async with NatsServer() as server:
+        pulse = program("pulse", "-s", server.url, "--bpm", str(bpm), "--id", "pulse-a")
+        async with pulse as process:
+            await line_with(process.stderr, "metronome leads")
+            yield server.url

@@ -1,0 +1,51 @@
+"""``backbeat claims``."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import trio
+
+from backbeat_trio import StatusClaim
+from backbeat_trio._cli.claims import format_claim
+from backbeat_trio.testing import open_session
+
+from .programs import backbeat, cluster, line_with, program
+
+
+async def test_claims() -> None:
+    async with cluster() as url:
+        async with (
+            program("claims", "-s", url, "--json", "--count", "3") as json_lines,
+            program("claims", "agent-1", "-s", url) as lines,
+            open_session(nats_url=url, agent_id="agent-1", cluster_id="chorus-production") as bb,
+        ):
+
+            async def work() -> None:
+                while True:
+                    bb.start_operation("election", beats=2).complete()
+                    await bb.sleep(1)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(work)
+                heard = await line_with(json_lines.stdout, "\n")
+                assert json.loads(heard.splitlines()[0])["agent_id"] == "agent-1"
+                with trio.fail_after(60):
+                    assert await json_lines.wait() == 0
+                assert "P2P election: started" in await line_with(lines.stdout, "started")
+                # The reader goes away.
+                assert lines.stdout is not None
+                await lines.stdout.aclose()
+                with trio.fail_after(60):
+                    assert await lines.wait() == 128 + signal.SIGPIPE
+                nursery.cancel_scope.cancel()
+    done = await backbeat("claims", "-s", url, "--count", "0")
+    assert done.returncode == 0
+
+
+def test_claims_are_shown_without_control_characters() -> None:
+    claim = StatusClaim("a", "t\x1b[2J", 5, "done", 0, 1.0, "n\r\nx")
+    line = format_claim(claim)
+    assert line.isprintable()
+    assert "t?[2J" in line
