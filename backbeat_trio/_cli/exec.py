@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import errno
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, final
 
 import trio
 
+from .._config import BackbeatConfig
 from .._errors import BackbeatError
 from .._runtime.operations import Phase
 from .._session.lifecycle import session
@@ -24,92 +26,224 @@ _FAILED: Final = 125
 _NOT_RUNNABLE: Final = 126
 _NOT_FOUND: Final = 127
 SIGNALLED: Final = 128
+_PASSED_ON: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+# No program can handle these two.
+_UNHANDLED: Final = frozenset({signal.SIGKILL, signal.SIGSTOP})
+_TERMINAL: Final = (signal.SIGTTIN, signal.SIGTTOU)
 
 
 async def exec_command(options: argparse.Namespace) -> int:
     """Run a command, and return the exit status that `timeout` would have."""
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     if not argv:
-        print("backbeat exec: there is no command", file=sys.stderr)
+        _tell("there is no command")
         return _FAILED
+    # The kernel keeps no exit status for a program that ignores this signal, and a parent may have
+    # started this one so.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    command = _Command(argv, foreground=options.foreground)
     try:
         config = settings(options)
-        async with session(config) as bb:
-            if config.enabled and options.beats and not bb.statistics().locks:
-                print(
-                    "backbeat exec: no metronome: budgets are counted on a local grid, "
-                    f"{60 / bb.tempo_bpm:.6g} s a beat",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            return await _run_command(bb, options, argv)
+        # The command does not wait for a metronome: its budget counts on the local grid, and moves
+        # to the cluster's when the session locks.
+        async with session(config, lock_timeout=0.0) as bb:
+            return await _run(bb, config, command, options)
     except BackbeatError as error:
-        print(f"backbeat exec: {error}", file=sys.stderr)
+        _tell(str(error))
         return _FAILED
+    finally:
+        command.kill_shared_group()
 
 
-async def _run_command(bb: Session, options: argparse.Namespace, argv: Sequence[str]) -> int:
-    beats = options.beats or math.inf
-    with trio.open_signal_receiver(
-        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-    ) as signals:
+def _tell(text: str) -> None:
+    print(f"backbeat exec: {text}", file=sys.stderr, flush=True)
+
+
+@final
+class _Command:
+    """A command, and the process group that its signals go to.
+
+    A shell at a terminal makes a group for each job, and lets only one of them read from the
+    terminal. Where this program leads such a group, the command stays in it, as it does under
+    `timeout`. Otherwise the command gets a group of its own.
+    """
+
+    def __init__(self, argv: Sequence[str], *, foreground: bool) -> None:
+        self._argv = argv
+        self._new_group = not foreground and os.getpgrp() != os.getpid()
+        self._group = None if foreground or self._new_group else os.getpgrp()
+        self._kill_shared_group = False
+        self._process: trio.Process | None = None
+        self.may_be_signalled = True
+        """False once a signal was refused, as the command runs as another user."""
+
+    async def start(self) -> None:
+        """Start it. A checkpoint.
+
+        Raises:
+          OSError: where it cannot be started; it has a `filename` where the command is at fault.
+        """
+        if not self._argv[0]:
+            # It would be looked for as the directories of the path.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._argv[0])
+        # A program inherits what its parent ignores, but not what its parent handles.
+        for number in _TERMINAL:
+            signal.signal(number, lambda *_: None)
         try:
-            # A group of its own, so that the signal reaches what the command has started, too.
-            process = await trio.lowlevel.open_process(
-                argv, process_group=None if options.foreground else 0
-            )
-        except FileNotFoundError:
-            print(f"backbeat exec: no such command: {argv[0]}", file=sys.stderr)
+            try:
+                self._process = await self._open(self._argv)
+            except OSError as error:
+                if error.errno != errno.ENOEXEC:
+                    raise
+                # POSIX has a script that does not name its interpreter run by the shell.
+                path = shutil.which(self._argv[0]) or self._argv[0]
+                self._process = await self._open(["/bin/sh", path, *self._argv[1:]])
+        finally:
+            # The terminal may stop the command, but not the program that counts its budget.
+            for number in _TERMINAL:
+                signal.signal(number, signal.SIG_IGN)
+        if self._new_group:
+            self._group = self._process.pid
+
+    async def _open(self, argv: Sequence[str]) -> trio.Process:
+        group = 0 if self._new_group else None
+        return await trio.lowlevel.open_process(argv, process_group=group, close_fds=False)
+
+    @property
+    def returncode(self) -> int | None:
+        """How it has ended, as `subprocess.Popen.returncode` has it; None while it runs."""
+        return None if self._process is None else self._process.returncode
+
+    async def wait(self) -> int:
+        """Wait until it has ended, and return its `returncode`. A checkpoint."""
+        assert self._process is not None
+        return await self._process.wait()
+
+    def send(self, number: int) -> None:
+        """Send a signal to the command and to its group, and have what was stopped go on.
+
+        Prints an error where the command may not be signalled. Not a checkpoint.
+        """
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._signal(self._process.pid, number)
+        if number not in _UNHANDLED and number != signal.SIGCONT:
+            self._signal(self._process.pid, signal.SIGCONT)
+
+    def _signal(self, pid: int, number: int) -> None:
+        group = self._group
+        spared = group == os.getpgrp() and number in _UNHANDLED
+        if spared:
+            # It would end this program, too, which has a claim to send first.
+            group = None
+        try:
+            alone = group is None or os.getpgid(pid) != group
+            # Signalling a group succeeds where one member may be signalled, so ask for the command.
+            os.kill(pid, number if alone else 0)
+            if group is not None:
+                _signal_group(group, number)
+            self._kill_shared_group = spared and number == signal.SIGKILL
+        except ProcessLookupError:
+            pass
+        except PermissionError as error:
+            if self.may_be_signalled:
+                _tell(
+                    f"cannot signal {self._argv[0]} (process {pid}), so waits for it to end: "
+                    f"{error.strerror}"
+                )
+            self.may_be_signalled = False
+
+    def kill_shared_group(self) -> None:
+        """Kill the group of this program, where the command had to be killed in it."""
+        if self._kill_shared_group:
+            os.killpg(0, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> None:
+    if group != os.getpgrp():
+        os.killpg(group, number)
+        return
+    # This program would take the signal for one that it is to pass on.
+    handler = signal.signal(number, signal.SIG_IGN)
+    try:
+        os.killpg(group, number)
+    finally:
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+async def _run(
+    bb: Session, config: BackbeatConfig, command: _Command, options: argparse.Namespace
+) -> int:
+    with trio.open_signal_receiver(*_PASSED_ON | {options.signal} - _UNHANDLED) as signals:
+        try:
+            await command.start()
+        except FileNotFoundError as error:
+            _tell(f"no such command: {error.filename}")
             return _NOT_FOUND
         except OSError as error:
-            print(f"backbeat exec: {argv[0]}: {error.strerror}", file=sys.stderr)
-            return _NOT_RUNNABLE
+            _tell(": ".join(filter(None, (error.filename, error.strerror))))
+            return _FAILED if error.filename is None else _NOT_RUNNABLE
 
-        def send(number: int) -> None:
-            with contextlib.suppress(ProcessLookupError):
-                if options.foreground:
-                    process.send_signal(number)
-                else:
-                    os.killpg(process.pid, number)
+        beats = options.beats or math.inf
+        number, kill_after = options.signal, options.kill_after
+        timed_out = told = kill_early = False
 
-        async def forward() -> None:
-            async for number in signals:
-                send(number)
+        async def pass_on() -> None:
+            nonlocal kill_early
+            async for received in signals:
+                command.send(received)
+                if kill_after:
+                    kill_early = True
+                    scope.cancel()
+
+        def tell_whose_beats() -> None:
+            nonlocal told
+            if config.enabled and options.beats and not told and not bb.statistics().locks:
+                told = True
+                _tell(
+                    "no metronome: budgets are counted on a local grid, "
+                    f"{60 / bb.tempo_bpm:.6g} s a beat"
+                )
+
+        async def wait_for_lock() -> None:
+            await trio.sleep(config.lock_timeout)
+            tell_whose_beats()
 
         try:
             estimate = max(1, math.ceil(options.beats)) if options.beats else None
-            operation = bb.start_operation("exec", id=options.id, beats=estimate, data=list(argv))
+            operation = bb.start_operation("exec", id=options.id, beats=estimate)
             operation.advance(Phase.EXECUTING)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(forward)
-                with bb.move_on_after(beats):
-                    await process.wait()
-                timed_out = process.returncode is None
-                killed = False
-                if timed_out:
-                    send(options.signal)
-                    send(signal.SIGCONT)
-                    after = math.inf if options.kill_after is None else options.kill_after
-                    with bb.move_on_after(after):
-                        await process.wait()
-                    if process.returncode is None:
-                        killed = True
-                        send(signal.SIGKILL)
-                        await process.wait()
+                nursery.start_soon(pass_on)
+                nursery.start_soon(wait_for_lock)
+                while True:
+                    with bb.move_on_after(beats) as scope:
+                        await command.wait()
+                    if command.returncode is not None:
+                        break
+                    if not kill_early:
+                        timed_out = True
+                        tell_whose_beats()
+                        command.send(number)
+                    kill_early = False
+                    beats, number, kill_after = kill_after or math.inf, signal.SIGKILL, None
                 nursery.cancel_scope.cancel()
         finally:
-            if process.returncode is None:
-                send(signal.SIGKILL)
+            if command.returncode is None:
+                command.send(signal.SIGKILL)
                 with trio.CancelScope(shield=True):
-                    await process.wait()
-        code = await process.wait()
-        status: int = SIGNALLED - code if code < 0 else code
-        if timed_out:
-            operation.fail(f"the budget of {options.beats:g} beats ran out")
-        elif code:
-            operation.fail(f"exit status {status}")
-        else:
-            operation.complete()
-        if not timed_out or options.preserve_status:
-            return status
-        return SIGNALLED + signal.SIGKILL if killed else _TIMED_OUT
+                    await command.wait()
+        code = await command.wait()
+    status = SIGNALLED - code if code < 0 else code
+    if timed_out and not command.may_be_signalled:
+        operation.fail(f"the budget of {options.beats:g} beats ran out, and nobody could end it")
+        return _FAILED
+    if timed_out:
+        operation.fail(f"the budget of {options.beats:g} beats ran out")
+    elif code:
+        operation.fail(f"exit status {status}")
+    else:
+        operation.complete()
+    if timed_out and not options.preserve_status and code != -signal.SIGKILL:
+        return _TIMED_OUT
+    return status

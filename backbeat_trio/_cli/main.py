@@ -17,6 +17,7 @@ import trio
 from .._config import MAX_REPLICAS, PREFIX
 from .._errors import BackbeatError
 from .._grid.timeline import milli_bpm
+from .._runtime.operations import check_name
 from .._wire import MAX_BEATS_PER_BAR, MAX_INDEX, is_token
 from .claims import show_claims
 from .connection import add_connection
@@ -43,8 +44,8 @@ def _beats(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"not a number of beats, 0 or more: {text!r}")
+    if not 0 <= value <= MAX_INDEX:
+        raise argparse.ArgumentTypeError(f"not a number of beats from 0 to {MAX_INDEX}: {text!r}")
     return value
 
 
@@ -76,13 +77,22 @@ def _agent(text: str) -> str:
     return text if text == "*" else _token(text)
 
 
-def _signal(text: str) -> signal.Signals:
+def _operation_id(text: str) -> str:
     try:
-        if text.isdecimal():
-            return signal.Signals(int(text))
-        return signal.Signals[f"SIG{text.upper().removeprefix('SIG')}"]
+        return check_name("id", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _signal(text: str) -> int:
+    names = signal.Signals.__members__
+    try:
+        number = int(text) if text.isdecimal() else names[f"SIG{text.upper().removeprefix('SIG')}"]
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"not a signal: {text!r}") from None
+        number = 0
+    if number not in signal.valid_signals():
+        raise argparse.ArgumentTypeError(f"not a signal: {text!r}")
+    return number
 
 
 @final
@@ -191,11 +201,16 @@ def _parser() -> argparse.ArgumentParser:
         "exec", exec_command, "run a command with a budget of beats, as timeout does in seconds"
     )
     run.add_argument("--beats", type=_beats, required=True, metavar="N", help="0 is no limit")
-    run.add_argument("--kill-after", type=_beats, metavar="BEATS", help="SIGKILL so much later")
+    run.add_argument(
+        "--kill-after",
+        type=_beats,
+        metavar="BEATS",
+        help="SIGKILL so much later than the first signal; 0 is never",
+    )
     run.add_argument("--signal", type=_signal, default=signal.SIGTERM, help="in place of SIGTERM")
     run.add_argument("--preserve-status", action="store_true", help="exit as the command did")
     run.add_argument("--foreground", action="store_true", help="leave it the terminal")
-    run.add_argument("--id", metavar="ID", help="the operation's id")
+    run.add_argument("--id", type=_operation_id, metavar="ID", help="the operation's id")
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
     return parser
 

@@ -68,7 +68,8 @@ class Host(Protocol):
         ...
 
 
-def _name(name: str, value: str) -> str:
+def check_name(name: str, value: str) -> str:
+    """Return a type or an id of an operation; raise unless a message can carry it."""
     # It must fit into any message, and unlike notes it cannot be shortened.
     if len(_text(name, value)) > _MAX_NAME:
         raise ValueError(f"`{name}` must have at most {_MAX_NAME} characters")
@@ -227,10 +228,10 @@ class Operations:
         """Start an operation; see `Session.start_operation`."""
         self._host.check_open()
         operation = Operation.__new__(Operation)
-        operation.type = _name("type", type)
+        operation.type = check_name("type", type)
         if id is None:
             id = f"{type[:_TYPE_IN_ID]}-{secrets.token_hex(6)}"
-        operation.id = _name("id", id)
+        operation.id = check_name("id", id)
         if beats is None:
             operation.beats = ESTIMATES.get(type, (0, DEFAULT_ESTIMATE))[1]
         else:
