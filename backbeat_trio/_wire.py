@@ -8,6 +8,7 @@ dropped by whoever received it.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
@@ -32,6 +33,9 @@ ClaimState: TypeAlias = Literal["executing", "done", "failed", "waiting"]
 BeatPhase: TypeAlias = Literal["downbeat", "upbeat"]
 
 HEALTH_TASK_ID: Final = "chorus-p2p-health"
+
+_ELLIPSIS: Final = "\N{HORIZONTAL ELLIPSIS}"
+_ELLIPSIS_BYTES: Final = len(_ELLIPSIS.encode())
 
 TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 
@@ -274,35 +278,55 @@ def format_bpm(milli_bpm: int) -> str:
     return f"{milli_bpm / 1000:.3f}".rstrip("0").rstrip(".")
 
 
-def encode_claim(claim: StatusClaim, limit: int) -> bytes:
-    """Encode one claim in at most ``limit`` bytes, shortening its notes where it must."""
+def encode_claim(claim: StatusClaim, limit: int) -> bytes | None:
+    """Encode one claim in at most ``limit`` bytes, and shorten its notes where they are too long.
+
+    Returns:
+      The claim as JSON. Notes that were shortened end with an ellipsis, or are empty where there is
+      no room for that either. None where the claim is too large even without notes.
+
+    """
     data = encode(claim)
     if len(data) <= limit:
         return data
-    # An escape of JSON is six bytes at most, and the mark of omission is three.
-    room = max(0, (limit - (len(data) - len(encode(claim.notes))) - 5) // 6)
-    return encode(
-        msgspec.structs.replace(claim, notes=claim.notes[:room] + "\N{HORIZONTAL ELLIPSIS}")
-    )
+    notes = claim.notes
+    # What the other fields leave for the notes: an empty string of JSON is two bytes.
+    room = limit - (len(data) - len(encode(notes)) + 2)
+    if room < 0:
+        return None
+    room -= _ELLIPSIS_BYTES
+    shortened = ""
+    if room >= 0:
+        # How many bytes a character takes in JSON depends on the character: from one to six.
+        kept = bisect_right(range(1, room + 1), room, key=lambda end: len(encode(notes[:end])) - 2)
+        shortened = notes[:kept] + _ELLIPSIS
+    return encode(msgspec.structs.replace(claim, notes=shortened))
 
 
 class ClaimArrays:
     """Gather claims into JSON arrays of at most ``limit`` bytes, as few as the limit allows."""
 
     def __init__(self, limit: int) -> None:
+        self.dropped = 0
+        """How many claims were left out, because they do not fit into any array."""
         self._limit = limit
         self._pieces: list[bytes] = []
         self._size = 2
 
     def add(self, claims: Sequence[StatusClaim]) -> list[bytes]:
         """Take in some claims, and return the arrays that became full by it."""
+        if not claims:
+            return []
         piece = encode(claims)[1:-1]
         if len(piece) + 2 > self._limit:
-            if len(claims) == 1:
-                piece = encode_claim(claims[0], self._limit - 2)
-            else:
+            if len(claims) > 1:
                 middle = len(claims) // 2
                 return self.add(claims[:middle]) + self.add(claims[middle:])
+            shortened = encode_claim(claims[0], self._limit - 2)
+            if shortened is None:
+                self.dropped += 1
+                return []
+            piece = shortened
         full = []
         if self._size + len(piece) > self._limit:
             full.append(self.take())

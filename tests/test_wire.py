@@ -181,8 +181,15 @@ claims = st.builds(
 )
 
 
-@given(st.lists(st.lists(claims, min_size=1, max_size=8), max_size=6), st.integers(600, 4000))
-def test_arrays_hold_all_claims_and_the_limit(
+def is_shortened(claim: wire.StatusClaim, of: wire.StatusClaim) -> bool:
+    """Tell whether one claim is another whose notes were too long."""
+    notes = claim.notes
+    kept = not notes or (notes.endswith("…") and of.notes.startswith(notes[:-1]))
+    return kept and msgspec.structs.replace(of, notes=notes) == claim
+
+
+@given(st.lists(st.lists(claims, max_size=8), max_size=6), st.integers(64, 4000))
+def test_arrays_hold_all_claims_that_can_fit_and_keep_the_limit(
     batches: list[list[wire.StatusClaim]], limit: int
 ) -> None:
     arrays = wire.ClaimArrays(limit)
@@ -190,12 +197,43 @@ def test_arrays_hold_all_claims_and_the_limit(
     if last := arrays.take():
         messages.append(last)
     assert all(len(message) <= limit for message in messages)
+    heard = [wire.decode_claims(message) for message in messages]
+    assert all(heard)
     sent = [claim for batch in batches for claim in batch]
-    heard = [claim for message in messages for claim in wire.decode_claims(message)]
-    assert [claim.task_id for claim in heard] == [claim.task_id for claim in sent]
-    for before, after in zip(sent, heard, strict=True):
-        shortened = after.notes.endswith("…") and before.notes.startswith(after.notes[:-1])
-        assert after == before or shortened
+    bare = [wire.encode(msgspec.structs.replace(claim, notes="")) for claim in sent]
+    fitting = [c for c, data in zip(sent, bare, strict=True) if len(data) + 2 <= limit]
+    assert arrays.dropped == len(sent) - len(fitting)
+    for before, after in zip(fitting, [c for batch in heard for c in batch], strict=True):
+        assert after == before or is_shortened(after, before)
+
+
+@given(claims, st.integers(64, 4000))
+def test_a_claim_is_shortened_no_more_than_it_must_be(claim: wire.StatusClaim, limit: int) -> None:
+    data = wire.encode_claim(claim, limit)
+    bare = msgspec.structs.replace(claim, notes="")
+    if data is None:
+        assert len(wire.encode(bare)) > limit
+        return
+    assert len(data) <= limit
+    (heard,) = wire.decode_claims(data)
+    if heard == claim:
+        return
+    assert is_shortened(heard, claim)
+    # One character more would have been too much.
+    kept = len(heard.notes[:-1])
+    longer = claim.notes[: kept + 1] + "…" if heard.notes else "…"
+    assert len(wire.encode(msgspec.structs.replace(claim, notes=longer))) > limit
+
+
+@pytest.mark.parametrize("limit", [64, 200])
+def test_arrays_of_nothing_and_of_claims_too_large(limit: int) -> None:
+    arrays = wire.ClaimArrays(limit)
+    large = msgspec.structs.replace(CLAIM, task_id="x" * 1000)
+    assert arrays.add([]) == []
+    assert arrays.add([large] * 3) == []
+    assert arrays.take() == b""
+    assert arrays.dropped == 3
+    assert wire.encode_claim(large, limit) is None
 
 
 def test_arrays_are_as_few_as_the_limit_allows() -> None:
@@ -212,6 +250,7 @@ def test_arrays_are_as_few_as_the_limit_allows() -> None:
 def test_notes_that_no_message_can_hold_are_shortened(notes: str) -> None:
     claim = msgspec.structs.replace(CLAIM, notes=notes)
     data = wire.encode_claim(claim, 1024 * 1024)
+    assert data is not None
     assert len(data) <= 1024 * 1024
     (heard,) = wire.decode_claims(data)
     assert heard.notes[:-1] == notes[: len(heard.notes) - 1]

@@ -1,9 +1,18 @@
-"""The claim emitter: what is said, when, and until when it is kept.
+"""Sends an agent's claims.
 
-A terminal claim goes one of two ways. Where there is a stream for it, it is stored there, under an
-id by which the stream knows it again, and kept here until that is acknowledged: it is stored once,
-whatever is lost on the way. Where there is none it is sent as all claims are, and kept until the
-server has answered a ping that was sent after it.
+What becomes of a claim depends on its kind.
+
+A claim of a live operation is sent once and may be lost: the claims of the next beat say more.
+
+A terminal claim is the last word about its operation, so the emitter keeps it until somebody has
+confirmed it. Where JetStream has a stream for terminal claims, the emitter stores the claim there
+and waits for the acknowledgement. It sends the claim again where none comes, always under the same
+id, by which the stream recognises a claim that it has stored already. Where there is no stream, the
+emitter sends the claim as it sends all others, and then waits until the server has answered a ping
+that was sent after the claim.
+
+A claim that is too large for the server loses a part of its notes. One that is too large without
+its notes is dropped and counted.
 """
 
 from __future__ import annotations
@@ -13,16 +22,18 @@ import enum
 import secrets
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Final, Protocol, final
 
 import trio
 from trio_util import AsyncBool
 
-from .._errors import TransportBroken
+from .._errors import Logger, TransportBroken
 from .._time.clock import BeatClock
+from .._time.local import local_ns
 from .._transport.protocol import Transport
 from .._wire import ClaimArrays, StatusClaim, encode_claim, status_subject
-from .health import ClaimCounts
+from .claims import ClaimCounts
 from .operations import Operations
 
 # How many claims are encoded in one go: about half a millisecond of the loop.
@@ -33,15 +44,32 @@ _WAITING_CLAIMS: Final = 10_000
 _STORED_AT_ONCE: Final = 256
 _RETRY_MIN: Final = 0.1
 _RETRY_MAX: Final = 5.0
-# What headers take of the largest message, at most.
-_HEADERS: Final = 512
+# Bytes of chance in the id of a stored claim.
+_ID_BYTES: Final = 16
+# How much of an operation's id an error shows.
+_SHOWN: Final = 40
 
 
 class Journal(Protocol):
     """A stream that takes terminal claims."""
 
+    @property
+    def reason(self) -> str:
+        """Why there is no stream, once `open` has returned False; empty where that is no fault."""
+        ...
+
+    def room(self, max_payload: int, *, stored: bool) -> int:
+        """Return how many bytes a claim may have.
+
+        Args:
+          max_payload: the largest message that the server takes, in bytes.
+          stored: whether the claim is for `store`, and not for `publish_unstored`.
+
+        """
+        ...
+
     async def open(self) -> bool:
-        """Make the stream where it is missing; return whether there can be one.
+        """Make the stream where it is missing; return whether there is one for this agent.
 
         Raises:
           TransportBroken: where that cannot be told, as nobody answers.
@@ -50,33 +78,45 @@ class Journal(Protocol):
         ...
 
     async def store(self, subject: str, claims: Sequence[tuple[str, bytes]]) -> list[bool]:
-        """Publish claims, each with its id, and tell which ones were stored."""
+        """Publish claims, each with its id, and return for each whether it was stored."""
         ...
 
-    async def pass_by(self, subject: str, data: bytes) -> None:
-        """Publish what is for listeners only, and not to be stored."""
+    async def publish_unstored(self, subject: str, data: bytes) -> None:
+        """Publish a message that listeners hear and no stream stores."""
         ...
 
 
-class _Way(enum.Enum):
-    """Where terminal claims go."""
+class _Delivery(enum.Enum):
+    """How terminal claims are delivered at present."""
 
-    UNKNOWN = enum.auto()
-    """Nothing was terminal yet: whether there is a stream was not asked."""
+    UNDECIDED = enum.auto()
+    """There was no terminal claim yet, so nobody has asked whether there is a stream."""
     STREAM = enum.auto()
-    SILENT = enum.auto()
-    """There may be a stream, but it does not answer: listeners are told, and it is told later."""
-    PLAIN = enum.auto()
+    """The stream stores them."""
+    STREAM_SILENT = enum.auto()
+    """There may be a stream, but it does not answer. Listeners are told at once, and the claims are
+    kept until the stream answers."""
+    LISTENERS = enum.auto()
+    """There is no stream: they are published for whoever listens."""
 
 
 @final
 class ClaimEmitter:
-    """Sends claims, and blocks nobody with it.
+    """Sends claims, and makes nobody wait for it.
 
-    Transition claims are queued, and sent one by one. A beat's claims are made while they are
-    sent, so of a slow transport's only the newest ever exist. Terminal claims are kept until the
-    server or the stream has confirmed that it took them in, and sent again where a connection was
-    lost first.
+    Claims of transitions are queued, and each is sent in a message of its own. The claims of a beat
+    are made while they are sent: where the transport is slow, only the newest ever exist. Terminal
+    claims are kept until they are confirmed; the text of the module says by whom.
+
+    Args:
+      clock: tells the beat.
+      transport: carries the claims; somebody else runs it.
+      operations: those whose claims are sent on each beat.
+      agent_id: who speaks.
+      counts: what was sent is counted there.
+      logger: told once of what cannot be delivered.
+      journal: the stream for terminal claims; None is none.
+
     """
 
     def __init__(
@@ -86,23 +126,27 @@ class ClaimEmitter:
         operations: Operations,
         *,
         agent_id: str,
-        counters: ClaimCounts,
+        counts: ClaimCounts,
+        logger: Logger,
         journal: Journal | None = None,
     ) -> None:
         self._clock = clock
         self._transport = transport
         self._operations = operations
         self._subject = status_subject(agent_id)
-        self._counters = counters
+        self._counts = counts
+        self._logger = logger
+        self.recent_errors: deque[tuple[int, str]] = deque(maxlen=8)
+        """What could not be delivered, each with when that was told, in local nanoseconds."""
+        self._logged: set[str] = set()
+        self._told_dropped = False
         self._queue: deque[tuple[StatusClaim, bool]] = deque()
         # Terminal claims that were sent, each with the connection it was sent over.
         self._unconfirmed: deque[tuple[int, StatusClaim]] = deque()
         self._journal = journal
-        self._way = _Way.PLAIN if journal is None else _Way.UNKNOWN
+        self._delivery = _Delivery.LISTENERS if journal is None else _Delivery.UNDECIDED
         # Those that the stream has not acknowledged yet, by their ids.
         self._unstored: dict[str, StatusClaim] = {}
-        self._ids = f"{agent_id}-{secrets.token_hex(6)}"
-        self._number = 0
         self._generation = 0
         self._to_store = AsyncBool(False)
         self._beat_due = False
@@ -120,7 +164,7 @@ class ClaimEmitter:
         if terminal or (self._transport.connected and len(self._queue) < _WAITING_CLAIMS):
             self._queue.append((claim, terminal))
         else:
-            self._counters.claims_coalesced += 1
+            self._counts.claims_coalesced += 1
             self._beat_due = True
         self._work.value = True
 
@@ -161,22 +205,50 @@ class ClaimEmitter:
                 # Each try is heard by whoever listens: they are not to be many.
                 await trio.sleep(_RETRY_MIN)
 
-    @property
-    def _limit(self) -> int:
-        return self._transport.max_payload - (0 if self._journal is None else _HEADERS)
+    def _room(self, *, terminal: bool = False) -> int:
+        # How many bytes a message for listeners may have.
+        limit = self._transport.max_payload
+        if self._journal is None or (terminal and self._delivery is _Delivery.LISTENERS):
+            return limit
+        return self._journal.room(limit, stored=False)
 
     async def _publish(self, data: bytes, *, terminal: bool = False) -> None:
-        if self._journal is None or (terminal and self._way is _Way.PLAIN):
-            await self._transport.publish(self._subject, data)
-        else:
-            await self._journal.pass_by(self._subject, data)
+        try:
+            if self._journal is None or (terminal and self._delivery is _Delivery.LISTENERS):
+                await self._transport.publish(self._subject, data)
+            else:
+                await self._journal.publish_unstored(self._subject, data)
+        except ValueError as error:
+            if len(data) <= self._transport.max_payload:
+                raise
+            # Between encoding and publishing, the connection gave way to one to a server that takes
+            # less. What was not sent is encoded again.
+            raise TransportBroken(str(error)) from None
+
+    def _drop(self, claim: StatusClaim | None = None, count: int = 1) -> None:
+        self._counts.claims_dropped += count
+        if self._told_dropped or not count:
+            return
+        self._told_dropped = True
+        of = "" if claim is None else f" of operation {claim.task_id[:_SHOWN]!r}"
+        self._tell(
+            f"a claim{of} was dropped, as the server takes no message that is large enough for it; "
+            "`claims_dropped` counts all of them"
+        )
+
+    def _tell(self, text: str) -> None:
+        self.recent_errors.append((local_ns(), text))
+        if text not in self._logged:
+            self._logged.add(text)
+            self._logger.warning("%s", text)
 
     async def _send_queue(self) -> None:
         transport, queue = self._transport, self._queue
         if self._journal is not None and self._generation != transport.generation:
             # Another server, or the same one with more of its cluster, may have JetStream.
             self._generation = transport.generation
-            self._way = _Way.UNKNOWN if self._way is _Way.PLAIN else self._way
+            if self._delivery is _Delivery.LISTENERS:
+                self._delivery = _Delivery.UNDECIDED
         # What went over a connection that was lost since may be lost with it.
         lost = [claim for number, claim in self._unconfirmed if number != transport.generation]
         if lost:
@@ -185,33 +257,40 @@ class ClaimEmitter:
             queue.extendleft((claim, True) for claim in reversed(lost))
         while queue:
             entry = claim, terminal = queue[0]
-            if not terminal or self._way in (_Way.PLAIN, _Way.SILENT):
-                data = encode_claim(claim, self._limit)
+            if not terminal or self._delivery in (_Delivery.LISTENERS, _Delivery.STREAM_SILENT):
+                data = encode_claim(claim, self._room(terminal=terminal))
+                if data is None:
+                    queue.popleft()
+                    self._drop(claim)
+                    continue
                 await self._publish(data, terminal=terminal)
-                self._counters.claims_sent += 1
+                self._counts.claims_sent += 1
             # While it waited to be handed over, others may have been put before it.
             queue.remove(entry)
             if not terminal:
                 continue
-            if self._way is _Way.PLAIN:
+            if self._delivery is _Delivery.LISTENERS:
                 self._unconfirmed.append((transport.generation, claim))
                 self._sent_terminal.value = True
             else:
-                self._number += 1
-                self._unstored[f"{self._ids}-{self._number}"] = claim
+                # Whoever could guess the id could store something else under it first. The stream
+                # would then take this claim for a repetition.
+                self._unstored[secrets.token_urlsafe(_ID_BYTES)] = claim
                 self._to_store.value = True
 
     async def _send_beat(self) -> None:
         operations = self._operations
         self._beat_due = False
         live, beat = operations.live(), self._clock.index()
-        arrays = ClaimArrays(self._limit)
+        arrays = ClaimArrays(self._room())
         for start in range(0, len(live), _SLICE):
             claims = operations.claims(live[start : start + _SLICE], beat)
-            if claims:
-                for array in arrays.add(claims):
-                    await self._publish(array)
-                self._counters.claims_sent += len(claims)
+            dropped = -arrays.dropped
+            for array in arrays.add(claims):
+                await self._publish(array)
+            dropped += arrays.dropped
+            self._drop(count=dropped)
+            self._counts.claims_sent += len(claims) - dropped
             await trio.lowlevel.checkpoint()
         last = arrays.take()
         if last:
@@ -225,43 +304,56 @@ class ClaimEmitter:
             await self._to_store.wait_value(True)
             self._to_store.value = False
             await self._transport.wait_connected()
-            before = self._counters.claims_stored
+            before = self._counts.claims_stored
             with contextlib.suppress(TransportBroken):
                 await self._store(journal)
             if self._unstored:
-                delay = _RETRY_MIN if self._counters.claims_stored > before else delay
+                delay = _RETRY_MIN if self._counts.claims_stored > before else delay
                 await trio.sleep(delay)
                 # Each try is heard by whoever listens: they are not to be many.
                 delay = min(2 * delay, _RETRY_MAX)
                 self._to_store.value = True
 
     async def _store(self, journal: Journal) -> None:
-        if self._way is not _Way.STREAM:
-            await self._find_way(journal)
-        while self._unstored and self._way is _Way.STREAM:
-            batch = list(self._unstored.items())[:_STORED_AT_ONCE]
-            data = [(number, encode_claim(claim, self._limit)) for number, claim in batch]
+        if self._delivery is not _Delivery.STREAM:
+            await self._find_delivery(journal)
+        while self._unstored and self._delivery is _Delivery.STREAM:
+            room = journal.room(self._transport.max_payload, stored=True)
+            data = []
+            for number, claim in list(islice(self._unstored.items(), _STORED_AT_ONCE)):
+                encoded = encode_claim(claim, room)
+                if encoded is None:
+                    del self._unstored[number]
+                    self._drop(claim)
+                else:
+                    data.append((number, encoded))
+            if not data:
+                continue
             stored = await journal.store(self._subject, data)
             for (number, _), good in zip(data, stored, strict=True):
                 if good and self._unstored.pop(number, None) is not None:
-                    self._counters.claims_sent += 1
-                    self._counters.claims_stored += 1
+                    self._counts.claims_sent += 1
+                    self._counts.claims_stored += 1
             if not any(stored):
                 # The stream may have gone; whether it did is asked again.
-                self._way = _Way.SILENT
+                self._delivery = _Delivery.STREAM_SILENT
                 raise TransportBroken("the stream acknowledges nothing")
 
-    async def _find_way(self, journal: Journal) -> None:
-        first = self._way is _Way.UNKNOWN
+    async def _find_delivery(self, journal: Journal) -> None:
+        first = self._delivery is _Delivery.UNDECIDED
         try:
-            self._way = _Way.STREAM if await journal.open() else _Way.PLAIN
+            self._delivery = _Delivery.STREAM if await journal.open() else _Delivery.LISTENERS
         except TransportBroken:
-            self._way = _Way.SILENT
+            self._delivery = _Delivery.STREAM_SILENT
             if first:
                 for claim in list(self._unstored.values()):
-                    await self._publish(encode_claim(claim, self._limit))
+                    data = encode_claim(claim, self._room())
+                    if data is not None:
+                        await self._publish(data)
             raise
-        if self._way is _Way.PLAIN:
+        if self._delivery is _Delivery.LISTENERS:
+            if journal.reason:
+                self._tell(f"no stream of terminal claims: {journal.reason}")
             self._queue.extendleft((claim, True) for claim in reversed(self._unstored.values()))
             self._unstored.clear()
             self._work.value = True

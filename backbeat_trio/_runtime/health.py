@@ -81,21 +81,14 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     """Claims of live operations that a newer one took the place of."""
     claims_pending: int
     """Terminal claims that neither the server nor the stream has confirmed yet."""
+    claims_dropped: int
+    """Claims that the server has no message large enough for, not even without their notes."""
     claims_undecodable: int
     """Messages to `Session.open_claims` that were no claims, or were of another agent."""
     live_scopes: int
     """Budgets that are running."""
     transport: TransportStatistics | None
     """The transport's counters; None where there is no transport."""
-
-
-class ClaimCounts(msgspec.Struct):
-    """What a session counts of claims; see `SessionStatistics`."""
-
-    claims_sent: int = 0
-    claims_stored: int = 0
-    claims_coalesced: int = 0
-    claims_undecodable: int = 0
 
 
 def health_claim(health: Health, agent_id: str, index: int, milli_bpm: int) -> StatusClaim:

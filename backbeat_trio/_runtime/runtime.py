@@ -21,8 +21,9 @@ from .._time.clock import BeatClock, Beats
 from .._time.local import local_ns
 from .._transport.protocol import Transport, TransportStatistics
 from .._wire import StatusClaim, format_bpm
+from .claims import ClaimCounts
 from .emitter import ClaimEmitter, Journal
-from .health import ClaimCounts, Health, SessionStatistics, health_claim
+from .health import Health, SessionStatistics, health_claim
 from .operations import Operations
 from .services import ServiceGroup
 
@@ -83,7 +84,8 @@ class Runtime:
                 transport,
                 self.operations,
                 agent_id=config.agent_id,
-                counters=self.claim_counts,
+                counts=self.claim_counts,
+                logger=logger,
                 journal=journal,
             )
 
@@ -274,6 +276,8 @@ class Runtime:
         errors = counters.recent_errors
         if self.listener is not None:
             errors = tuple(sorted((*errors, *self.listener.recent_errors)))
+        if self.emitter is not None:
+            errors = tuple(sorted((*errors, *self.emitter.recent_errors)))
         recent = [text for when, text in errors if when >= since]
         if counters.last_error is not None and counters.last_error not in recent:
             recent.append(counters.last_error)
@@ -299,6 +303,7 @@ class Runtime:
             claims_coalesced=claims.claims_coalesced,
             claims_pending=0 if emitter is None else emitter.pending,
             claims_undecodable=claims.claims_undecodable,
+            claims_dropped=claims.claims_dropped,
             live_scopes=self.clock.live_scopes,
             transport=None if transport is None else transport.statistics(),
         )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
-from typing import Any, TypeVar, TypeVarTuple, final
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Any, Literal, TypeVar, TypeVarTuple, final, overload
 
 import msgspec
 import trio
@@ -25,15 +24,14 @@ from .._errors import (
 )
 from .._grid.changes import ASKED_NS
 from .._grid.timeline import milli_bpm
-from .._runtime.health import ClaimCounts, Health, SessionStatistics
+from .._runtime.claims import ClaimBatches, Claims
+from .._runtime.health import Health, SessionStatistics
 from .._runtime.operations import Operation, Phase
 from .._runtime.runtime import Runtime
 from .._time.clock import BeatClock, Beats, BeatScope
-from .._transport.protocol import Message
 from .._wire import (
     StatusClaim,
     TempoRequest,
-    decode_claims,
     decode_tempo_reply,
     encode,
     is_token,
@@ -482,19 +480,34 @@ class Session:
         """Return the counters. Not a checkpoint; fine at any time."""
         return self._runtime.statistics()
 
+    @overload
+    def open_claims(
+        self, agent_id: str = "*", *, batched: Literal[False] = False
+    ) -> AbstractAsyncContextManager[AsyncIterator[StatusClaim]]: ...
+
+    @overload
+    def open_claims(
+        self, agent_id: str = "*", *, batched: Literal[True]
+    ) -> AbstractAsyncContextManager[AsyncIterator[list[StatusClaim]]]: ...
+
     @asynccontextmanager
     async def open_claims(
-        self, agent_id: str = "*"
-    ) -> AsyncGenerator[AsyncIterator[StatusClaim], None]:
+        self, agent_id: str = "*", *, batched: bool = False
+    ) -> AsyncGenerator[AsyncIterator[Any], None]:
         """Listen to the claims of agents for the length of a block.
 
-        The iterator gives one claim after the other, of operations and of health. What does not
-        decode, or speaks for another agent than its subject does, is counted and dropped; so are
-        the newest messages where the consumer falls far behind. Entering and each step are
+        The iterator gives one claim after the other, of operations and of health. With ``batched``
+        it gives a list of all claims that came in one message: of every live operation of an agent
+        at once, and at a fraction of the cost. A list is never empty.
+
+        What does not decode, or speaks for another agent than its subject does, is counted and
+        dropped; so are the newest messages where the consumer falls far behind. Several tasks may
+        iterate at the same time: each step's result goes to one of them. Entering and each step are
         checkpoints; leaving is not.
 
         Args:
           agent_id: the agent to listen to; ``"*"`` is all of them.
+          batched: whether a step gives a list of claims and not a single one.
 
         Raises:
           ValueError: where ``agent_id`` is no subject token.
@@ -509,7 +522,8 @@ class Session:
         if transport is None:
             raise BackbeatError("there are no claims to hear: the session is disabled")
         async with transport.open_subscription(status_subject(agent_id)) as messages:
-            yield _Claims(messages, self._runtime.claim_counts)
+            batches = ClaimBatches(messages, self._runtime.claim_counts)
+            yield batches if batched else Claims(batches)
 
 
 def _reason(error: BaseException) -> str:
@@ -521,31 +535,3 @@ def _reason(error: BaseException) -> str:
         text = "its text cannot be told"
     text = text.encode(errors="replace").decode()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-@final
-class _Claims:
-    """An async iterator of the claims in messages; no generator, so it survives cancellation."""
-
-    def __init__(self, messages: AsyncIterator[Message], counters: ClaimCounts) -> None:
-        self._messages = messages
-        self._counters = counters
-        self._waiting: deque[StatusClaim] = deque()
-
-    def __aiter__(self) -> _Claims:
-        return self
-
-    async def __anext__(self) -> StatusClaim:
-        if self._waiting:
-            await trio.lowlevel.checkpoint()
-        while not self._waiting:
-            message = await anext(self._messages)
-            speaker = message.subject.rpartition(".")[2]
-            try:
-                claims = decode_claims(message.data)
-            except msgspec.DecodeError:
-                self._counters.claims_undecodable += 1
-                continue
-            self._waiting.extend(claim for claim in claims if claim.agent_id == speaker)
-            self._counters.claims_undecodable += len(claims) - len(self._waiting)
-        return self._waiting.popleft()

@@ -20,13 +20,16 @@ from .._config import BackbeatConfig
 from .._errors import TransportBroken
 from .._wire import status_subject
 from .nats import NatsTransport
+from .protocol import matches
 from .store import Conflict, Entry
 
 # What an answer may take. A stream whose leader was killed is back after 7 to 8 s.
 _PATIENCE: Final = 1.0
 _KEY: Final = "metronome"
 # A message that expects another stream than the one that takes its subject is stored by none.
-_PASS_BY: Final = {"Nats-Expected-Stream": "-"}
+_UNSTORED: Final = {"Nats-Expected-Stream": "-"}
+# Ids are as long as this at most.
+_LONGEST_ID: Final = "-" * 32
 # For how long the stream knows a claim again that comes twice, in seconds.
 _DUPLICATE_WINDOW: Final = 600.0
 # Copies, where nothing is said of them: the most that there are servers for is taken.
@@ -224,6 +227,7 @@ class ClaimStream:
         self._config = config
         self.name = config.claims_stream
         """The stream that takes the claims; another one's, where that was there before."""
+        self._max_message = -1
         self.limits: dict[str, float] | None = None
         """What it is limited to, by the fields of the settings, once `open` has returned True."""
         self.reason = ""
@@ -249,8 +253,6 @@ class ClaimStream:
             self.reason = "permissions do not let it be asked for"
             return False
         self.reason = reason or ""
-        if reason:
-            self._transport.note_error(f"no stream of terminal claims: {reason}")
         return reason is None
 
     async def _open(self, client: Client) -> str | None:
@@ -264,12 +266,17 @@ class ClaimStream:
             if _absent(error):
                 return ""
             raise
+        subject = status_subject(self._config.agent_id)
+        if not any(matches(pattern, subject) for pattern in info.config.subjects or ()):
+            # What is published for it would never be acknowledged.
+            return f"stream {wanted} does not take {subject}"
         self._take(info)
         return None
 
     def _take(self, info: nats.js.api.StreamInfo) -> None:
         config = info.config
         self.name = config.name or self._config.claims_stream
+        self._max_message = config.max_msg_size or -1
         self.limits = {
             "claims_max_age": config.max_age or 0.0,
             "claims_max_bytes": config.max_bytes or -1,
@@ -313,6 +320,17 @@ class ClaimStream:
         self._take(info)
         return None
 
+    def room(self, max_payload: int, *, stored: bool) -> int:
+        """See `Journal.room`."""
+        if not stored:
+            return max_payload - _size_of(_UNSTORED)
+        if self._max_message >= 0:
+            max_payload = min(max_payload, self._max_message)
+        return max_payload - _size_of(self._headers(_LONGEST_ID))
+
+    def _headers(self, number: str) -> dict[str, str]:
+        return {"Nats-Msg-Id": number, "Nats-Expected-Stream": self.name}
+
     async def store(self, subject: str, claims: Sequence[tuple[str, bytes]]) -> list[bool]:
         """See `Journal.store`."""
 
@@ -320,7 +338,7 @@ class ClaimStream:
             js = client.jetstream(timeout=_PATIENCE)
             answers = await asyncio.gather(
                 *(
-                    js.publish(subject, data, stream=self.name, headers={"Nats-Msg-Id": number})
+                    js.publish(subject, data, headers=self._headers(number))
                     for number, data in claims
                 ),
                 return_exceptions=True,
@@ -329,6 +347,12 @@ class ClaimStream:
 
         return await self._transport.call(store)
 
-    async def pass_by(self, subject: str, data: bytes) -> None:
-        """See `Journal.pass_by`."""
-        await self._transport.publish(subject, data, headers=_PASS_BY)
+    async def publish_unstored(self, subject: str, data: bytes) -> None:
+        """See `Journal.publish_unstored`."""
+        await self._transport.publish(subject, data, headers=_UNSTORED)
+
+
+def _size_of(headers: dict[str, str]) -> int:
+    # The server counts them as a part of the message, with the line before and the one after them.
+    lines = ["NATS/1.0", *(f"{name}: {value}" for name, value in headers.items()), ""]
+    return sum(len(line) + 2 for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -113,6 +114,105 @@ async def test_a_claim_whose_acknowledgement_is_lost_is_stored_once() -> None:
         for _ in range(3):
             assert await journal.store("backbeat.status.a", [("id-1", b"{}"), ("id-2", b"{}")])
         assert (await info(transport)).state.messages == 2
+
+
+async def test_whoever_knows_all_ids_so_far_cannot_swallow_the_next_claim() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+
+        async def known_ids(client: Client) -> list[str]:
+            js = client.jetstream()
+            last = (await js.stream_info(STREAM)).state.last_seq
+            headers = [(await js.get_msg(STREAM, n)).headers or {} for n in range(1, last + 1)]
+            return [header["Nats-Msg-Id"] for header in headers]
+
+        async with session(server, agent_id="victim") as bb:
+            for number in range(5):
+                bb.start_operation("election", id=f"{number}").complete()
+            await confirmed(bb)
+            ids = await transport.call(known_ids)
+            assert len(set(ids)) == 5
+            # Where ids count, the next ones follow from these.
+            guesses = {
+                head + str(int(tail) + further)
+                for text in ids
+                for head, tail in [re.fullmatch(r"(.*?)(\d*)", text, re.DOTALL).groups()]  # type: ignore[union-attr]
+                if tail
+                for further in range(1, 20)
+            } - set(ids)
+            for guess in guesses:
+                await transport.publish(
+                    "backbeat.status.somebody", b"{}", headers={"Nats-Msg-Id": guess}
+                )
+            await transport.flush()
+            bb.start_operation("election", id="last").complete()
+            await confirmed(bb)
+
+        async def last(client: Client) -> bytes | None:
+            return (await client.jetstream().get_last_msg(STREAM, "backbeat.status.victim")).data
+
+        assert b'"last"' in (await transport.call(last) or b"")
+
+
+async def test_a_stream_of_other_subjects_keeps_nothing_pending(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+
+        async def add(client: Client) -> None:
+            await client.jetstream().add_stream(name=STREAM, subjects=["another.subject"])
+
+        await transport.call(add)
+        async with session(server, agent_id="a") as bb, open_recorder(bb) as recorder:
+            for name in ("one", "two"):
+                bb.start_operation("election", id=name).complete()
+                await recorder.wait_for(name, "done")
+                await confirmed(bb)
+            assert len(recorder.of("one")) == 2
+            error = f"no stream of terminal claims: stream {STREAM} does not take backbeat.status.a"
+            assert bb.health().errors == (error,)
+            assert caplog.messages.count(error) == 1
+
+
+@pytest.mark.parametrize("jetstream", [True, False])
+async def test_claims_keep_the_limit_of_the_server(jetstream: bool) -> None:
+    config = "max_payload: 1024"
+    async with (
+        NatsServer(["-js"] if jetstream else [], config=config) as server,
+        session(server) as bb,
+        open_recorder(bb) as recorder,
+    ):
+        # With one operation as with many, and with notes that take up what remains.
+        for number in range(600, 1000, 7):
+            operation = bb.start_operation("election", id=f"{number}".ljust(number, "x"))
+            operation.advance(backbeat.Phase.EXECUTING)
+            await bb.sleep(0.1)
+            operation.fail("y" * number)
+        await confirmed(bb)
+        statistics = bb.statistics()
+        assert 0 < statistics.claims_dropped < 200
+        assert bb.health().reconnect_count == 0
+        assert (statistics.claims_stored > 0) == jetstream
+        failed = [claim for claim in recorder.claims if claim.state == "failed"]
+        assert failed
+        assert all(claim.notes.endswith("…") or not claim.notes for claim in failed)
+
+
+async def test_a_stream_of_small_messages_keeps_nothing_pending() -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+
+        async def add(client: Client) -> None:
+            await client.jetstream().add_stream(
+                StreamConfig(name=STREAM, subjects=["backbeat.status.>"], max_msg_size=600)
+            )
+
+        await transport.call(add)
+        async with session(server) as bb:
+            bb.start_operation("election", id="short").fail("x" * 5000)
+            bb.start_operation("election", id="x" * 600).complete()
+            await confirmed(bb)
+            assert (bb.statistics().claims_stored, bb.statistics().claims_dropped) == (1, 1)
+        (claim,) = await stored(transport)
+        assert claim.notes.endswith("…")
 
 
 async def test_without_jetstream_claims_are_sent_as_ever() -> None:
