@@ -43,7 +43,8 @@ from ._runtime.health import Health as Health, SessionStatistics as SessionStati
 from ._runtime.operations import Operation as Operation, Phase as Phase
 from ._session.lifecycle import session as session
 from ._session.session import Session as Session, current_session as current_session
-from ._time.clock import Beat as Beat, Beats as Beats, BeatScope as BeatScope
+from ._time.beats import Beat as Beat, Beats as Beats
+from ._time.scopes import BeatScope as BeatScope
 from ._transport.memory import MemoryBus as MemoryBus, MemoryTransport as MemoryTransport
 from ._transport.protocol import (
     Message as Message,

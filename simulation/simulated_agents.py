@@ -222,10 +222,8 @@ class Agent(FollowerObserver):
         self.join_ns = join_ns
         self.stalls = self._make_stalls(seconds) if stalls else []
         timeline = Timeline((Segment(0, 0, 0, 0, MILLI),))
-        self.grid = Grid(timeline, Steering(-clock.local(join_ns)), BEATS_PER_BAR)
+        self.grid = Grid(timeline, Steering(-clock.local(join_ns)), BEATS_PER_BAR, self)
         self.follower = Follower(self.grid, cluster_id=CLUSTER_ID, observer=self)
-        self.grid.on_rebase = self._on_rebase
-        self.grid.on_change = self._on_change
         # A metronome that follows leads its own region with what it knows.
         self.leads: tuple[Reign, History] | None = None
         # When what happens next happens, in true time.
@@ -380,11 +378,13 @@ class Agent(FollowerObserver):
         self.verdicts[self.verdict] += 1
         self.flaps += before == "acceptable" != self.verdict
 
-    def _on_rebase(self, beats: float, index: int) -> None:
+    def rebased(self, beats: float, index: int) -> None:
+        """Take in that the position has moved to another grid."""
         self.next_index = self.grid.index_at(self.local_ns) + 1
         self.position = -math.inf
 
-    def _on_change(self) -> None:
+    def changed(self) -> None:
+        """Take in that the grid has another future."""
         if self.follower.locked:
             self._watch()
         if self.leads is not None:

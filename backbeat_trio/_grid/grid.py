@@ -7,12 +7,27 @@ does, its position never runs back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import final
+from typing import Protocol, final
 
 from .._wire import Segment
 from .steering import Steering
 from .timeline import NEVER, Timeline, beat_ns
+
+
+class GridObserver(Protocol):
+    """What a grid tells when something about it changes."""
+
+    def changed(self) -> None:
+        """React to a change of when beats will come. It is called after each of them."""
+
+    def rebased(self, beats: float, index: int) -> None:
+        """React to a move of the position to another grid. It is called before `changed`.
+
+        Args:
+          beats: by how many beats the position has moved.
+          index: by how many beats the index of the present beat has moved.
+
+        """
 
 
 @final
@@ -23,21 +38,24 @@ class Grid:
       timeline: the segments.
       steering: how local time becomes cluster time.
       beats_per_bar: the length of a bar.
+      observer: what is told of changes; None is nobody.
 
     """
 
-    def __init__(self, timeline: Timeline, steering: Steering, beats_per_bar: int) -> None:
+    def __init__(
+        self,
+        timeline: Timeline,
+        steering: Steering,
+        beats_per_bar: int,
+        observer: GridObserver | None = None,
+    ) -> None:
         self.timeline: Timeline = timeline
         self.steering: Steering = steering
         self.beats_per_bar: int = beats_per_bar
         self.floor: float = -math.inf
         """Where the grid turned out to stand still behind this agent, the agent stands still, too:
         on this position."""
-        self.on_change: Callable[[], None] = lambda: None
-        """Called after every change of what is told here of the future."""
-        self.on_rebase: Callable[[float, int], None] = lambda beats, index: None
-        """Called before that where the position moved to another grid, with how far it moved and
-        how far its index did."""
+        self._observer = observer
 
     def cluster_at(self, local_ns: int) -> int:
         """Return the cluster time at an instant of local time."""
@@ -74,7 +92,7 @@ class Grid:
         self.timeline = timeline
         self.floor = -math.inf
         if abs(after - before) * beat_ns(present.milli_bpm) <= 1:
-            self.on_change()
+            self._changed()
         elif present.milli_bpm and (reached := timeline.time_of(before)) != NEVER:
             target, frequency = self.steering.target_at(local_ns), self.steering.frequency
             self.steering.step(reached - local_ns, at_ns=local_ns)
@@ -83,13 +101,13 @@ class Grid:
             # Cluster time cannot be moved to where this grid has another position: it stands still,
             # or will before it gets there.
             self.floor = max(before, after)
-            self.on_change()
+            self._changed()
 
     def steer(self, offset_ns: int, local_ns: int, frequency: int = 0) -> None:
         """Move cluster time towards a measured offset and frequency (see `Steering.correct`)."""
         beat = beat_ns(self.segment_at(local_ns).milli_bpm)
         self.steering.correct(local_ns, offset_ns, beat_ns=beat, frequency=frequency)
-        self.on_change()
+        self._changed()
 
     def rebase(
         self,
@@ -106,5 +124,11 @@ class Grid:
         self.floor = -math.inf
         self.steering.step(offset_ns, at_ns=local_ns, frequency=frequency)
         self.beats_per_bar = beats_per_bar
-        self.on_rebase(self.position_at(local_ns) - position, self.index_at(local_ns) - index)
-        self.on_change()
+        if self._observer is not None:
+            beats = self.position_at(local_ns) - position
+            self._observer.rebased(beats, self.index_at(local_ns) - index)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._observer is not None:
+            self._observer.changed()

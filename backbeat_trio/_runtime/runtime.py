@@ -17,7 +17,8 @@ from .._grid.follower import FollowCounts
 from .._grid.timeline import beat_ns, milli_bpm
 from .._metronome.listener import BeatListener
 from .._metronome.metronome import Metronome
-from .._time.clock import BeatClock, Beats
+from .._time.beats import Beats
+from .._time.clock import BeatClock
 from .._time.local import local_ns
 from .._transport.protocol import Transport, TransportStatistics
 from .._wire import StatusClaim, format_bpm
@@ -62,8 +63,8 @@ class Runtime:
             milli_bpm("tempo_bpm", config.tempo_bpm),
             config.beats_per_bar,
             enforcing=config.enabled,
+            on_rebase=self.operations.rebase,
         )
-        self.clock.on_rebase = self.operations.rebase
         self.claim_counts: ClaimCounts = ClaimCounts()
         self.started: bool = False
         self.closing: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Literal, TypeVar, TypeVarTuple, final, overload
@@ -28,7 +27,9 @@ from .._runtime.claims import ClaimBatches, Claims
 from .._runtime.health import Health, SessionStatistics
 from .._runtime.operations import Operation, Phase
 from .._runtime.runtime import Runtime
-from .._time.clock import BeatClock, Beats, BeatScope
+from .._time.beats import Beats
+from .._time.clock import BeatClock
+from .._time.scopes import BeatScope
 from .._wire import (
     StatusClaim,
     TempoRequest,
@@ -107,7 +108,7 @@ class Session:
         """
         try:
             if beats >= 0:
-                return self._clock.scope(beats, math.inf, shield, False)
+                return self._clock.scope_after(beats, shield=shield)
         except TypeError:
             pass
         check_beats("beats", beats)
@@ -126,7 +127,7 @@ class Session:
           SessionClosed: on entering, where the session was left.
 
         """
-        return self._clock.scope(None, check_position("beat", beat), shield, False)
+        return self._clock.scope_at(check_position("beat", beat), shield=shield)
 
     def fail_after(self, beats: float, *, shield: bool = False) -> BeatScope:
         """Make a scope as `move_on_after` does, that raises `BeatBudgetExceeded` when it has ended.
@@ -141,7 +142,7 @@ class Session:
           ValueError: where ``beats`` is negative or NaN.
 
         """
-        return self._clock.scope(check_beats("beats", beats), math.inf, shield, True)
+        return self._clock.scope_after(check_beats("beats", beats), shield=shield, fail=True)
 
     def fail_at(self, beat: float, *, shield: bool = False) -> BeatScope:
         """Make a scope as `move_on_at` does, that raises `BeatBudgetExceeded` when it has ended.
@@ -156,7 +157,7 @@ class Session:
           ValueError: where ``beat`` is NaN.
 
         """
-        return self._clock.scope(None, check_position("beat", beat), shield, True)
+        return self._clock.scope_at(check_position("beat", beat), shield=shield, fail=True)
 
     async def execute_with_beat_budget(
         self, beats: float, async_fn: Callable[[*PosArgs], Awaitable[T]], *args: *PosArgs
@@ -187,7 +188,7 @@ class Session:
         those of Trio included, at the present tempo: ``inf`` without any, ``-inf`` where the task
         is cancelled already. Compare `trio.current_effective_deadline`.
         """
-        return self._clock.effective_deadline()
+        return self._clock.deadlines.effective_deadline()
 
     # Time.
 

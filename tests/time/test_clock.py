@@ -15,8 +15,10 @@ from hypothesis import given, settings, strategies as st
 
 from backbeat_trio import BeatBudgetExceeded, SessionClosed
 from backbeat_trio._grid.timeline import Timeline
-from backbeat_trio._time.clock import BeatClock, Beats, BeatScope
+from backbeat_trio._time.beats import Beats
+from backbeat_trio._time.clock import BeatClock
 from backbeat_trio._time.local import local_ns
+from backbeat_trio._time.scopes import BeatScope
 from backbeat_trio._wire import Segment
 
 
@@ -33,11 +35,11 @@ async def running(
 
 
 def after(clock: BeatClock, beats: float, *, shield: bool = False, fail: bool = False) -> BeatScope:
-    return clock.scope(beats, math.inf, shield, fail)
+    return clock.scope_after(beats, shield=shield, fail=fail)
 
 
 def at(clock: BeatClock, beat: float, *, shield: bool = False, fail: bool = False) -> BeatScope:
-    return clock.scope(None, beat, shield, fail)
+    return clock.scope_at(beat, shield=shield, fail=fail)
 
 
 def adopt(clock: BeatClock, timeline: Timeline) -> None:
@@ -366,33 +368,33 @@ def test_nested_budgets_end_as_trio_s_do(plan: list[tuple[int, bool]], sleep: in
 
 async def test_effective_deadline(autojump_clock: trio.testing.MockClock) -> None:
     async with running() as clock:
-        assert clock.effective_deadline() == math.inf
+        assert clock.deadlines.effective_deadline() == math.inf
         with after(clock, 9) as outer, after(clock, 5), after(clock, 7):
-            assert clock.effective_deadline() == 5.0
+            assert clock.deadlines.effective_deadline() == 5.0
             with after(clock, 20, shield=True):
-                assert clock.effective_deadline() == 20.0
+                assert clock.deadlines.effective_deadline() == 20.0
             with trio.CancelScope(shield=True):
-                assert clock.effective_deadline() == math.inf
+                assert clock.deadlines.effective_deadline() == math.inf
                 with trio.move_on_after(2.5):
-                    assert clock.effective_deadline() == 2.5
+                    assert clock.deadlines.effective_deadline() == 2.5
             with trio.move_on_after(2.5):
-                assert clock.effective_deadline() == 2.5
+                assert clock.deadlines.effective_deadline() == 2.5
             async with trio.open_nursery() as nursery:
                 heard: list[float] = []
 
                 async def child() -> None:
                     with after(clock, 30):
-                        heard.append(clock.effective_deadline())
+                        heard.append(clock.deadlines.effective_deadline())
 
                 with after(clock, 1):
                     # Started in here, but the nursery is outside of it.
                     nursery.start_soon(child)
-                    assert clock.effective_deadline() == 1.0
+                    assert clock.deadlines.effective_deadline() == 1.0
             assert heard == [5.0]
             outer.cancel()
-            assert clock.effective_deadline() == -math.inf
+            assert clock.deadlines.effective_deadline() == -math.inf
         with after(clock, 0):
-            assert clock.effective_deadline() == -math.inf
+            assert clock.deadlines.effective_deadline() == -math.inf
 
 
 async def test_beats_are_given_to_any_number_of_consumers(
@@ -535,7 +537,7 @@ async def test_scopes_that_were_left_are_forgotten(autojump_clock: trio.testing.
                 with after(clock, 1000 - number / 100), after(clock, 5000):
                     pass
             assert clock.live_scopes == 1
-            assert len(clock._heap) <= 1001
+            assert len(clock.deadlines._heap) <= 1001
             await trio.lowlevel.checkpoint()
         assert clock.live_scopes == 0
     gc.collect()

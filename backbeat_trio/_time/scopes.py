@@ -1,0 +1,438 @@
+"""Cancel scopes whose deadline is a beat, and the heap that orders them.
+
+Scopes are ordered on an axis of their own, in beats: the position less a shift that changes only
+when the position moves to another grid. A change of tempo, a slew or a change of grid leaves every
+key on the axis as it is, so one heap and one armed Trio timer serve any number of scopes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from types import TracebackType
+from typing import Final, TypeAlias, final
+
+import trio
+from trio import CancelScope, current_time
+from trio.lowlevel import Task, current_task
+
+from .._checks import check_beats, check_position
+from .._errors import BeatBudgetExceeded, SessionClosed
+from .._grid.grid import Grid
+from .._grid.timeline import NEVER
+from .local import local_ns, seconds_of
+
+# How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
+_AT_ONCE: Final = 1000
+_ENDED: Final = "the beat budget ran out"
+_CLOSED: Final = "the session was closed"
+
+# The constructor of the scopes, which are made by the methods of a session.
+_new_scope: Final[Callable[[type[BeatScope]], BeatScope]] = object.__new__
+
+# A scope's place in the heap, for as long as its own `_entry` is this very object; its task is who
+# entered it.
+_Entry: TypeAlias = "tuple[float, int, BeatScope, Task]"
+
+
+def seconds_at(grid: Grid, position: float) -> float:
+    """Return when a position will be reached, in seconds of Trio's clock, as things stand.
+
+    It is ``inf`` for a position that the grid does not reach.
+    """
+    if math.isinf(position):
+        return position
+    reached = grid.local_at(position)
+    return math.inf if reached == NEVER else reached / 1e9
+
+
+@final
+class BeatScope:
+    """A cancel scope whose deadline is a position of the grid.
+
+    It is used as `trio.CancelScope` is, and behaves as that does, with beats in the place of
+    seconds. It is made by the methods of a session.
+    """
+
+    # Entering and leaving happens as often as with Trio's own scopes, so the two methods call as
+    # little as they can.
+    __slots__ = ("__weakref__", "_deadlines", "_entry", "_fail", "_key", "_relative", "_scope")
+
+    _deadlines: Deadlines
+    _scope: trio.CancelScope
+    _key: float
+    _relative: float | None
+    _fail: bool
+    _entry: _Entry | None
+
+    def __init__(self) -> None:
+        raise TypeError("beat scopes are made by the methods of a session")
+
+    @trio.lowlevel.enable_ki_protection
+    def __enter__(self) -> BeatScope:
+        deadlines = self._deadlines
+        now = deadlines._time()
+        if now >= deadlines._line_until:
+            deadlines._check_line()
+        now = (now - deadlines._line_base) / deadlines._line_beat_s + deadlines._line_beat
+        self._scope.__enter__()
+        relative = self._relative
+        if relative is None:
+            key = self._key
+        else:
+            key = self._key = now + relative
+            self._relative = None
+        if not deadlines._enforcing:
+            pass
+        elif key > now:
+            self._entry = entry = (key, next(deadlines._order), self, current_task())
+            heappush(deadlines._heap, entry)
+            if key < deadlines._armed:
+                deadlines._rearm()
+        else:
+            self._scope.cancel(_ENDED)
+        return self
+
+    @trio.lowlevel.enable_ki_protection
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        entry = self._entry
+        if entry is not None:
+            self._entry = None
+            deadlines = self._deadlines
+            heap = deadlines._heap
+            if heap[-1] is entry:
+                heap.pop()
+            elif len(heap) > deadlines._prune_at:
+                deadlines._prune()
+        if not self._fail:
+            return self._scope.__exit__(exc_type, exc, traceback)
+        handled = self._scope.__exit__(exc_type, exc, traceback)
+        if self._scope.cancelled_caught:
+            deadlines = self._deadlines
+            raise BeatBudgetExceeded(
+                _CLOSED
+                if deadlines.closed
+                else f"{_ENDED} at beat {self._key + deadlines._shift:g}"
+            ) from None
+        return handled
+
+    @property
+    def deadline(self) -> float:
+        """The position, in beats, at which the scope is cancelled; settable, ``inf`` for never.
+
+        Raises:
+          RuntimeError: where the scope was made with a relative deadline and is not yet entered.
+          ValueError: for NaN.
+
+        """
+        if self._relative is not None:
+            raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
+        return self._key + self._deadlines._shift
+
+    @deadline.setter
+    def deadline(self, position: float) -> None:
+        check_position("deadline", position)
+        if self._relative is not None:
+            raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
+        self._move(position - self._deadlines._shift)
+
+    @property
+    def relative_deadline(self) -> float:
+        """The beats that remain until the deadline, negative once it is past; settable.
+
+        Before entering it is what the deadline will be set to, counted from the entry.
+
+        Raises:
+          RuntimeError: where the scope was made with an absolute deadline and is not yet entered.
+          ValueError: for NaN and for a negative value.
+
+        """
+        if self._relative is not None:
+            return self._relative
+        if self.is_relative is False and self._key != math.inf:
+            raise RuntimeError("unentered absolute beat scope does not have a relative deadline")
+        return self._key - self._deadlines._axis_now()
+
+    @relative_deadline.setter
+    def relative_deadline(self, beats: float) -> None:
+        check_beats("relative_deadline", beats)
+        if self._relative is None and self.is_relative is None:
+            self._move(self._deadlines._axis_now() + beats)
+        elif self._relative is None and self._key != math.inf:
+            raise RuntimeError("unentered absolute beat scope does not have a relative deadline")
+        else:
+            self._relative = beats
+
+    @property
+    def is_relative(self) -> bool | None:
+        """Whether the deadline counts from the entry; None once the scope was entered."""
+        if self._scope.is_relative is None:
+            return None
+        return self._relative is not None
+
+    @property
+    def beats_left(self) -> float:
+        """The beats that remain until the deadline; 0.0 once it is past, ``inf`` without one."""
+        if self._relative is not None:
+            return self._relative
+        return max(0.0, self._key - self._deadlines._axis_now())
+
+    @property
+    def shield(self) -> bool:
+        """Whether cancellations from outside are kept out; settable."""
+        return self._scope.shield
+
+    @shield.setter
+    def shield(self, shield: bool) -> None:
+        self._scope.shield = shield
+
+    @property
+    def cancel_called(self) -> bool:
+        """Whether cancellation was requested, by `cancel` or because the deadline has passed."""
+        if (
+            not self._scope.cancel_called
+            and self._entry is not None
+            and self._deadlines._due(self._key)
+        ):
+            self._scope.cancel(_ENDED)
+        return self._scope.cancel_called
+
+    @property
+    def cancelled_caught(self) -> bool:
+        """Whether this scope caught a `trio.Cancelled` of its own when it was left."""
+        return self._scope.cancelled_caught
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Cancel the scope at once. Not a checkpoint; doing it again changes nothing.
+
+        Args:
+          reason: attached to the `trio.Cancelled` that results.
+
+        """
+        self._scope.cancel(reason)
+
+    def _move(self, key: float) -> None:
+        self._key = key
+        deadlines = self._deadlines
+        # A scope that is running has an entry, until it is cancelled.
+        entry = self._entry
+        if entry is not None:
+            self._entry = entry = (key, next(deadlines._order), self, entry[3])
+            heappush(deadlines._heap, entry)
+            if key < deadlines._armed:
+                deadlines._rearm()
+
+    def __repr__(self) -> str:
+        if self._relative is not None:
+            state = f"{self._relative:g} beats from entry"
+        else:
+            state = f"deadline at beat {self._key + self._deadlines._shift:g}"
+        return f"<BeatScope at {id(self):#x}, {state}, {self._scope!r}>"
+
+
+@final
+class Deadlines:
+    """The scopes that wait for their deadline, in the order in which they end.
+
+    Args:
+      grid: what tells the position.
+      rearm: called when a deadline comes before what `arm` has returned.
+      enforcing: whether scopes are cancelled at their deadlines at all.
+
+    """
+
+    def __init__(self, grid: Grid, rearm: Callable[[], None], *, enforcing: bool) -> None:
+        self.closed: bool = False
+        self._grid = grid
+        self._rearm = rearm
+        self._enforcing = enforcing
+        self._shift = 0.0
+        self._heap: list[_Entry] = []
+        self._time = trio.lowlevel.current_clock().current_time
+        self._order = itertools.count()
+        self._prune_at = 1000
+        self._armed = math.inf
+        self.redraw()
+
+    @property
+    def live(self) -> int:
+        """How many scopes wait for their deadline."""
+        return sum(entry[2]._entry is entry for entry in self._heap)
+
+    # Making.
+
+    def scope_after(self, beats: float, *, shield: bool = False, fail: bool = False) -> BeatScope:
+        """Make a scope that ends some beats after it is entered.
+
+        Args:
+          beats: 0 or more.
+          shield: whether cancellations from outside are kept out.
+          fail: whether the scope raises `BeatBudgetExceeded` where it has ended.
+
+        """
+        scope = _new_scope(BeatScope)
+        scope._deadlines = self
+        scope._scope = CancelScope(shield=True) if shield else CancelScope()
+        scope._key = math.inf
+        scope._relative = beats
+        scope._fail = fail
+        scope._entry = None
+        return scope
+
+    def scope_at(self, position: float, *, shield: bool = False, fail: bool = False) -> BeatScope:
+        """Make a scope that ends at a position of the grid; otherwise as `scope_after` does."""
+        scope = self.scope_after(math.inf, shield=shield, fail=fail)
+        scope._key = position - self._shift
+        scope._relative = None
+        return scope
+
+    # Ending.
+
+    def arm(self, index: int) -> float:
+        """Return when a beat or the first deadline is due, whichever comes first.
+
+        Until `rearm` is called no deadline comes before that.
+
+        Args:
+          index: the beat's index.
+
+        Returns:
+          Seconds of Trio's clock.
+
+        """
+        first, edge = self._first(), index - self._shift
+        self._armed = min(first, edge)
+        if first == -math.inf:
+            return -math.inf
+        due = self._grid.local_at(index)
+        if first < edge:
+            due = min(due, self._due_ns(first))
+        return seconds_of(due)
+
+    def expire(self, now_ns: int) -> bool:
+        """Cancel scopes that are due at an instant of local time, and tell whether some remain."""
+        limit = self._grid.position_at(now_ns) - self._shift
+        for _ in range(_AT_ONCE):
+            key = self._first()
+            if key > limit and (key == math.inf or self._due_ns(key) > now_ns):
+                return False
+            scope = heappop(self._heap)[2]
+            scope._entry = None
+            scope._scope.cancel(_ENDED)
+        return True
+
+    def rebase(self, beats: float) -> None:
+        """Take in that the position has moved to another grid, and by how many beats."""
+        # Deadlines keep the beats they have left.
+        self._shift += beats
+
+    def close(self) -> None:
+        """Cancel the scopes that are still open, and let no more be entered."""
+        self.closed = True
+        self._line_until = -math.inf
+        for entry in self._heap:
+            scope = entry[2]
+            if scope._entry is entry:
+                scope._entry = None
+                scope._scope.cancel(_CLOSED)
+        self._heap.clear()
+
+    def effective_deadline(self) -> float:
+        """Return the position at which the current task will be cancelled, as things stand."""
+        # Only Trio knows which scopes the task is in and what shields it. So the scopes that may
+        # enclose it are given their deadline in seconds for the length of this question.
+        ancestors = set()
+        task: trio.lowlevel.Task | None = current_task()
+        while task is not None:
+            ancestors.add(task)
+            task = None if task.parent_nursery is None else task.parent_nursery.parent_task
+        scopes = [entry[2] for entry in self._heap if entry[3] in ancestors]
+        asked = [
+            (scope, seconds_at(self._grid, scope.deadline))
+            for scope in scopes
+            if scope._entry is not None
+        ]
+        try:
+            for scope, seconds in asked:
+                scope._scope.deadline = seconds
+            answer = trio.current_effective_deadline()
+        finally:
+            for scope, _ in asked:
+                scope._scope.deadline = math.inf
+        for scope, seconds in asked:
+            if seconds == answer:
+                return scope.deadline
+        if math.isinf(answer):
+            return answer
+        return self._grid.position_at(round(answer * 1e9))
+
+    # The heap.
+
+    def _due_ns(self, key: float) -> int:
+        return self._grid.local_at(key + self._shift)
+
+    def _due(self, key: float) -> bool:
+        return key != math.inf and (key == -math.inf or self._due_ns(key) <= local_ns())
+
+    def _prune(self) -> None:
+        # In place: the list is also held by whoever is just entering or leaving a scope.
+        heap = self._heap
+        heap[:] = [entry for entry in heap if entry[2]._entry is entry]
+        heapify(heap)
+        self._prune_at = 1000 + 2 * len(heap)
+
+    def _first(self) -> float:
+        heap = self._heap
+        while heap and heap[0][2]._entry is not heap[0]:
+            heappop(heap)
+        return heap[0][0] if heap else math.inf
+
+    # The axis. It is read on every entry of a scope, so the straight line that holds at present is
+    # kept as (base, slope) with the local time until which it does: for ever, until the next
+    # segment, or while slewing until that is over. Once closed it holds no more.
+
+    def redraw(self) -> None:
+        """Take in that the grid has changed."""
+        now, grid = local_ns(), self._grid
+        steering, timeline = grid.steering, grid.timeline
+        cluster = steering.cluster_at(now)
+        segment, position = timeline.segment_at(cluster), timeline.position_at(cluster)
+        ends = [other.t0_ns for other in timeline.segments if other.t0_ns > segment.t0_ns]
+        until = [steering.local_at(min(ends))] if ends else []
+        if now < steering.settled_ns:
+            until.append(steering.settled_ns)
+        behind = position < grid.floor
+        if behind and (reached := grid.local_at(grid.floor)) != NEVER:
+            until.append(reached)
+        if behind or not segment.milli_bpm:
+            self._line_base, self._line_beat_s = 0.0, math.inf
+            self._line_beat = max(grid.floor, position) - self._shift
+        elif now < steering.settled_ns or steering.frequency:
+            self._line_base = now / 1e9
+            self._line_beat_s = 60_000 / segment.milli_bpm / steering.rate_at(now)
+            self._line_beat = position - self._shift
+        else:
+            # From the segment's own beginning, which keeps whole beats whole.
+            self._line_base = (segment.t0_ns - steering.target_at(now)) / 1e9
+            self._line_beat_s = 60_000 / segment.milli_bpm
+            self._line_beat = segment.beat0 - self._shift
+        self._line_until = min(until) / 1e9 if until else math.inf
+        if self.closed:
+            self._line_until = -math.inf
+
+    def _check_line(self) -> None:
+        if self.closed:
+            raise SessionClosed("the session has been closed")
+        self.redraw()
+
+    def _axis_now(self) -> float:
+        if current_time() >= self._line_until:
+            self.redraw()
+        return self._grid.position_at(local_ns()) - self._shift
