@@ -123,6 +123,9 @@ class BaseTransport(abc.ABC):
             self._unsubscribe(number, mailbox)
 
     def _deliver(self, mailbox: Mailbox, message: Message) -> None:
+        if self._state.value is State.CLOSED:
+            # Nobody takes it any more. It may come from a callback, which must not raise.
+            return
         self._received += 1
         if not mailbox.deliver(message):
             self._dropped += 1

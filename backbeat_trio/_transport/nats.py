@@ -87,6 +87,9 @@ class NatsTransport(BaseTransport):
                     self._attempted.set()
             else:
                 delay = _BACKOFF_MIN
+                if self._state.value is State.CLOSED:
+                    # By a task that ran between the connection's news and this one.
+                    return
                 self._use(client)
                 await client.lost.wait()
                 self._note_down(str(client.error))

@@ -158,7 +158,7 @@ class Client:
         self._incoming: deque[Incoming] = deque()
         # One side counts up the one and the other the other: no sum is changed from two threads.
         self._taken_bytes = self._passed_bytes = 0
-        self._dropped = self._dropped_told = 0
+        self._dropped = self._dropped_reported = 0
         self._sent: dict[str, int] = {}
         self._flushes: dict[int, trio.Event] = {}
         self._subscriptions: dict[int, Any] = {}
@@ -277,14 +277,14 @@ class Client:
         incoming, owner = self._incoming, self.owner
         behind = _behind_ns()
         dropped = self._dropped
-        owner.count_dropped(dropped - self._dropped_told)
-        self._dropped_told = dropped
+        owner.count_dropped(dropped - self._dropped_reported)
+        self._dropped_reported = dropped
         for _ in range(min(len(incoming), _AT_ONCE)):
             item = incoming.popleft()
             self._passed_bytes += len(item.data)
             owner.dispatch(item, behind)
         if incoming:
-            self._token.run_sync_soon(self._drain_incoming, idempotent=True)
+            self._to_trio(self._drain_incoming, idempotent=True)
 
     async def wait_room(self) -> None:
         """Wait while more is under way to the thread than it should be."""
@@ -305,9 +305,12 @@ class Client:
 
     # The thread's side.
 
-    def _tell(self, function: Callable[..., object], *args: Any) -> None:
+    def _to_trio(
+        self, function: Callable[..., object], *args: Any, idempotent: bool = False
+    ) -> None:
+        # What the function raises would be an internal error of Trio: so it must not raise.
         with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(function, *args)
+            self._token.run_sync_soon(function, *args, idempotent=idempotent)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -326,7 +329,7 @@ class Client:
             self.inbox = client.new_inbox()
             self._up = True
             await client.subscribe(f"{self.inbox}.*", cb=self._receiver(INBOX))
-            self._tell(self._on_connected, client.max_payload)
+            self._to_trio(self._on_connected, client.max_payload)
             self._keep(self._watch(client))
             pump, ended = self._keep(self._pump(client)), self._keep(self._ended.wait())
             await asyncio.wait({pump, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -340,7 +343,7 @@ class Client:
         except Exception as failure:  # noqa: BLE001 - the edge: whatever it was becomes one of ours
             error = self._translate(failure)
         finally:
-            self._tell(self.fail, error)
+            self._to_trio(self.fail, error)
             for task in list(self._tasks):
                 task.cancel()
             # Its errors say nothing that the loss has not said.
@@ -420,7 +423,7 @@ class Client:
         if not self._up:
             # Otherwise the first connect is tried again for minutes.
             raise error
-        self._tell(self.owner.note_error, str(error))
+        self._to_trio(self.owner.note_error, str(error))
 
     async def _on_lost(self) -> None:
         self._stopping = True
@@ -475,7 +478,7 @@ class Client:
                     self._written += len(item.data)
                     if self.waiting and self.backlog < _LOW_WATER:
                         self.waiting = False
-                        self._tell(self._made_room)
+                        self._to_trio(self._made_room)
                 elif isinstance(item, Flush):
                     self._keep(self._flush(client, item.number))
                 elif isinstance(item, Call):
@@ -497,17 +500,17 @@ class Client:
     async def _flush(self, client: nats.aio.client.Client, number: int) -> None:
         with contextlib.suppress(nats.errors.Error):
             await client.flush(timeout=_FOREVER)
-            self._tell(self._flushed, number)
+            self._to_trio(self._flushed, number)
 
     async def _call(self, client: nats.aio.client.Client, item: Call) -> None:
         try:
             value = await item.function(client)
         except BackbeatError as error:
-            self._tell(item.outcome.settle, None, error)
+            self._to_trio(item.outcome.settle, None, error)
         except Exception as error:  # noqa: BLE001 - the edge: whatever it was becomes one of ours
-            self._tell(item.outcome.settle, None, self._translate_call(error))
+            self._to_trio(item.outcome.settle, None, self._translate_call(error))
         else:
-            self._tell(item.outcome.settle, value, None)
+            self._to_trio(item.outcome.settle, value, None)
 
     def _flushed(self, number: int) -> None:
         event = self._flushes.get(number)
@@ -533,8 +536,7 @@ class Client:
             incoming.append(
                 Incoming(number, message.subject, message.data, message.reply, stamp, sent, status)
             )
-            with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._drain_incoming, idempotent=True)
+            self._to_trio(self._drain_incoming, idempotent=True)
 
         return receive
 

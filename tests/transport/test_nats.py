@@ -44,6 +44,7 @@ from backbeat_trio import (
     StatusClaim,
     TLSFailed,
     TransportBroken,
+    TransportClosed,
 )
 from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport import nats_client as _nats_client
@@ -1101,6 +1102,77 @@ async def test_use_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Leaving.
+
+
+@guarded
+async def test_closing_while_messages_come() -> None:
+    async with (
+        NatsServer() as server,
+        running(server.url) as transport,
+        transport.open_subscription("flood") as messages,
+    ):
+        await transport.wait_connected()
+        await transport.flush()
+        # Trio's loop is stuck meanwhile: when it goes on, the messages are there.
+        flood(server, "flood", 2000)
+        await transport.aclose()
+        received = transport.statistics().received
+        for _ in range(20):
+            await trio.sleep(0.01)
+        assert transport.statistics().received == received
+        with pytest.raises(TransportClosed):
+            await anext(messages)
+
+
+@guarded
+async def test_closing_at_the_instant_of_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with NatsServer() as server:
+        config = BackbeatConfig(nats_url=server.url, agent_id=AGENT_ID)
+        transport = NatsTransport(config)
+
+        def connect_and_close(client: _nats_client.Client, max_payload: int) -> None:
+            connect(client, max_payload)
+            # What `aclose` does up to its first checkpoint.
+            closing = transport.aclose()
+            closing.send(None)
+            closing.close()
+
+        connect = _nats_client.Client._on_connected
+        monkeypatch.setattr(_nats_client.Client, "_on_connected", connect_and_close)
+        await transport.run()
+        assert transport.generation == 0
+        assert not transport.connected
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@guarded
+async def test_closing_twice_and_when_cancelled(when: str) -> None:
+    async with NatsServer() as server:
+        transport = NatsTransport(BackbeatConfig(nats_url=server.url, agent_id=AGENT_ID))
+
+        async def close() -> None:
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await transport.aclose()
+            assert scope.cancelled_caught
+            with pytest.raises(TransportClosed):
+                await transport.flush()
+            await transport.aclose()
+
+        if when == "before":
+            await close()
+            with pytest.raises(TransportClosed):
+                await transport.run()
+        else:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(transport.run)
+                await transport.wait_connected()
+                if when == "during":
+                    await close()
+                else:
+                    nursery.cancel_scope.cancel()
+            await close()
+        assert not client_threads()
 
 
 @guarded
