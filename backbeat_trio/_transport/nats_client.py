@@ -33,9 +33,15 @@ from .._config import Server
 from .._errors import AuthenticationFailed, BackbeatError, TLSFailed, TransportBroken
 from .._time.local import local_ns
 
-# The server is asked for a sign of life this often, and given up after this long without one.
+# The server is sent a ping this often. A connection is given up when the answer is late by the
+# patience, or by this many times the patience while a queue explains that it is late.
 _PING_EVERY: Final = 0.4
 _PING_PATIENCE: Final = 1.0
+_PING_MOST_LOOKS: Final = 5
+# Where fewer bytes than this come in a second, there is no queue that the answer could be in.
+_TRICKLE: Final = 16 * 1024
+# What a message costs on the wire besides its payload, roughly.
+_OVERHEAD: Final = 32
 # More than a peer that reads nothing can have been sent: what the kernels of both sides hold.
 _SOCKET_BUFFERS: Final = 16 * 1024 * 1024
 # What may be under way to the thread before publishers wait, and until when they do.
@@ -133,6 +139,17 @@ class _Wary(nats.aio.client.Client):
     def _connect_command(self) -> bytes:
         self._check()
         return super()._connect_command()
+
+    @property
+    def working(self) -> list[asyncio.Task[Any]]:
+        """The tasks that read and that write; where one has ended, the client is of no use."""
+        return [task for task in (self._reading_task, self._flusher_task) if task is not None]
+
+    async def flush(self, timeout: int = _FOREVER) -> None:
+        # nats-py reports success at once where nobody would read the server's answer.
+        if any(task.done() for task in self.working):
+            raise nats.errors.ConnectionClosedError
+        await super().flush(timeout)
 
 
 @final
@@ -326,6 +343,9 @@ class Client:
                 **self._secured(client),
             )
             self._check_tls(client)
+            # They may end without a word.
+            for task in client.working:
+                task.add_done_callback(self._on_ended)
             self.inbox = client.new_inbox()
             self._up = True
             await client.subscribe(f"{self.inbox}.*", cb=self._receiver(INBOX))
@@ -426,6 +446,15 @@ class Client:
         self._to_trio(self.owner.note_error, str(error))
 
     async def _on_lost(self) -> None:
+        self._end()
+
+    def _on_ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled():
+            # Looked at, or asyncio complains of it.
+            task.exception()
+        self._end()
+
+    def _end(self) -> None:
         self._stopping = True
         if self._ended is not None:
             self._ended.set()
@@ -445,23 +474,26 @@ class Client:
         # A half-open connection looks well until something is asked of it.
         while True:
             await asyncio.sleep(_PING_EVERY)
-            pong = self._keep(client.flush(timeout=_FOREVER))
-            before: tuple[int, int] | None = None
-            # The answer queues behind whatever else has arrived, and the question behind what is
-            # being sent: while there is progress with these, the peer is alive.
-            while not pong.done() and before != (now := self._progress(client)):
-                before = now
+            pong = self._keep(client.flush())
+            # The answer queues behind whatever else has arrived, and the ping behind what is being
+            # sent. Progress with these explains a late answer, but it may be progress in one
+            # direction only: so it does not explain an answer that never comes.
+            for _ in range(_PING_MOST_LOOKS):
+                before = self._progress(client)
                 await asyncio.wait({pong}, timeout=_PING_PATIENCE)
+                if pong.done() or self._progress(client) == before:
+                    break
             if not pong.done():
                 # Where it was this process that stood still, the answer is about to be read.
                 await asyncio.wait({pong}, timeout=_PING_EVERY / 2)
             if not pong.done() or pong.exception() is not None:
                 self._hung = True
-                await self._on_lost()
+                self._end()
                 return
 
     def _progress(self, client: nats.aio.client.Client) -> tuple[int, int]:
-        return client.stats["in_msgs"], self._written // _SOCKET_BUFFERS
+        taken = client.stats["in_bytes"] + _OVERHEAD * client.stats["in_msgs"]
+        return taken // _TRICKLE, self._written // _SOCKET_BUFFERS
 
     async def _pump(self, client: nats.aio.client.Client) -> None:
         assert self._wake is not None
@@ -499,7 +531,7 @@ class Client:
 
     async def _flush(self, client: nats.aio.client.Client, number: int) -> None:
         with contextlib.suppress(nats.errors.Error):
-            await client.flush(timeout=_FOREVER)
+            await client.flush()
             self._to_trio(self._flushed, number)
 
     async def _call(self, client: nats.aio.client.Client, item: Call) -> None:

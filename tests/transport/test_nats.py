@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 from urllib.parse import quote
@@ -458,8 +458,13 @@ async def test_mutual_tls(certificates: Certificates) -> None:
 
 
 @asynccontextmanager
-async def fake_server(**info: Any) -> AsyncGenerator[tuple[int, bytearray], None]:
-    """Run a server without TLS that lets everybody in, and keep what it is told."""
+async def fake_server(
+    *, farewell: bytes = b"", **info: Any
+) -> AsyncGenerator[tuple[int, bytearray], None]:
+    """Run a server without TLS that lets everybody in, and keep what it is told.
+
+    It sends ``farewell`` once a client has subscribed to something.
+    """
     told = bytearray()
     greeting = {
         "server_id": "FAKE",
@@ -475,6 +480,8 @@ async def fake_server(**info: Any) -> AsyncGenerator[tuple[int, bytearray], None
             async for chunk in stream:
                 told.extend(chunk)
                 await stream.send_all(b"PONG\r\n" * chunk.count(b"PING\r\n"))
+                if farewell and b"SUB " in told:
+                    await stream.send_all(farewell)
         except trio.BrokenResourceError:
             # Hung up on, as it deserves.
             pass
@@ -720,6 +727,164 @@ async def test_paused_server_that_goes_on() -> None:
         server.resume()
         await degraded(bb, False)
         assert bb.health().reconnect_count >= 1
+
+
+class Proxy:
+    """A TCP proxy before a server, which can slow down, or swallow what goes one way."""
+
+    def __init__(self, server: NatsServer, port: int) -> None:
+        self.url = f"nats://127.0.0.1:{port}"
+        self._server = server
+        # Bytes a second, for what comes from the server; 0 is as fast as it can.
+        self.rate = 0
+        self._cut: set[str] = set()
+        self._connections = 0
+
+    async def serve(self, client: trio.SocketStream) -> None:
+        self._connections += 1
+        number = self._connections
+        async with await trio.open_tcp_stream("127.0.0.1", self._server.port) as server:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._pass, client, server, f"{number} to the server")
+                nursery.start_soon(self._pass, server, client, f"{number} from the server")
+
+    async def _pass(self, source: trio.SocketStream, sink: trio.SocketStream, way: str) -> None:
+        try:
+            async for chunk in source:
+                if way not in self._cut:
+                    await sink.send_all(chunk)
+                if self.rate and way.endswith("from the server"):
+                    await trio.sleep(len(chunk) / self.rate)
+            await sink.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            # One of the two has hung up, which the other learns now.
+            await source.aclose()
+            await sink.aclose()
+
+    def cut(self, *ways: str) -> None:
+        """Swallow what the newest connection sends one way; later connections are not affected."""
+        self._cut.update(f"{self._connections} {way}" for way in ways)
+
+
+@asynccontextmanager
+async def proxied(server: NatsServer) -> AsyncGenerator[Proxy, None]:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    proxy = Proxy(server, listeners[0].socket.getsockname()[1])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, proxy.serve, listeners)
+        yield proxy
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("messages", "every"), [(0, 1.0), (1, 0.1), (200, 0.01)])
+@guarded
+async def test_connection_whose_way_to_the_server_is_cut_is_left(
+    messages: int, every: float
+) -> None:
+    # Messages from the server still come, and they say nothing of the other direction.
+    async with (
+        NatsServer() as server,
+        plain_client(server.url) as plain,
+        proxied(server) as proxy,
+        running(proxy.url) as transport,
+        transport.open_subscription("noise"),
+        trio.open_nursery() as nursery,
+    ):
+
+        async def make_noise() -> None:
+            while True:
+                await plain.publish([("noise", b"x" * 100)] * messages)
+                await trio.sleep(every)
+
+        await transport.wait_connected()
+        await transport.flush()
+        nursery.start_soon(make_noise)
+        await trio.sleep(0.5)
+        proxy.cut("to the server")
+        before = transport.statistics().received
+        with trio.fail_after(10):
+            await transport.wait_connected(False)
+        assert transport.statistics().received - before >= 5 * messages
+        assert "Slow Consumer" not in server.log
+        # The proxy swallows nothing of the next one.
+        await transport.wait_connected()
+        await transport.flush()
+        assert transport.generation == 2
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("size", [100, 100_000])
+@guarded
+async def test_connection_whose_way_from_the_server_is_cut_is_left(size: int) -> None:
+    # The server reads all that is sent: that it can be written says nothing of the other direction.
+    async with (
+        NatsServer() as server,
+        proxied(server) as proxy,
+        running(proxy.url) as transport,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def publish() -> None:
+            while True:
+                with suppress(TransportBroken):
+                    await transport.publish("noise", b"x" * size)
+                await trio.sleep(0)
+
+        await transport.wait_connected()
+        nursery.start_soon(publish)
+        proxy.cut("from the server")
+        with trio.fail_after(10):
+            await transport.wait_connected(False)
+        await transport.wait_connected()
+        await transport.flush()
+        assert transport.generation == 2
+        nursery.cancel_scope.cancel()
+
+
+@guarded
+async def test_connection_whose_answers_wait_behind_a_queue_is_kept() -> None:
+    async with (
+        NatsServer() as server,
+        plain_client(server.url) as plain,
+        proxied(server) as proxy,
+        running(proxy.url) as transport,
+        transport.open_subscription("noise") as noise,
+    ):
+        await transport.wait_connected()
+        await transport.flush()
+        # Reading all this takes 3 s, and the answer to the next ping comes after it.
+        proxy.rate = 100_000
+        await plain.publish([("noise", b"x" * 1000)] * 300)
+        for _ in range(300):
+            await anext(noise)
+        await transport.flush()
+        assert transport.generation == 1
+
+
+@guarded
+async def test_connection_that_nobody_reads_from_any_more_is_left() -> None:
+    # nats-py ends its reading when a message cannot be parsed, and calls the client connected.
+    async with (
+        fake_server(farewell=b"MSG \xff 1 1\r\nx\r\n") as (port, _),
+        running(f"nats://127.0.0.1:{port}") as transport,
+    ):
+        await until(lambda: transport.generation >= 2)
+
+
+@guarded
+async def test_flush_is_not_answered_where_nobody_reads_the_answer() -> None:
+    async def flush(client: nats.aio.client.Client) -> None:
+        assert client._reading_task is not None
+        client._reading_task.cancel()
+        await asyncio.wait({client._reading_task})
+        # Before anybody has heard of it.
+        await client.flush()
+
+    async with NatsServer() as server, running(server.url) as transport:
+        await transport.wait_connected()
+        with pytest.raises(TransportBroken):
+            await transport.call(flush)
+        await until(lambda: transport.generation >= 2)
 
 
 @pytest.mark.parametrize(
@@ -1040,7 +1205,9 @@ def flood(server: NatsServer, subject: str, count: int) -> None:
 
 @guarded
 async def test_flood_is_bounded_and_counted_and_no_loss_of_the_connection() -> None:
-    # It takes a while to read; what the server says to a ping comes after all of it.
+    # It takes a while to read; what the server says to a ping comes after all of it. There are a
+    # few more than may wait for Trio's loop.
+    sent = 70_000
     async with (
         NatsServer() as server,
         plain_client(server.url) as plain,
@@ -1051,9 +1218,9 @@ async def test_flood_is_bounded_and_counted_and_no_loss_of_the_connection() -> N
         # The subscription is older than the connection: only now the server knows of it.
         await transport.flush()
         # Trio's loop is stuck meanwhile.
-        flood(server, "flood", 120_000)
-        await until(lambda: transport.statistics().dropped >= 120_000 - 100)
-        assert transport.statistics().dropped == 120_000 - 100
+        flood(server, "flood", sent)
+        await until(lambda: transport.statistics().dropped >= sent - 100)
+        assert transport.statistics().dropped == sent - 100
         assert [(await anext(messages)).data for _ in range(100)] == [b"x"] * 100
         await plain.publish([("flood", b"end")])
         assert (await anext(messages)).data == b"end"
