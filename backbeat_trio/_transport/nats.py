@@ -25,9 +25,42 @@ from .protocol import Message, Reply
 # A first retry soon, as a restarted server is back within 20 ms; later ones leave room for others.
 _BACKOFF_MIN: Final = 0.01
 _BACKOFF_MAX: Final = 1.0
+# A connection that stood for less than this many seconds was of no use.
+_LASTING: Final = 1.0
+# How many clients whose threads have not ended there may be before no other is made.
+_UNENDED_CLIENTS: Final = 8
 _CREDENTIALS: Final = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
 
 T = TypeVar("T")
+
+
+@final
+class Backoff:
+    """How long to wait before each attempt to connect: twice as long after each failure.
+
+    A connection that did not last counts as a failure, too, but as one beside those of the attempts
+    that follow it: a server that restarts a few times in a row is reconnected to quickly.
+    """
+
+    def __init__(self) -> None:
+        self._first = self._next = _BACKOFF_MIN
+
+    def lost(self, lasted: float) -> None:
+        """Take note of the end of a connection.
+
+        Args:
+          lasted: for how many seconds it stood.
+
+        """
+        short = lasted < _LASTING
+        self._first = min(2 * self._first, _BACKOFF_MAX) if short else _BACKOFF_MIN
+        self._next = self._first
+
+    def next_delay(self) -> float:
+        """Return for how many seconds to wait at most before the next attempt."""
+        delay = self._next
+        self._next = min(2 * delay, _BACKOFF_MAX)
+        return delay
 
 
 @final
@@ -51,7 +84,7 @@ class NatsTransport(BaseTransport):
     def __init__(self, config: BackbeatConfig, *, name: str | None = None) -> None:
         super().__init__(inbox_prefix=config.inbox_prefix)
         self.connect_timeout = config.connect_timeout
-        self.limiter = trio.CapacityLimiter(64)
+        self.limiter = trio.CapacityLimiter(_UNENDED_CLIENTS)
         self._servers = config.servers
         self._options = _options(config, name or f"backbeat {config.agent_id}")
         self._client: Client | None = None
@@ -75,7 +108,7 @@ class NatsTransport(BaseTransport):
             self._attempted.set()
 
     async def _supervise(self, nursery: trio.Nursery) -> None:
-        delay = _BACKOFF_MIN
+        backoff = Backoff()
         for attempt, server in enumerate(itertools.cycle(self._servers), 1):
             client = Client(self, server, self._options)
             try:
@@ -86,18 +119,19 @@ class NatsTransport(BaseTransport):
                     self._first_error = error
                     self._attempted.set()
             else:
-                delay = _BACKOFF_MIN
                 if self._state.value is State.CLOSED:
                     # By a task that ran between the connection's news and this one.
                     return
                 self._use(client)
+                connected = trio.current_time()
                 await client.lost.wait()
+                backoff.lost(trio.current_time() - connected)
                 self._note_down(str(client.error))
             finally:
                 # In the background: what hangs there must not hold up the next attempt.
                 nursery.start_soon(client.close)
+            delay = backoff.next_delay()
             await trio.sleep(random.uniform(delay / 2, delay))
-            delay = min(2 * delay, _BACKOFF_MAX)
 
     def _note_down(self, error: str) -> None:
         # The same failure over and over is one error to report.

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -58,6 +61,8 @@ _CLOSE_PATIENCE: Final = 1.0
 _FOREVER: Final = 10**9
 
 INBOX: Final = 0
+
+_THREAD: Final = "backbeat-nats-"
 
 T = TypeVar("T")
 
@@ -127,6 +132,56 @@ class Owner(Protocol):
     def note_error(self, error: str, /) -> None: ...
 
 
+_Lookup = tuple[Any, ...]
+_lookups: dict[_Lookup, Future[list[Any]]] = {}
+_lookups_lock = threading.Lock()
+
+
+def _look_up(what: _Lookup) -> Future[list[Any]]:
+    # asyncio looks names up in threads that the interpreter waits for at its exit, and in one more
+    # for each attempt to connect. A name server may take minutes: so all who ask for the same share
+    # one daemonic thread.
+    with _lookups_lock:
+        future = _lookups.get(what)
+        if future is None:
+            future = Future()
+            # Running futures cannot be cancelled, so one who gives up does not disturb the others.
+            future.set_running_or_notify_cancel()
+            threading.Thread(
+                target=_finish_lookup, args=(what, future), name="backbeat-resolver", daemon=True
+            ).start()
+            _lookups[what] = future
+    return future
+
+
+def _finish_lookup(what: _Lookup, future: Future[list[Any]]) -> None:
+    try:
+        found = socket.getaddrinfo(*what)
+    except Exception as error:  # noqa: BLE001 - it belongs to those who asked
+        outcome = functools.partial(future.set_exception, error)
+    else:
+        outcome = functools.partial(future.set_result, found)
+    with _lookups_lock:
+        del _lookups[what]
+    outcome()
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that looks names up without an executor."""
+
+    async def getaddrinfo(
+        self,
+        host: Any,
+        port: Any,
+        *,
+        family: int = 0,
+        type: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+    ) -> list[Any]:
+        return await asyncio.wrap_future(_look_up((host, port, family, type, proto, flags)))
+
+
 @final
 class _Wary(nats.aio.client.Client):
     # nats-py signs for whoever greets it with a nonce, and what signs is no option that could be a
@@ -193,13 +248,13 @@ class Client:
 
     async def open(self) -> None:
         """Start the thread, and wait for the connection or the reason for its absence."""
-        self._portal_cm = start_blocking_portal("asyncio", name=f"backbeat-nats-{self.server.host}")
-        # Starting a thread takes well under a millisecond and cannot be undone half-way: so it is
-        # not cancelled, and the portal is never lost between its making and its being kept.
-        with trio.CancelScope(shield=True):
-            portal = await trio.to_thread.run_sync(
-                self._portal_cm.__enter__, limiter=self.owner.limiter
-            )
+        portal_cm = start_blocking_portal(
+            "asyncio", {"loop_factory": _Loop}, name=_THREAD + self.server.host
+        )
+        # This can be cancelled while the threads of too many clients still have to end, and not
+        # any more once the thread is being started: so no portal is ever lost.
+        portal = await trio.to_thread.run_sync(portal_cm.__enter__, limiter=self.owner.limiter)
+        self._portal_cm = portal_cm
         self._life = portal.start_task_soon(self._main)
         with trio.move_on_after(self.owner.connect_timeout):
             await self.outcome.wait()
