@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import socket
 import ssl
 import threading
@@ -62,6 +63,7 @@ _FOREVER: Final = 10**9
 
 INBOX: Final = 0
 
+_LOGGER: Final = logging.getLogger("backbeat_trio")
 _THREAD: Final = "backbeat-nats-"
 
 T = TypeVar("T")
@@ -167,7 +169,7 @@ def _finish_lookup(what: _Lookup, future: Future[list[Any]]) -> None:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks names up without an executor."""
+    """An event loop that needs no executor, and complains to the package's own log."""
 
     async def getaddrinfo(
         self,
@@ -180,6 +182,24 @@ class _Loop(asyncio.SelectorEventLoop):
         flags: int = 0,
     ) -> list[Any]:
         return await asyncio.wrap_future(_look_up((host, port, family, type, proto, flags)))
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        # The text of a callback's failure shows the callback's arguments, which may be secret.
+        text = "Exception in callback" if "handle" in context else context.get("message")
+        _LOGGER.debug("asyncio: %s", text, exc_info=context.get("exception"))
+
+
+def _redirect(record: logging.LogRecord) -> bool:
+    # Python writes warnings to stderr where nobody has configured logging. What asyncio and nats-py
+    # warn of in our threads are consequences of a lost connection, which is reported anyway.
+    if record.levelno < logging.WARNING or not (record.threadName or "").startswith(_THREAD):
+        return True
+    _LOGGER.debug("%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
+    return False
+
+
+for _name in ("asyncio", nats.aio.client.__name__):
+    logging.getLogger(_name).addFilter(_redirect)
 
 
 @final
