@@ -4,34 +4,67 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 from ._wire import MAX_INDEX
 
 
-def check_beats(name: str, value: float) -> float:
-    """Return a number of beats; raise unless it is 0 or more."""
-    try:
-        good = value >= 0
-    except TypeError:
-        good = None
-    if good is None or isinstance(value, str):
-        raise TypeError(f"`{name}` must be a number of beats, not {value!r}")
-    if not good:
-        nan = value != value  # noqa: PLR0124 - NaN is what differs from itself
-        raise ValueError(f"`{name}` must {'not be NaN' if nan else 'be non-negative'}")
-    return value
+def check_beats(name: str, value: SupportsFloat | SupportsIndex) -> float:
+    """Return a number of beats as a float.
+
+    Args:
+      name: what the value is called, for the error's text.
+      value: a number of 0 or more, for example an int, a `decimal.Decimal` or a
+        `fractions.Fraction`; ``inf`` is fine.
+
+    Raises:
+      TypeError: where the value is no real number; a bool and a str are none.
+      ValueError: where it is negative, NaN, or finite and too large for a float.
+
+    """
+    beats = _real(name, value, "a number of beats")
+    if beats < 0:
+        raise ValueError(f"`{name}` must be non-negative")
+    return beats
 
 
-def check_position(name: str, value: float) -> float:
-    """Return a position in beats; raise unless it is a number other than NaN."""
+def check_position(name: str, value: SupportsFloat | SupportsIndex) -> float:
+    """Return a position in beats as a float.
+
+    Args:
+      name: what the value is called, for the error's text.
+      value: any number, for example an int, a `decimal.Decimal` or a `fractions.Fraction`; ``inf``
+        and ``-inf`` are fine.
+
+    Raises:
+      TypeError: where the value is no real number; a bool and a str are none.
+      ValueError: where it is NaN, or finite and too large for a float.
+
+    """
+    return _real(name, value, "a position in beats")
+
+
+def _real(name: str, value: SupportsFloat | SupportsIndex, what: str) -> float:
+    if not isinstance(value, (float, int)):
+        # `float` reads strings and bytes as well, which are no numbers.
+        convertible = isinstance(value, (SupportsFloat, SupportsIndex))
+    else:
+        convertible = not isinstance(value, bool)
+    if not convertible:
+        raise TypeError(f"`{name}` must be {what}, not {value!r}")
     try:
-        nan = math.isnan(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be a position in beats, not {value!r}") from None
-    if nan:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except ValueError:
+        # The signaling NaN of `decimal`.
+        number = math.nan
+    if number != number:  # noqa: PLR0124 - NaN is what differs from itself
         raise ValueError(f"`{name}` must not be NaN")
-    return value
+    if math.isinf(number) and value != number:
+        # Not its digits in the text: there may be more than Python is willing to print.
+        raise ValueError(f"`{name}` must be {what} that a float can hold")
+    return number
 
 
 def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:

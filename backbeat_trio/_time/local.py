@@ -6,9 +6,16 @@ import math
 
 import trio
 
+from .._grid.timeline import NEVER
+
 
 def seconds_of(ns: int) -> float:
-    """Return an instant of local time in seconds of Trio's clock, and never one before it."""
+    """Return an instant of local time in seconds of Trio's clock, and never one before it.
+
+    It is ``inf`` from `NEVER` on.
+    """
+    if ns >= NEVER:
+        return math.inf
     seconds = ns / 1e9
     # Far from a clock's origin floats are coarser than a nanosecond. What sleeps until too early an
     # instant finds nothing to do, and sleeps until it again.

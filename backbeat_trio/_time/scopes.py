@@ -28,6 +28,8 @@ from .local import local_ns, seconds_of
 _AT_ONCE: Final = 1000
 _ENDED: Final = "the beat budget ran out"
 _CLOSED: Final = "the session was closed"
+# Seconds of Trio's clock that are later than any instant of local time.
+_FAR: Final = NEVER / 1e9
 
 # The constructor of the scopes, which are made by the methods of a session.
 _new_scope: Final[Callable[[type[BeatScope]], BeatScope]] = object.__new__
@@ -45,7 +47,9 @@ def seconds_at(grid: Grid, position: float) -> float:
     if math.isinf(position):
         return position
     reached = grid.local_at(position)
-    return math.inf if reached == NEVER else reached / 1e9
+    if abs(reached) >= NEVER:
+        return math.inf if reached > 0 else -math.inf
+    return seconds_of(reached)
 
 
 @final
@@ -77,13 +81,12 @@ class BeatScope:
         if now >= deadlines._line_until:
             deadlines._check_line()
         now = (now - deadlines._line_base) / deadlines._line_beat_s + deadlines._line_beat
-        self._scope.__enter__()
         relative = self._relative
-        if relative is None:
-            key = self._key
-        else:
-            key = self._key = now + relative
-            self._relative = None
+        key = self._key if relative is None else now + relative
+        self._scope.__enter__()
+        # From here on nothing may raise: the scope would stay entered, and never be left.
+        self._key = key
+        self._relative = None
         if not deadlines._enforcing:
             pass
         elif key > now:
@@ -138,7 +141,7 @@ class BeatScope:
 
     @deadline.setter
     def deadline(self, position: float) -> None:
-        check_position("deadline", position)
+        position = check_position("deadline", position)
         if self._relative is not None:
             raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
         self._move(position - self._deadlines._shift)
@@ -162,7 +165,7 @@ class BeatScope:
 
     @relative_deadline.setter
     def relative_deadline(self, beats: float) -> None:
-        check_beats("relative_deadline", beats)
+        beats = check_beats("relative_deadline", beats)
         if self._relative is None and self.is_relative is None:
             self._move(self._deadlines._axis_now() + beats)
         elif self._relative is None and self._key != math.inf:
@@ -309,7 +312,8 @@ class Deadlines:
         """
         first, edge = self._first(), index - self._shift
         self._armed = min(first, edge)
-        if first == -math.inf:
+        if first <= self._axis_now():
+            # However long ago that was: Trio's clock may have no number for it.
             return -math.inf
         due = self._grid.local_at(index)
         if first < edge:
@@ -353,11 +357,15 @@ class Deadlines:
         while task is not None:
             ancestors.add(task)
             task = None if task.parent_nursery is None else task.parent_nursery.parent_task
-        scopes = [entry[2] for entry in self._heap if entry[3] in ancestors]
+        entries = sorted(
+            entry
+            for entry in self._heap
+            if entry[0] != math.inf and entry[3] in ancestors and entry[2]._entry is entry
+        )
+        # What the grid does not reach, as things stand, has no instant, but an order all the same.
         asked = [
-            (scope, seconds_at(self._grid, scope.deadline))
-            for scope in scopes
-            if scope._entry is not None
+            (entry[2], min(seconds_at(self._grid, entry[2].deadline), _FAR + number))
+            for number, entry in enumerate(entries)
         ]
         try:
             for scope, seconds in asked:
@@ -369,8 +377,8 @@ class Deadlines:
         for scope, seconds in asked:
             if seconds == answer:
                 return scope.deadline
-        if math.isinf(answer):
-            return answer
+        if abs(answer) >= _FAR:
+            return math.copysign(math.inf, answer)
         return self._grid.position_at(round(answer * 1e9))
 
     # The heap.

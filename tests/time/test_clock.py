@@ -616,3 +616,24 @@ async def test_repr(autojump_clock: trio.testing.MockClock) -> None:
         assert "2 beats from entry" in repr(scope)
         with scope:
             assert "deadline at beat 2" in repr(scope)
+
+
+@pytest.mark.parametrize("far", [1e300, 1.7e308, -1e300, -1.7e308])
+async def test_deadlines_that_no_clock_can_tell(
+    far: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running() as clock:
+        with at(clock, far) as scope:
+            await trio.sleep(1)
+        assert scope.cancelled_caught == (far < 0)
+        with after(clock, math.inf) as scope:
+            scope.deadline = far
+            assert clock.deadlines.effective_deadline() == far
+            await trio.sleep(1)
+        assert scope.cancelled_caught == (far < 0)
+        assert clock.deadline_of(far) == math.copysign(math.inf, far)
+        with trio.move_on_at(far):
+            assert clock.deadlines.effective_deadline() == math.copysign(math.inf, far)
+        with after(clock, abs(far)), after(clock, 2) as scope:
+            await trio.sleep_forever()
+        assert scope.cancelled_caught

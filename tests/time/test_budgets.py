@@ -1,0 +1,61 @@
+"""What numbers the budgets of a session take, and what a refused one leaves behind."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from backbeat_trio.testing import open_session
+
+Clock = trio.testing.MockClock
+
+
+EXACT = [Decimal(2), Fraction(2), 2, 2.0]
+
+
+@pytest.mark.parametrize("beats", EXACT, ids=lambda value: type(value).__name__)
+async def test_any_number_is_a_budget(beats: Any, autojump_clock: Clock) -> None:
+    async with open_session(tempo_bpm=60.0) as bb:
+        start = bb.current_position()
+        for make in (bb.move_on_after, bb.move_on_at):
+            budget: float = beats if make == bb.move_on_after else start + 4
+            with make(budget) as scope:
+                assert type(scope.deadline) is float
+                await trio.sleep_forever()
+            assert scope.cancelled_caught
+        assert bb.current_position() - start == 4
+        await bb.sleep(beats)
+        assert bb.current_position() - start == 6
+        with bb.move_on_after(9) as scope:
+            scope.relative_deadline = beats
+            await trio.sleep_forever()
+        assert bb.current_position() - start == 8
+        with bb.move_on_after(9) as scope:
+            scope.deadline = type(beats)(round(start)) + 10
+            assert type(scope.deadline) is float
+        assert bb.move_on_after(beats).relative_deadline == 2.0
+
+
+@pytest.mark.parametrize("make", ["move_on_after", "fail_after", "move_on_at", "fail_at"])
+@pytest.mark.parametrize("value", [10**400, True, b"2"], ids=["huge", "bool", "bytes"])
+async def test_a_refused_number_leaves_trio_as_it_was(
+    make: str, value: Any, autojump_clock: Clock
+) -> None:
+    async with open_session() as bb:
+        with trio.CancelScope() as outer:
+            with pytest.raises((TypeError, ValueError), match="`beats?` must be"):
+                with getattr(bb, make)(value):
+                    pytest.fail("not reached")  # pragma: no cover
+            with bb.move_on_after(1) as scope:
+                with pytest.raises((TypeError, ValueError), match="`deadline` must be"):
+                    scope.deadline = value
+                with pytest.raises((TypeError, ValueError), match="`relative_deadline` must be"):
+                    scope.relative_deadline = value
+            outer.cancel()
+            await trio.lowlevel.checkpoint()
+        assert outer.cancelled_caught
