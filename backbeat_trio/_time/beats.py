@@ -7,9 +7,10 @@ from typing import Final, final
 import trio
 from msgspec import Struct
 
+from .._grid.timeline import NEVER
 from .._wire import BeatPhase, beat_phase, window_id
 from .clock import BeatClock
-from .local import local_ns
+from .local import local_ns, seconds_of
 
 # Trio's timers are late by a millisecond or so: what must not be is waited for in checkpoints.
 _NEAR_NS: Final = 2_000_000
@@ -74,7 +75,7 @@ class Beats:
                 break
             waited = True
             if self._precise:
-                await _near_edge(clock)
+                await _wait_precisely(clock, newest + step)
             else:
                 await clock.wait_beat()
         if not waited:
@@ -98,20 +99,21 @@ def _beat(clock: BeatClock, index: int, *, skipped: int) -> Beat:
     )
 
 
-async def _near_edge(clock: BeatClock) -> None:
-    # Waits for the next beat or for part of the way to it; at its end, without sleeping.
-    now = local_ns()
-    left = clock.edge_ns() - now
-    if left > _NEAR_NS:
-        left -= _NEAR_NS
-    else:
+async def _wait_precisely(clock: BeatClock, index: int) -> None:
+    # Waits for a beat that is still to come, or for part of the way to it; at its end, without
+    # sleeping.
+    now, edge_ns = local_ns(), clock.grid.local_at(index)
+    until_ns = edge_ns - _NEAR_NS if edge_ns < NEVER else NEVER
+    if until_ns <= now:
         await trio.lowlevel.checkpoint()
         if local_ns() != now:
-            _spin(clock.edge_ns())
+            _spin(edge_ns)
             return
-        # Virtual time, which stands still until everybody sleeps.
-    # Woken by what changes the grid, or by the beat, where that is sooner.
-    with trio.move_on_after(max(0, left) / 1e9):
+        # Virtual time, which stands still until everybody sleeps: so this sleeps, too. The instant
+        # must be later than now, whatever is rounded, or time never moves.
+        until_ns = max(edge_ns, now + 1)
+    # Every beat ends the wait, as the grid may be another one by then.
+    with trio.move_on_at(seconds_of(until_ns)):
         await clock.wait_beat()
 
 

@@ -52,6 +52,7 @@ class BeatClock:
         self._on_rebase = on_rebase
         self._timer: trio.CancelScope | None = None
         self._lot = trio.lowlevel.ParkingLot()
+        self._closed = trio.Event()
         self._next_index = self.index() + 1
 
     @classmethod
@@ -97,10 +98,6 @@ class BeatClock:
         """Return when a position will be reached, in seconds of Trio's clock, as things stand."""
         return seconds_at(self.grid, position)
 
-    def edge_ns(self) -> int:
-        """Return when the beat begins that is waited for, in local time."""
-        return self.grid.local_at(self._next_index)
-
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
@@ -119,12 +116,15 @@ class BeatClock:
 
     async def sleep_until(self, position: float) -> None:
         """Wait until a position is reached; always a checkpoint."""
-        with self.scope_at(position) as scope:
-            if not self._enforcing:
-                # Nothing is enforced in an inert session, but what sleeps must wake.
-                await trio.sleep_until(self.deadline_of(scope.deadline))
-            else:
+        if self.closed:
+            self.raise_closed()
+        if self._enforcing:
+            with self.scope_at(position):
                 await trio.sleep_forever()
+        else:
+            # Nothing is enforced, but what sleeps must wake.
+            with trio.move_on_at(self.deadline_of(position)):
+                await self._closed.wait()
         if self.closed:
             self.raise_closed()
 
@@ -154,6 +154,7 @@ class BeatClock:
     def close(self) -> None:
         """Cancel the scopes that are still open, and fail whoever waits."""
         self.deadlines.close()
+        self._closed.set()
         self._lot.unpark_all()
 
     # The timer.
@@ -191,7 +192,9 @@ class BeatClock:
 
     def _overdue_ns(self) -> int:
         # A beat that a step has passed over was not missed by the loop.
-        return local_ns() - max(self.edge_ns(), self.grid.steering.corrected_ns)
+        return local_ns() - max(
+            self.grid.local_at(self._next_index), self.grid.steering.corrected_ns
+        )
 
     @property
     def loop_late(self) -> bool:

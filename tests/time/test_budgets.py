@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from backbeat_trio import SessionClosed
 from backbeat_trio.testing import open_session
 
 Clock = trio.testing.MockClock
@@ -59,3 +61,28 @@ async def test_a_refused_number_leaves_trio_as_it_was(
             outer.cancel()
             await trio.lowlevel.checkpoint()
         assert outer.cancelled_caught
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "disabled"])
+async def test_who_waits_for_beats_ends_with_the_session(
+    enabled: bool, autojump_clock: Clock
+) -> None:
+    ended: list[str] = []
+
+    async def expect_end(name: str, async_fn: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        with pytest.raises(SessionClosed):
+            await async_fn(*args)
+        ended.append(name)
+
+    async with trio.open_nursery() as nursery:
+        async with open_session(enabled=enabled) as bb:
+            nursery.start_soon(expect_end, "sleep", bb.sleep, 10**6)
+            nursery.start_soon(expect_end, "sleep_until", bb.sleep_until, 10**9)
+            nursery.start_soon(expect_end, "beats", anext, bb.beats())
+            nursery.start_soon(expect_end, "downbeats", anext, bb.downbeats(precise=True))
+            await trio.sleep(0.25)
+            assert not ended
+            left = trio.current_time()
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(ended) == ["beats", "downbeats", "sleep", "sleep_until"]
+        assert trio.current_time() == left
