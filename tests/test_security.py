@@ -34,6 +34,7 @@ from backbeat_trio import (
 )
 from backbeat_trio._cli import main as cli
 from backbeat_trio._cli.connection import settings
+from backbeat_trio._transport.jetstream import ClaimStream, KeyValueStore
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import BeatFrame, Segment, StatusClaim, SyncRequest, TempoRequest, encode
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
@@ -307,6 +308,84 @@ async def test_metronomes_keep_who_leads_and_agents_their_last_word(files: Files
         assert json.loads(said.data) == {"stream": "BACKBEAT_STATUS", "seq": 1}
         for transport in (leader, other, agent):
             assert transport.statistics().permission_errors == 0
+
+
+@pytest.mark.parametrize("limit", ["1536KB", "1MB"])
+@guarded
+async def test_claims_leave_room_for_the_record_of_who_leads(limit: str, files: Files) -> None:
+    config = CONFIG
+    # The example's own figures, a thousandth of them, but for the one that is tried.
+    for figure, small in (
+        ("max_file_store: 2GB", "max_file_store: 2MB"),
+        ("max_file: 1536MB", f"max_file: {limit}"),
+        ("disk_max_stream_bytes: 1GB", "disk_max_stream_bytes: 1MB"),
+    ):
+        assert config.count(figure) == 1
+        config = config.replace(figure, small)
+    async with (
+        NatsServer(config=config) as server,
+        connection(server, files, "pulse-a") as leader,
+    ):
+        store = KeyValueStore(leader, f"backbeat-{CLUSTER}")
+        assert await store.open()
+        revision = await store.write(b"pulse-a leads", 0)
+        fields = login(server, files, "pulse-a")
+        larger = ClaimStream(leader, BackbeatConfig(**fields, claims_max_bytes=2**20 + 1))
+        assert not await larger.open()
+        refusal = "max stream bytes" if limit == "1536KB" else "insufficient storage"
+        assert refusal in larger.reason
+        stream = ClaimStream(leader, BackbeatConfig(**fields, claims_max_bytes=2**20))
+        assert await stream.open()
+        options = login(server, files, "agent-1") | {"lock_timeout": 0.0, "grace_period": 0.0}
+        async with open_session(**options) as bb:
+            await until(lambda: bb.health().connected)
+            for number in range(6000):
+                bb.start_operation("election", id=f"election-{number:06}").complete()
+            if limit == "1MB":
+                # Then neither of the two has room for anything.
+                with pytest.raises(TransportBroken, match="resource limits exceeded"):
+                    while True:
+                        revision = await store.write(b"x" * 2000, revision)
+                        await trio.sleep(0.05)
+                return
+            await until(lambda: not bb.statistics().claims_pending)
+            assert bb.statistics().claims_stored == 6000
+        info = await ask(leader, "$JS.API.STREAM.INFO.BACKBEAT_STATUS")
+        # It is full, as otherwise nothing would have been tried.
+        assert info["state"]["messages"] < 6000
+        for _ in range(5):
+            revision = await store.write(b"x" * 2000, revision)
+
+
+def test_the_default_size_of_the_stream_fits_into_the_example() -> None:
+    figures = {
+        name: int(amount) * {"MB": 2**20, "GB": 2**30}[unit]
+        for name, amount, unit in re.findall(r"(\w+): (\d+)([MG]B)\b", CONFIG)
+    }
+    size = BackbeatConfig().claims_max_bytes
+    assert figures["disk_max_stream_bytes"] == size
+    assert figures["max_file"] == 1.5 * size
+    assert figures["max_file_store"] > figures["max_file"]
+
+
+@guarded
+async def test_an_agent_can_find_out_who_has_claims_in_the_stream_and_reads_none(
+    files: Files,
+) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as leader,
+        connection(server, files, "agent-1") as agent,
+        connection(server, files, "agent-2") as other,
+    ):
+        await keep(leader)
+        await other.request("backbeat.status.agent-2", claim_of("agent-2"), timeout=10)
+        subject = "$JS.API.STREAM.INFO.BACKBEAT_STATUS"
+        request = json.dumps({"subjects_filter": ">"}).encode()
+        answer = (await agent.request(subject, request, timeout=10)).data
+        assert json.loads(answer)["state"]["subjects"] == {"backbeat.status.agent-2": 1}
+        assert b"says who" not in answer
+        assert b"says who" in claim_of("agent-2")
 
 
 JETSTREAM: Final = (

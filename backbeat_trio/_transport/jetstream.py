@@ -36,6 +36,7 @@ _DUPLICATE_WINDOW: Final = 600.0
 _COPIES: Final = (3, 2, 1)
 _NO_PEERS: Final = 10005
 _INVALID: Final = 10052
+_NO_STORAGE: Final = 10047
 _NOT_CLUSTERED: Final = 10074
 _NOT_ENABLED: Final = (10039, 10076)
 # What the server says where it left out no server of its cluster for a reason: there are no more.
@@ -74,8 +75,14 @@ class _Copies:
         self._wanted = wanted
         self._too_few_since: float | None = None
 
-    async def make(self, create: Callable[[int], Awaitable[T]]) -> tuple[T, int]:
+    async def make(
+        self, create: Callable[[int], Awaitable[T]], *, clustered: bool = True
+    ) -> tuple[T, int]:
         """Return what was made, and its copies: those wanted, or as many as there are servers for.
+
+        Args:
+          create: asks the server for a stream with so many copies.
+          clustered: whether the server says that it is one of several.
 
         Raises:
           Refused: where the server will never keep so many.
@@ -86,7 +93,10 @@ class _Copies:
             try:
                 made = await create(copies)
             except nats.js.errors.APIError as error:
-                if error.err_code == _NOT_CLUSTERED and self._wanted is None:
+                # A server that is no cluster looks for room for all copies before it refuses to
+                # make more than one.
+                alone = error.err_code == _NO_STORAGE and copies > 1 and not clustered
+                if (alone or error.err_code == _NOT_CLUSTERED) and self._wanted is None:
                     continue
                 too_few = error.err_code == _NO_PEERS and error.description == _TOO_FEW
                 if too_few and self._settled():
@@ -261,7 +271,7 @@ class ClaimStream:
         try:
             info = await js.stream_info(wanted)
         except nats.js.errors.NotFoundError:
-            return await self._find_or_create(js)
+            return await self._find_or_create(client, js)
         except nats.js.errors.APIError as error:
             if _absent(error):
                 return ""
@@ -283,16 +293,17 @@ class ClaimStream:
             "claims_replicas": config.num_replicas or 1,
         }
 
-    async def _find_or_create(self, js: JetStreamContext) -> str | None:
+    async def _find_or_create(self, client: Client, js: JetStreamContext) -> str | None:
         # Whoever made a stream of these subjects beforehand has chosen its name.
         subject = status_subject(self._config.agent_id)
         try:
             self.name = await js.find_stream_name_by_subject(subject)
         except nats.js.errors.NotFoundError:
-            return await self._create(js)
+            info: dict[str, Any] = getattr(client, "_server_info", {})
+            return await self._create(js, clustered=bool(info.get("cluster")))
         return None
 
-    async def _create(self, js: JetStreamContext) -> str | None:
+    async def _create(self, js: JetStreamContext, *, clustered: bool) -> str | None:
         config = self._config
         age = config.claims_max_age
         stream = nats.js.api.StreamConfig(
@@ -310,7 +321,7 @@ class ClaimStream:
             return await js.add_stream(stream.evolve(num_replicas=copies))
 
         try:
-            info, _ = await self._copies.make(create)
+            info, _ = await self._copies.make(create, clustered=clustered)
         except nats.js.errors.ServiceUnavailableError:
             raise
         except nats.js.errors.APIError as error:

@@ -460,6 +460,20 @@ async def test_copies_that_a_lone_server_does_not_keep() -> None:
         assert (store.replicas, store.short) == (1, False)
 
 
+@pytest.mark.parametrize(("size", "kept"), [(2**20, True), (2**21 + 1, False)])
+async def test_an_account_with_room_for_one_copy(size: int, kept: bool) -> None:
+    config = """
+    accounts { A { jetstream: { max_file: 2MB }, users: [{ user: a, password: a }] } }
+    """
+    async with NatsServer(["-js"], config=config) as server:
+        async with session(server, user="a", password="a", claims_max_bytes=size) as bb:
+            bb.start_operation("election").complete()
+            await confirmed(bb)
+            assert bb.statistics().claims_stored == kept
+            refusal = "no stream of terminal claims: insufficient storage resources available"
+            assert bb.health().errors == (() if kept else (refusal,))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
