@@ -21,12 +21,15 @@ import trio
 from nats.aio.msg import Msg
 
 from backbeat_trio import StatusClaim
+from backbeat_trio._wire import ClaimArrays
 
 AGENT_ID: Final = "bench-agent"
 NODE_ID: Final = "bench-node"
 TYPE: Final = "task_coordination"
 END: Final = b"end"
 """The message that ends a round."""
+MARK: Final = b"mark"
+"""The request that the listener answers once it has taken in all that was sent before it."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -142,6 +145,9 @@ async def listen(url: str, subject: str) -> None:
                 say(_heard(payloads, first, last))
             payloads.clear()
             return
+        if message.data == MARK:
+            await message.respond(b"")
+            return
         last = time.perf_counter()
         if not payloads:
             first = last
@@ -155,33 +161,42 @@ async def listen(url: str, subject: str) -> None:
     await client.close()
 
 
-async def publish(url: str, subject: str, count: str) -> None:
-    """Publish as many claims one by one in each round, encoded beforehand."""
-    encoded = [
-        msgspec.json.encode(
-            StatusClaim(
-                AGENT_ID,
-                f"operation-{number:06}",
-                12345,
-                "executing",
-                15,
-                0.25,
-                f"P2P {TYPE}: started (peers: 0, node: {NODE_ID})",
-            )
-        )
-        for number in range(int(count))
+def _claims(count: int) -> list[StatusClaim]:
+    notes = f"P2P {TYPE}: started (peers: 0, node: {NODE_ID})"
+    return [
+        StatusClaim(AGENT_ID, f"operation-{number:06}", 12345, "executing", 15, 0.25, notes)
+        for number in range(count)
     ]
+
+
+async def _publish_rounds(url: str, subject: str, messages: list[bytes]) -> None:
     client = await nats.connect(url, allow_reconnect=False, closed_cb=_give_up)
     say(Ready())
     while await asyncio.to_thread(sys.stdin.readline):
-        for claim in encoded:
-            await client.publish(subject, claim)
-        await client.publish(subject, END)
+        for message in messages:
+            await client.publish(subject, message)
         await client.flush()
     await client.close()
 
 
-_ROLES: Final[dict[str, Callable[..., Any]]] = {"listen": listen, "publish": publish}
+async def publish(url: str, subject: str, count: str) -> None:
+    """Publish as many claims one by one in each round, encoded beforehand."""
+    claims = [msgspec.json.encode(claim) for claim in _claims(int(count))]
+    await _publish_rounds(url, subject, [*claims, END])
+
+
+async def publish_arrays(url: str, subject: str, count: str) -> None:
+    """Publish as many claims in each round, in arrays as a session makes them."""
+    arrays = ClaimArrays(1024 * 1024)
+    messages = arrays.add(_claims(int(count)))
+    await _publish_rounds(url, subject, [*messages, arrays.take()])
+
+
+_ROLES: Final[dict[str, Callable[..., Any]]] = {
+    "listen": listen,
+    "publish": publish,
+    "publish-arrays": publish_arrays,
+}
 
 if __name__ == "__main__":
     asyncio.run(_ROLES[sys.argv[1]](*sys.argv[2:]))

@@ -55,11 +55,22 @@ def percentile(values: Iterable[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
+def processor() -> str:
+    """Return the name of the processor's model, or of its kind where the system tells no more."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": platform.platform(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -76,6 +87,20 @@ def make_console() -> Console:
     console = Console()
     console.width = max(console.width, 150)
     return console
+
+
+def describe(machine: Mapping[str, Any]) -> str:
+    """Put in two lines what the figures depend on."""
+    packages = [f"{name} {version}" for name, version in machine["packages"].items()]
+    return (
+        f"{machine['processor']}, {machine['cpus']} cores, load {machine['load']}, "
+        f"{machine['system']}\n{', '.join([machine['python'], *packages])}"
+    )
+
+
+def ratios_first(figures: Iterable[Figure], targets: Mapping[str, Target]) -> list[Figure]:
+    """Order figures: ratios say as much on any machine, and what is absolute on this one only."""
+    return sorted(figures, key=lambda figure: targets[figure.name].unit != "x")
 
 
 def make_table(
@@ -133,13 +158,16 @@ def run(
     parser.add_argument("--only", nargs="+", choices=benchmarks, metavar="NAME", default=benchmarks)
     arguments = parser.parse_args()
     sizes = quick if arguments.quick else full
+    console, before = make_console(), machine()
+    console.print(describe(before), highlight=False, soft_wrap=True)
     outcomes = {name: trio.run(_measure, benchmarks[name], sizes) for name in arguments.only}
     figures = [figure for found, _ in outcomes.values() for figure in found]
     load, cores = os.getloadavg()[0], os.cpu_count()
     caption = f"load of the last minute, with what was measured: {load:.1f} on {cores} cores"
-    make_console().print(make_table(figures, targets, caption))
+    figures = ratios_first(figures, targets)
+    console.print(make_table(figures, targets, caption))
     results = {
-        "machine": machine(),
+        "machine": before,
         "quick": arguments.quick,
         "figures": results_of(figures, targets),
         "rounds": {name: rounds for name, (_, rounds) in outcomes.items()},
