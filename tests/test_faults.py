@@ -8,25 +8,21 @@ and written as JSON; ``--figures`` says where, and has it done in any run.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-import os
 import random
 import signal
-import socket
 import statistics
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, ParamSpec
+from typing import Any, Final, NamedTuple
 
 import pytest
+import report as figures
 import trio
 import trio.abc
+from helpers import clustered, connected, guarded, pulsing, until
 from nats.aio.client import Client
 
 import backbeat_trio as backbeat
@@ -38,36 +34,11 @@ from backbeat_trio._transport.store import Store
 from backbeat_trio._wire import BeatFrame, bucket_of, decode_frame, decode_record
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_recorder, open_session
 
-P = ParamSpec("P")
-
 # So many times where the faults are tried as often as they should be, and once otherwise.
 again = pytest.mark.again
 
 BUCKET: Final = bucket_of(CLUSTER_ID)
 JETSTREAM: Final = ("-js",)
-
-
-def guarded(seconds: float) -> Callable[[Callable[P, Awaitable[None]]], Callable[P, Any]]:
-    """Have a test that hangs fail, after far longer than it could need."""
-
-    def decorate(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
-        @functools.wraps(test)
-        async def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            with trio.fail_after(seconds):
-                await test(*args, **kwargs)
-
-        return run
-
-    return decorate
-
-
-async def until(condition: Callable[[], object], *, within: float = 20.0) -> float:
-    """Wait for what no event tells, and return how long it took."""
-    begun = trio.current_time()
-    with trio.fail_after(within):
-        while not condition():
-            await trio.sleep(0.005)
-    return trio.current_time() - begun
 
 
 @pytest.fixture
@@ -77,18 +48,6 @@ def thorough(request: pytest.FixtureRequest) -> bool:
 
 # Figures, and what they should be.
 
-
-def load(name: str) -> Any:
-    # As for a program that is run: its folder comes first.
-    folder = str(Path(__file__).parent.parent / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
-
-
-figures = load("report")
 
 # What is missed of these fails the test that has found it out.
 PROMISES: Final = {
@@ -192,63 +151,7 @@ def report(run_figures: Figures) -> Report:
     return keep
 
 
-# Metronomes, as processes and in this one.
-
-
-class Pulses:
-    """`backbeat pulse` processes, by the names that they lead under."""
-
-    def __init__(self, url: str, bpm: float, folder: Path) -> None:
-        self._url = url
-        self._bpm = bpm
-        self._folder = folder
-        self._processes: dict[str, trio.Process] = {}
-        self._number = 0
-
-    async def start(self, *options: str) -> str:
-        """Start one more, and return its name."""
-        self._number += 1
-        name = f"pulse-{self._number}"
-        command = [sys.executable, "-m", "backbeat_trio", "pulse", "-s", self._url, "--id", name]
-        command += ["--cluster-id", CLUSTER_ID, "--bpm", f"{self._bpm:g}", *options]
-        clean = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("NATS_", "CHORUS_BACKBEAT_", "XDG_"))
-        }
-        with Path(self._folder, f"{name}.log").open("wb") as log:
-            self._processes[name] = await trio.lowlevel.open_process(command, stderr=log, env=clean)
-        return name
-
-    def log(self, name: str) -> str:
-        return Path(self._folder, f"{name}.log").read_text()
-
-    def send(self, name: str, number: signal.Signals) -> None:
-        self._processes[name].send_signal(number)
-
-    async def kill(self, name: str) -> None:
-        process = self._processes.pop(name)
-        process.kill()
-        await process.wait()
-
-    async def close(self) -> None:
-        for process in self._processes.values():
-            process.kill()
-        for process in self._processes.values():
-            await process.wait()
-
-
-@asynccontextmanager
-async def pulsing(url: str, number: int, *, bpm: float = 120.0) -> AsyncGenerator[Pulses, None]:
-    with tempfile.TemporaryDirectory() as folder:
-        pulses = Pulses(url, bpm, Path(folder))
-        try:
-            for _ in range(number):
-                await pulses.start()
-            yield pulses
-        finally:
-            with trio.CancelScope(shield=True):
-                await pulses.close()
+# Metronomes in this process.
 
 
 @asynccontextmanager
@@ -280,17 +183,6 @@ async def metronome(
     async with trio.open_nursery() as outer:
         yield pulse, await outer.start(run)
         outer.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def admin(url: str) -> AsyncGenerator[NatsTransport, None]:
-    """Give a connection for what an operator does to JetStream."""
-    transport = NatsTransport(BackbeatConfig(nats_url=url, agent_id="admin"))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(transport.run)
-        await transport.wait_connected()
-        yield transport
-        nursery.cancel_scope.cancel()
 
 
 async def kept(transport: NatsTransport) -> bytes:
@@ -546,7 +438,7 @@ async def test_server_dies_after_a_takeover_is_written() -> None:
         await server.start()
         await until(lambda: two.leads)
         await until(lambda: leader(agent) == "pulse-2")
-        transport = await stack.enter_async_context(admin(server.url))
+        transport = await stack.enter_async_context(connected(nats_url=server.url))
         assert decode_record(await kept(transport)).epoch == two.epoch
         await agent.bb.sleep(3)
         agent.check()
@@ -570,7 +462,7 @@ async def test_server_dies_after_a_change_is_written() -> None:
         await server.start()
         await until(lambda: agent.bb.health().connected)
         # What was refused is not to happen: it is written over.
-        transport = await stack.enter_async_context(admin(server.url))
+        transport = await stack.enter_async_context(connected(nats_url=server.url))
 
         async def is_gone() -> bool:
             with contextlib.suppress(backbeat.TransportBroken):
@@ -606,7 +498,7 @@ async def test_record_is_lost(fault: str) -> None:
         await until(lambda: one.leads)
         two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2"))
         everybody = await stack.enter_async_context(agents(server.url))
-        transport = await stack.enter_async_context(admin(server.url))
+        transport = await stack.enter_async_context(connected(nats_url=server.url))
         await everybody[0].bb.sleep(2)
         await transport.call(spoil)
         # A newcomer finds no record, and a leader all the same.
@@ -631,7 +523,7 @@ async def test_record_is_spoiled_as_the_leader_dies() -> None:
         await until(lambda: one.leads)
         two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2"))
         (agent,) = await stack.enter_async_context(agents(server.url, 1))
-        transport = await stack.enter_async_context(admin(server.url))
+        transport = await stack.enter_async_context(connected(nats_url=server.url))
         await agent.bb.sleep(2)
 
         async def spoil(client: Client) -> None:
@@ -649,38 +541,11 @@ async def test_record_is_spoiled_as_the_leader_dies() -> None:
 # 6. Three servers.
 
 
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-@asynccontextmanager
-async def cluster() -> AsyncGenerator[list[NatsServer], None]:
-    """Run three servers that are one JetStream."""
-    routes = free_ports(3)
-    urls = ", ".join(f"nats-route://127.0.0.1:{port}" for port in routes)
-    servers = [
-        NatsServer(
-            JETSTREAM,
-            config=f"server_name: s{number}\n"
-            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{urls}] }}\n",
-        )
-        for number, port in enumerate(routes)
-    ]
-    async with AsyncExitStack() as stack:
-        for server in servers:
-            await stack.enter_async_context(server)
-        yield servers
-
-
 async def test_servers_of_a_cluster_die(thorough: bool, report: Report) -> None:
     if not thorough:
         pytest.skip("takes half a minute: run with --faults")
     with trio.fail_after(180):
-        async with cluster() as servers, AsyncExitStack() as stack:
+        async with clustered() as servers, AsyncExitStack() as stack:
             # Everybody knows all of them, and begins with another one.
             urls = [",".join(server.url for server in servers[n:] + servers[:n]) for n in range(3)]
             pulses = await stack.enter_async_context(pulsing(urls[0], 1))
@@ -689,7 +554,7 @@ async def test_servers_of_a_cluster_die(thorough: bool, report: Report) -> None:
             everybody = await stack.enter_async_context(agents(urls[0], 4))
             first = everybody[0]
             await until(lambda: len(first.beats) >= 8)
-            transport = await stack.enter_async_context(admin(urls[0]))
+            transport = await stack.enter_async_context(connected(nats_url=urls[0]))
 
             async def stream_leader(client: Client) -> str:
                 info = await client.jetstream().stream_info(f"KV_{BUCKET}")
@@ -1242,7 +1107,7 @@ async def test_server_is_killed_and_restarted_at_once(thorough: bool, report: Re
         await until(lambda: one.leads)
         await stack.enter_async_context(metronome(server.url, "pulse-2"))
         everybody = await stack.enter_async_context(agents(server.url))
-        transport = await stack.enter_async_context(admin(server.url))
+        transport = await stack.enter_async_context(connected(nats_url=server.url))
         await everybody[0].bb.sleep(2)
         for round_ in range(rounds):
             for number, agent in enumerate(everybody):

@@ -10,17 +10,17 @@ import functools
 import json
 import os
 import re
-import subprocess
-import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, ParamSpec
+from typing import Any, Final, NamedTuple
 
+import helpers
 import nkeys
 import pytest
 import trio
 import trustme
+from helpers import backbeat, connected, fake_server, until
 
 from backbeat_trio import (
     BackbeatConfig,
@@ -39,8 +39,6 @@ from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import BeatFrame, Segment, StatusClaim, SyncRequest, TempoRequest, encode
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
 
-P = ParamSpec("P")
-
 CONFIG: Final = (Path(__file__).parent.parent / "examples" / "nats-server.conf").read_text()
 CLUSTER: Final = "chorus-production"
 BEATS: Final = f"backbeat.beat.{CLUSTER}"
@@ -52,28 +50,7 @@ KEY: Final = f"$KV.backbeat-{CLUSTER}.metronome"
 ROLES: Final = ("pulse-a", "pulse-b", "agent-1", "agent-2", "operator", "observer")
 # What a server's configuration would take for something else without the quotes around it.
 SECRET: Final = "s3cr3t, #?pä:ss@wo/rd%2C"
-CLEAN: Final = {
-    name: value
-    for name, value in os.environ.items()
-    if not name.startswith(("NATS_", "CHORUS_BACKBEAT_", "XDG_"))
-}
-
-
-def guarded(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
-    """Have a test that hangs fail, after far longer than it could need."""
-
-    @functools.wraps(test)
-    async def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        with trio.fail_after(60):
-            await test(*args, **kwargs)
-
-    return run
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what no event tells."""
-    while not condition():
-        await trio.sleep(0.005)
+guarded = helpers.guarded(60)
 
 
 class Files(NamedTuple):
@@ -139,17 +116,11 @@ def login(server: NatsServer, files: Files, role: str) -> dict[str, Any]:
     }
 
 
-@asynccontextmanager
-async def connection(
+def connection(
     server: NatsServer, files: Files, role: str
-) -> AsyncGenerator[NatsTransport, None]:
+) -> AbstractAsyncContextManager[NatsTransport]:
     """Log in as a role, to do by hand what no session would."""
-    transport = NatsTransport(BackbeatConfig(**login(server, files, role)))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(transport.run)
-        await transport.wait_connected()
-        yield transport
-        nursery.cancel_scope.cancel()
+    return connected(**login(server, files, role))
 
 
 @asynccontextmanager
@@ -211,16 +182,6 @@ def claim_of(agent_id: str) -> bytes:
 
 
 # A grid of roles.
-
-
-async def backbeat(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-    return await trio.run_process(
-        [sys.executable, "-m", "backbeat_trio", *arguments],
-        capture_stdout=True,
-        capture_stderr=True,
-        check=False,
-        env=CLEAN | env,
-    )
 
 
 @guarded
@@ -875,30 +836,6 @@ async def test_handshake_before_the_greeting(files: Files) -> None:
 # Nothing secret in the clear.
 
 
-@asynccontextmanager
-async def plain_server() -> AsyncGenerator[tuple[int, bytearray], None]:
-    """Run a server without TLS that wants a nonce signed, and keep what it is told."""
-    told = bytearray()
-    greeting = {"server_id": "FAKE", "version": "2.11.0", "headers": True, "max_payload": 1048576}
-    greeting |= {"auth_required": True, "nonce": "bm9uY2Vub25jZQ"}
-
-    async def serve(stream: trio.SocketStream) -> None:
-        try:
-            await stream.send_all(b"INFO " + json.dumps(greeting).encode() + b"\r\n")
-            async for chunk in stream:
-                told.extend(chunk)
-                await stream.send_all(b"PONG\r\n" * chunk.count(b"PING\r\n"))
-        except trio.BrokenResourceError:
-            # Hung up on, as it deserves.
-            pass
-
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, serve, listeners)
-        yield listeners[0].socket.getsockname()[1], told
-        nursery.cancel_scope.cancel()
-
-
 @pytest.mark.parametrize("kind", ["password", "token", "nkey", "creds", "nkey and token"])
 @guarded
 async def test_nothing_is_said_or_signed_without_tls(kind: str, tmp_path: Path) -> None:
@@ -912,7 +849,8 @@ async def test_nothing_is_said_or_signed_without_tls(kind: str, tmp_path: Path) 
         "creds": {"creds": path},
         "nkey and token": {"nkey": str(seed), "token": "s3cr3t"},
     }[kind]
-    async with plain_server() as (port, told):
+    nonce = "bm9uY2Vub25jZQ"
+    async with fake_server(auth_required=True, nonce=nonce) as (port, told):
         fields = {"nats_url": f"tls://127.0.0.1:{port}", **proof}
         assert "does not offer TLS" in str(await refused(fields))
         # Nor as the second server, whose scheme is left to be that of the first.

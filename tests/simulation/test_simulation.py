@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import simulate
+import simulated_agents as agents
+import simulated_leaders as leaders
+import simulated_regions as regions
 
 from backbeat_trio._metronome import leader as _leader, listener as _listener, standby as _standby
-
-FOLDER = Path(__file__).parent.parent.parent / "simulation"
-
-
-def load(*names: str) -> list[Any]:
-    # As for a program that is run: its folder comes first.
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-simulate, agents, leaders, regions = load(
-    "simulate", "simulated_agents", "simulated_leaders", "simulated_regions"
-)
 
 
 @functools.cache

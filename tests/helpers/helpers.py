@@ -1,0 +1,201 @@
+"""What several modules of tests share: waiting, programs, connections and servers.
+
+pytest puts this folder on the path of imports, so a test module says ``from helpers import until``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, ParamSpec
+
+import trio
+
+from backbeat_trio import BackbeatConfig
+from backbeat_trio._transport.nats import NatsTransport
+from backbeat_trio.testing import CLUSTER_ID, NatsServer
+
+P = ParamSpec("P")
+
+CLEAN: Final = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("NATS_", "CHORUS_BACKBEAT_", "XDG_"))
+}
+"""The environment without what would change the settings of a session or of a command."""
+
+
+# Waiting.
+
+
+def guarded(seconds: float) -> Callable[[Callable[P, Awaitable[None]]], Callable[P, Any]]:
+    """Have a test that hangs fail, after far longer than it could need."""
+
+    def decorate(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
+        @functools.wraps(test)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            with trio.fail_after(seconds):
+                await test(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+async def until(condition: Callable[[], object], *, within: float = 60.0) -> float:
+    """Wait for what no event tells, and return how long it took."""
+    begun = trio.current_time()
+    with trio.fail_after(within):
+        while not condition():
+            await trio.sleep(0.005)
+    return trio.current_time() - begun
+
+
+# Programs.
+
+
+async def backbeat(
+    *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command of ``backbeat`` to its end."""
+    with trio.fail_after(60):
+        return await trio.run_process(
+            [sys.executable, "-m", "backbeat_trio", *arguments],
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env=CLEAN | dict(env or {}),
+        )
+
+
+class Pulses:
+    """`backbeat pulse` processes, by the names that they lead under."""
+
+    def __init__(self, url: str, bpm: float, folder: Path) -> None:
+        self._url = url
+        self._bpm = bpm
+        self._folder = folder
+        self._processes: dict[str, trio.Process] = {}
+        self._number = 0
+
+    async def start(self, *options: str) -> str:
+        """Start one more, and return its name."""
+        self._number += 1
+        name = f"pulse-{self._number}"
+        command = [sys.executable, "-m", "backbeat_trio", "pulse", "-s", self._url, "--id", name]
+        command += ["--cluster-id", CLUSTER_ID, "--bpm", f"{self._bpm:g}", *options]
+        with Path(self._folder, f"{name}.log").open("wb") as log:
+            self._processes[name] = await trio.lowlevel.open_process(command, stderr=log, env=CLEAN)
+        return name
+
+    def log(self, name: str) -> str:
+        return Path(self._folder, f"{name}.log").read_text()
+
+    def send(self, name: str, number: signal.Signals) -> None:
+        self._processes[name].send_signal(number)
+
+    async def kill(self, name: str) -> None:
+        process = self._processes.pop(name)
+        process.kill()
+        await process.wait()
+
+    async def close(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            await process.wait()
+
+
+@asynccontextmanager
+async def pulsing(url: str, number: int, *, bpm: float = 120.0) -> AsyncGenerator[Pulses, None]:
+    """Run some metronomes as processes, which lead the testing kit's cluster by turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        pulses = Pulses(url, bpm, Path(folder))
+        try:
+            for _ in range(number):
+                await pulses.start()
+            yield pulses
+        finally:
+            with trio.CancelScope(shield=True):
+                await pulses.close()
+
+
+# Connections.
+
+
+@asynccontextmanager
+async def connected(**settings: Any) -> AsyncGenerator[NatsTransport, None]:
+    """Give a connection of its own, for what no session does."""
+    transport = NatsTransport(BackbeatConfig(**{"agent_id": "admin"} | settings))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await transport.wait_connected()
+        yield transport
+        nursery.cancel_scope.cancel()
+
+
+# Servers.
+
+
+def free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@asynccontextmanager
+async def clustered(number: int = 3) -> AsyncGenerator[list[NatsServer], None]:
+    """Run servers that are one JetStream."""
+    ports = free_ports(number)
+    routes = ", ".join(f"nats-route://127.0.0.1:{port}" for port in ports)
+    servers = [
+        NatsServer(
+            ["-js"],
+            config=f"server_name: s{index}\n"
+            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{routes}] }}\n",
+        )
+        for index, port in enumerate(ports)
+    ]
+    async with AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server)
+        yield servers
+
+
+@asynccontextmanager
+async def fake_server(**info: Any) -> AsyncGenerator[tuple[int, bytearray], None]:
+    """Run what greets as a server without TLS and lets everybody in, and keep what it is told.
+
+    Args:
+      **info: fields of its greeting.
+    """
+    told = bytearray()
+    greeting = {"server_id": "FAKE", "version": "2.15.0", "headers": True, "max_payload": 1048576}
+    greeting |= info
+
+    async def serve(stream: trio.SocketStream) -> None:
+        try:
+            await stream.send_all(b"INFO " + json.dumps(greeting).encode() + b"\r\n")
+            async for chunk in stream:
+                told.extend(chunk)
+                await stream.send_all(b"PONG\r\n" * chunk.count(b"PING\r\n"))
+        except trio.BrokenResourceError:
+            # Hung up on, as it deserves.
+            pass
+
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, listeners)
+        yield listeners[0].socket.getsockname()[1], told
+        nursery.cancel_scope.cancel()
