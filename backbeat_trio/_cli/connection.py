@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,13 +28,19 @@ CONNECTION: Final = {
     "tls_ca": ("--tlsca", "NATS_CA", "ca", "file with the certificates to trust"),
     "inbox_prefix": ("--inbox-prefix", "NATS_INBOX_PREFIX", "inbox_prefix", "prefix of inboxes"),
 }
+_LOGIN: Final = ("user", "password", "token", "creds", "nkey")
+_FIELDS: Final = (*CONNECTION, "tls_first")
 
 
 def duration(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
-    if match is None:
+    """Return the seconds that a flag or a variable says, more than 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text, re.ASCII)
+    seconds = 0.0
+    if match is not None:
+        seconds = float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2] or "s"]
+    if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"not a duration such as 5s or 500ms: {text!r}")
-    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2] or "s"]
+    return seconds
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +69,7 @@ def load_context(name: str | None, env: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings of a NATS context, or of the one selected; nothing where none is.
 
     Raises:
-      ConfigError: where the named one is missing or cannot be read.
+      ConfigError: where the named one is missing, cannot be read, or names no server.
     """
     home = env.get("XDG_CONFIG_HOME") or os.path.join(env.get("HOME", "~"), ".config")
     folder = Path(home).expanduser() / "nats"
@@ -85,30 +92,52 @@ def load_context(name: str | None, env: Mapping[str, str]) -> dict[str, Any]:
         raise ConfigError(f"context={name!r}: {path} cannot be read: {error}") from None
     settings = {field: context.get(key) or None for field, (_, _, key, _) in CONNECTION.items()}
     settings["tls_first"] = context.get("tls_first") or None
+    if settings["nats_url"] is None:
+        raise ConfigError(f"context={name!r}: {path} has no url")
     return {field: value for field, value in settings.items() if value is not None}
 
 
-def settings(options: argparse.Namespace, env: Mapping[str, str] = os.environ) -> BackbeatConfig:
+def settings(options: argparse.Namespace, env: Mapping[str, str] | None = None) -> BackbeatConfig:
     """Return the settings: flags before ``CHORUS_BACKBEAT_*``, ``NATS_*`` and the context.
+
+    Logins go only to servers that they were given with. A context, named or selected, is taken
+    whole: of the rest only flags count beside it, and a flag for the server is refused beside one
+    for the context. Variables that name another server than the one in use do not count for the
+    login; ``CHORUS_BACKBEAT_*`` and ``NATS_*`` are looked at separately.
+
+    Args:
+      options: the parsed arguments.
+      env: the variables; None means those of the process.
 
     Raises:
       ConfigError: where one cannot work.
     """
-    given = {name: getattr(options, name, None) for name in (*CONNECTION, "tls_first")}
+    env = dict(os.environ if env is None else env)
+    given = {name: getattr(options, name, None) for name in _FIELDS}
     given["cluster_id"] = options.cluster_id
     flags = {name: value for name, value in given.items() if value is not None}
-    own = {
-        field for field in BackbeatConfig.__struct_fields__ if env.get(f"{PREFIX}{field.upper()}")
+    if options.context and "nats_url" in flags:
+        raise ConfigError("--context and --server cannot both name the server: give one of them")
+    ours = {field: f"{PREFIX}{field.upper()}" for field in _FIELDS}
+    theirs = {field: variable for field, (_, variable, _, _) in CONNECTION.items()}
+    url = flags.get("nats_url") or env.get(ours["nats_url"]) or env.get(theirs["nats_url"])
+    context = {} if url and not options.context else load_context(options.context, env)
+    for variables in (ours, theirs):
+        server = env.get(variables["nats_url"])
+        if context:
+            unused: Collection[str] = variables
+        else:
+            unused = _LOGIN if server and server != url else ()
+        for field in unused:
+            env.pop(variables[field], None)
+    found = context | {
+        field: env[variable]
+        for field, variable in theirs.items()
+        if env.get(variable) and not env.get(ours[field])
     }
-    found: dict[str, Any] = {}
-    if options.context or not ("nats_url" in flags or "nats_url" in own or env.get("NATS_URL")):
-        found.update(load_context(options.context, env))
-    found.update(
-        {field: env[name] for field, (_, name, _, _) in CONNECTION.items() if env.get(name)}
-    )
-    found = {field: value for field, value in found.items() if field not in own} | flags
+    found |= flags
     # The NATS command line takes a lone user for a token.
-    if "user" in found and not ("password" in found or "password" in own):
+    if "user" in found and not ("password" in found or env.get(ours["password"])):
         found["token"] = found.pop("user")
     seconds = options.timeout
     if seconds is None and env.get("NATS_TIMEOUT"):
@@ -121,6 +150,6 @@ def settings(options: argparse.Namespace, env: Mapping[str, str] = os.environ) -
     if options.command != "exec":
         found["health_beats"] = 0
     # A name of its own for each run: several may look at one cluster from one host.
-    if "agent_id" not in own:
+    if not env.get(f"{PREFIX}AGENT_ID"):
         found["agent_id"] = f"backbeat-{options.command}-{os.getpid()}-{os.urandom(3).hex()}"
     return BackbeatConfig.from_env(env, **found)
