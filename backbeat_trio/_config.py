@@ -8,14 +8,14 @@ import re
 import secrets
 import socket
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import msgspec
 
 from ._errors import ConfigError
 from ._grid.timeline import milli_bpm
-from ._wire import MAX_BEATS_PER_BAR, is_token
+from ._wire import MAX_BEATS_PER_BAR, MAX_TOKEN, is_token
 
 PREFIX: Final = "CHORUS_BACKBEAT_"
 
@@ -24,6 +24,7 @@ _FALSE: Final = frozenset({"0", "f", "false", "n", "no", "off"})
 MAX_REPLICAS: Final = 5
 _INTEGERS: Final = (int, int | None)
 _SECRET: Final = frozenset({"password", "token"})
+_AGENT_PREFIX: Final = "chorus-"
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -53,7 +54,7 @@ def _default_node_id() -> str:
     return f"{host}-{secrets.token_hex(4)}"
 
 
-class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
+class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """The settings of a session. Each field may come from ``CHORUS_BACKBEAT_<FIELD>``.
 
     Raises:
@@ -67,7 +68,8 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
     cluster_id: str = "chorus-production"
     """The cluster; a subject token, ``[A-Za-z0-9_-]{1,128}``."""
     agent_id: str = ""
-    """This agent; a subject token, by default ``chorus-<node_id>``."""
+    """This agent; a subject token, by default ``chorus-<node_id>``, which a `node_id` that is no
+    token, or has more than 121 characters, cannot give."""
     node_id: str = msgspec.field(default_factory=_default_node_id)
     """The node, as the notes of claims name it; by default the host's name and a random part."""
     nats_url: str = "nats://backbeat-nats:4222"
@@ -116,15 +118,19 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
     inbox_prefix: str = "_INBOX"
     """First tokens of the subjects on which replies come."""
 
+    # Whether `agent_id` is the default. As this is no field, it takes no part in comparisons.
+    _follows_node: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(self):
             _check_type(field, getattr(self, field.name))
         if not self.agent_id:
-            msgspec.structs.force_setattr(self, "agent_id", f"chorus-{self.node_id}")
+            msgspec.structs.force_setattr(self, "agent_id", f"{_AGENT_PREFIX}{self.node_id}")
+            msgspec.structs.force_setattr(self, "_follows_node", True)
             if not is_token(self.agent_id):
-                raise _refused(
-                    "node_id", self.node_id, "gives no subject token; name an `agent_id`"
-                )
+                most = MAX_TOKEN - len(_AGENT_PREFIX)
+                text = f"must be 1 to {most} of A-Z a-z 0-9 _ - where there is no `agent_id`"
+                raise _refused("node_id", self.node_id, text)
         for name in ("cluster_id", "agent_id"):
             if not is_token(getattr(self, name)):
                 raise _refused(name, getattr(self, name), "must be 1 to 128 of A-Z a-z 0-9 _ -")
@@ -159,13 +165,13 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
             self.servers  # noqa: B018 - for its checks
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ, **overrides: Any) -> BackbeatConfig:
+    def from_env(cls, env: Mapping[str, str] | None = None, **overrides: Any) -> BackbeatConfig:
         """Read the settings from variables named ``CHORUS_BACKBEAT_<FIELD>``.
 
         An empty variable counts as absent, and one that names no field is not looked at.
 
         Args:
-          env: the variables, by default those of the process.
+          env: the variables; None means those of the process.
           **overrides: fields that take precedence over the variables.
 
         Raises:
@@ -174,7 +180,7 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         fields = {field.encode_name: field for field in msgspec.structs.fields(cls)}
         values: dict[str, Any] = {}
-        for variable, text in env.items():
+        for variable, text in (os.environ if env is None else env).items():
             if not variable.startswith(PREFIX) or not text:
                 continue
             name = variable.removeprefix(PREFIX).lower()
@@ -183,15 +189,30 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
             try:
                 values[name] = _parse(fields[name].type, text)
             except ValueError as error:
-                shown = "***" if name in _SECRET else repr(text)
-                raise ConfigError(f"{variable}={shown}: {error}") from None
+                raise _refused(name, text, str(error), variable) from None
         try:
             return cls(**values, **overrides)
         except ConfigError as error:
-            field = str(error).partition("=")[0]
-            if field not in values:
-                raise
-            raise ConfigError(f"{PREFIX}{field.upper()}{str(error).removeprefix(field)}") from None
+            if error.field in values:
+                error.args = (f"{PREFIX}{error.field.upper()}={error.problem}",)
+            raise
+
+    def __replace__(self, **changes: Any) -> BackbeatConfig:
+        """Return these settings with some fields changed.
+
+        An `agent_id` that was made from the node's id follows a `node_id` that changes. On Python
+        3.13 and later `copy.replace` does the same.
+
+        Args:
+          **changes: fields, and their new values.
+
+        Raises:
+          ConfigError: for a value that cannot work.
+
+        """
+        if self._follows_node:
+            changes.setdefault("agent_id", "")
+        return msgspec.structs.replace(self, **changes)
 
     @property
     def memory_name(self) -> str | None:
@@ -207,12 +228,11 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def servers(self) -> tuple[Server, ...]:
         """The servers that `nats_url` names, in its order."""
-        shown = redact_url(self.nats_url)
         servers: list[Server] = []
         for part in self.nats_url.split(","):
             # What follows a tls:// is meant to be secured like it.
             scheme = servers[-1].scheme if servers else "nats"
-            servers.append(_server(part.strip(), scheme, shown))
+            servers.append(_server(part.strip(), scheme, self.nats_url))
         return tuple(servers)
 
     def _shown(self) -> dict[str, object]:
@@ -237,11 +257,18 @@ def redact_url(url: str) -> str:
 def _redacted(name: str, value: object) -> object:
     if name in _SECRET and value is not None:
         return "***"
-    return redact_url(value) if name == "nats_url" and isinstance(value, str) else value
+    if name == "nats_url":
+        return redact_url(value) if isinstance(value, str) else "***"
+    return value
 
 
-def _refused(name: str, value: object, why: str) -> ConfigError:
-    return ConfigError(f"{name}={_redacted(name, value)!r}: {why}")
+def _refused(field: str, value: object, why: str, variable: str | None = None) -> ConfigError:
+    # A user without a password may be a token.
+    shown = "***" if field == "user" and value is not None else _redacted(field, value)
+    problem = f"{shown!r}: {why}"
+    error = ConfigError(f"{variable or field}={problem}")
+    error.field, error.problem = field, problem
+    return error
 
 
 def _check_type(field: msgspec.structs.FieldInfo, value: object) -> None:
@@ -276,20 +303,19 @@ def _parse(kind: Any, text: str) -> object:
     return text
 
 
-def _server(url: str, scheme: str, shown: str) -> Server:
+def _server(url: str, scheme: str, whole: str) -> Server:
     if "://" not in url:
         url = f"{scheme}://{url}"
     try:
         parts: SplitResult = urlsplit(url)
         port = parts.port or 4222
     except ValueError:
-        raise ConfigError(f"nats_url={shown!r}: is no URL") from None
+        raise _refused("nats_url", whole, "is no URL") from None
     if parts.scheme not in ("nats", "tls"):
-        raise ConfigError(f"nats_url={shown!r}: the scheme must be nats://, tls:// or memory://")
+        raise _refused("nats_url", whole, "the scheme must be nats://, tls:// or memory://")
     if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise ConfigError(
-            f"nats_url={shown!r}: must be {parts.scheme}://[user:password@]host[:port]"
-        )
+        text = f"must be {parts.scheme}://[user:password@]host[:port]"
+        raise _refused("nats_url", whole, text)
     return Server(
         parts.scheme,
         parts.hostname,

@@ -14,6 +14,11 @@ class BackbeatError(Exception):
 class ConfigError(BackbeatError, ValueError):
     """A setting was refused before anything was connected; the text names it and its value."""
 
+    field: str | None = None
+    """The field of `BackbeatConfig` that was refused, where it is one."""
+    problem: str = ""
+    """The value of that field, unless it is a secret, and what is wrong with it."""
+
 
 class SessionClosed(BackbeatError):
     """The session was used after its block had been left, or while it was being left."""

@@ -37,7 +37,8 @@ HEALTH_TASK_ID: Final = "chorus-p2p-health"
 _ELLIPSIS: Final = "\N{HORIZONTAL ELLIPSIS}"
 _ELLIPSIS_BYTES: Final = len(_ELLIPSIS.encode())
 
-TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+MAX_TOKEN: Final = 128
+TOKEN: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}", re.ASCII)
 
 
 class Segment(Struct, frozen=True, gc=False):

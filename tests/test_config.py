@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from backbeat_trio import BackbeatConfig, ConfigError
+from backbeat_trio import BackbeatConfig, ConfigError, session
 from backbeat_trio._config import redact_url
+from backbeat_trio.testing import open_recorder
 
 
 def test_defaults() -> None:
@@ -109,7 +113,8 @@ def test_refused_variables_are_named_with_their_value(variable: str, text: str) 
         assert "node_id" in str(caught.value).lower()
     else:
         assert str(caught.value).startswith(f"{name}=")
-    assert repr(text)[1:-1] in str(caught.value)
+    shown = "'***'" if variable == "USER" else repr(text)[1:-1]
+    assert shown in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,8 @@ def test_refused_variables_are_named_with_their_value(variable: str, text: str) 
         ("claims_replicas", True),
         ("claims_replicas", 2.0),
         ("password", 5),
+        ("user", 5),
+        ("nats_url", 5),
         ("node_id", ""),
     ],
 )
@@ -174,6 +181,10 @@ SECRET = "s3cr3t"
         {"nats_url": f"memory://me:{SECRET}@host"},
         {"user": "me", "password": SECRET},
         {"password": SECRET},
+        {"user": SECRET},
+        {"user": SECRET, "token": SECRET},
+        {"nats_url": SECRET + "@host:99999"},
+        {"nats_url": f"nats://a,nats://{SECRET}@b,c/path"},
         {"token": SECRET},
         {"user": "me", "password": SECRET, "cluster_id": "a.b"},
     ],
@@ -193,6 +204,13 @@ def test_secrets_are_not_shown(fields: dict[str, str]) -> None:
         assert SECRET not in str(error)
 
 
+def test_values_of_another_type_are_not_shown_where_secrets_may_be() -> None:
+    for name in ("nats_url", "user", "password", "token"):
+        with pytest.raises(ConfigError, match=f"^{name}=") as caught:
+            BackbeatConfig(**{name: [SECRET]})  # type: ignore[arg-type]
+        assert SECRET not in str(caught.value)
+
+
 def test_redact_url() -> None:
     assert redact_url("nats://a:b@h:1,tls://c@d") == "nats://***@h:1,tls://***@d"
     assert redact_url("nats://h:4222") == "nats://h:4222"
@@ -201,3 +219,67 @@ def test_redact_url() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
         BackbeatConfig().enabled = False  # type: ignore[misc]
+
+
+def test_an_agent_id_that_was_not_given_follows_the_node() -> None:
+    config = BackbeatConfig(node_id="n", tempo_bpm=60)
+    assert config.__replace__(node_id="m").agent_id == "chorus-m"
+    assert config.__replace__(tempo_bpm=90).agent_id == "chorus-n"
+    assert config.__replace__(tempo_bpm=90).__replace__(node_id="m").agent_id == "chorus-m"
+    assert config.__replace__(node_id="m", agent_id="a").agent_id == "a"
+    given = BackbeatConfig(node_id="n", agent_id="chorus-n", tempo_bpm=60)
+    assert given.__replace__(node_id="m").agent_id == "chorus-n"
+    # What it is made of makes no difference beyond that.
+    assert config == given
+    assert repr(config) == repr(given)
+    with pytest.raises(TypeError, match="clusterid"):
+        config.__replace__(clusterid="x")
+    with pytest.raises(ConfigError, match="^node_id='a b'"):
+        config.__replace__(node_id="a b")
+
+
+async def test_a_session_that_is_given_another_node_is_another_agent() -> None:
+    config = BackbeatConfig(node_id="n", nats_url="memory://another-node")
+    async with session(config, node_id="m") as bb, open_recorder(bb) as claims:
+        bb.start_operation("election", id="e").complete()
+        assert (await claims.wait_for("e", "done")).agent_id == "chorus-m"
+
+
+def test_a_node_id_that_is_too_long_is_told_its_limit() -> None:
+    assert BackbeatConfig(node_id="n" * 121).agent_id == f"chorus-{'n' * 121}"
+    with pytest.raises(ConfigError, match="^node_id='n+': must be 1 to 121 of") as caught:
+        BackbeatConfig.from_env({}, node_id="n" * 122)
+    assert caught.value.field == "node_id"
+    with pytest.raises(ConfigError, match="^CHORUS_BACKBEAT_NODE_ID='n+': must be 1 to 121 of"):
+        BackbeatConfig.from_env({"CHORUS_BACKBEAT_NODE_ID": "n" * 122})
+    assert BackbeatConfig(node_id="n" * 122, agent_id="a").node_id == "n" * 122
+
+
+@pytest.mark.parametrize("host", ["h" * 255, "", "a.b c\n", "ß"])
+def test_any_name_of_a_host_gives_ids(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    config = BackbeatConfig()
+    assert config.agent_id == f"chorus-{config.node_id}"
+
+
+def test_help_does_not_show_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHORUS_BACKBEAT_TOKEN", SECRET)
+    code = (
+        "import pydoc, backbeat_trio, backbeat_trio._cli.connection as connection\n"
+        "for thing in (backbeat_trio, backbeat_trio.BackbeatConfig, connection):\n"
+        "    print(pydoc.render_doc(thing))\n"
+        "print(backbeat_trio.BackbeatConfig.from_env().token)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # It is read when it is asked for, and then only.
+    assert done.stdout.count(SECRET) == 1
+    assert "environ(" not in done.stdout
+
+
+def test_an_error_names_the_variable_whatever_the_value_looks_like() -> None:
+    with pytest.raises(ConfigError) as caught:
+        BackbeatConfig.from_env({"CHORUS_BACKBEAT_CLUSTER_ID": "node_id='x': y"})
+    assert str(caught.value).startswith("CHORUS_BACKBEAT_CLUSTER_ID=\"node_id='x': y\": must be")
+    # A field that was given beside the variables is named as it was given.
+    with pytest.raises(ConfigError, match="^agent_id='a.b'"):
+        BackbeatConfig.from_env({"CHORUS_BACKBEAT_CLUSTER_ID": "c"}, agent_id="a.b")

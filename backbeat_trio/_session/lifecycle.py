@@ -18,7 +18,6 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from types import TracebackType
 from typing import Any, final
 
-import msgspec
 import trio
 
 from .._config import BackbeatConfig
@@ -95,7 +94,7 @@ async def _open(
     if config is None:
         config = BackbeatConfig.from_env(**overrides)
     elif overrides:
-        config = msgspec.structs.replace(config, **overrides)
+        config = config.__replace__(**overrides)
     failure: BaseException | None = None
     async with AsyncExitStack() as stack:
         runtime = await _make_runtime(config, transport, logger, stack)

@@ -180,3 +180,11 @@ def test_flags_and_variables_of_the_nats_command_line() -> None:
     for text in ("x", "0s", "0", "0.0ms"):
         with pytest.raises(ConfigError, match=f"NATS_TIMEOUT='{text}'"):
             settings(options(), {"NATS_TIMEOUT": text})
+
+
+async def test_a_user_that_may_be_a_token_is_not_shown() -> None:
+    for env in ({"CHORUS_BACKBEAT_USER": "t0ken"}, {"NATS_USER": "t0ken", "NATS_URL": "http://x"}):
+        done = await backbeat("status", env=env)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"backbeat: ")
+        assert b"t0ken" not in done.stdout + done.stderr
