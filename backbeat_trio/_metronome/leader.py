@@ -256,6 +256,7 @@ class Leader:
             # The subscriptions last as long as those who listen.
             await trio.sleep_forever()
 
+    @trio.lowlevel.enable_ki_protection
     async def _beat(self) -> None:
         while True:
             await trio.sleep_until(self.next_beat_time())
@@ -320,6 +321,7 @@ class Leader:
 
     # The record.
 
+    @trio.lowlevel.enable_ki_protection
     async def _keep_record(self) -> None:
         # Every bar, and whenever there is a reason to look whether somebody else leads.
         while True:
@@ -335,6 +337,7 @@ class Leader:
             else:
                 await trio.sleep(_PAUSE)
 
+    @trio.lowlevel.enable_ki_protection
     async def _look_after_outages(self) -> None:
         while True:
             await self._transport.wait_connected(False)
@@ -378,6 +381,7 @@ class Leader:
 
     # Answering.
 
+    @trio.lowlevel.enable_ki_protection
     async def _answer(
         self,
         requests: AsyncIterator[Message],

@@ -93,6 +93,7 @@ class BeatListener(FollowerObserver):
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
 
+    @trio.lowlevel.enable_ki_protection
     async def _sync(self) -> None:
         follower = self.follower
         while True:
@@ -105,6 +106,7 @@ class BeatListener(FollowerObserver):
                 await self._ask.wait_value(True)
             await trio.sleep_until(begun + _ASK_EVERY)
 
+    @trio.lowlevel.enable_ki_protection
     async def _ask_again(self) -> None:
         # Whatever has happened meanwhile, it is known a moment after the connection is back.
         while True:

@@ -298,6 +298,7 @@ class ClaimEmitter:
 
     # The stream.
 
+    @trio.lowlevel.enable_ki_protection
     async def _store_forever(self, journal: Journal) -> None:
         delay = _RETRY_MIN
         while True:
@@ -365,6 +366,7 @@ class ClaimEmitter:
             for _ in range(count):
                 self._unconfirmed.popleft()
 
+    @trio.lowlevel.enable_ki_protection
     async def _confirm_forever(self) -> None:
         while True:
             await self._sent_terminal.wait_value(True)
