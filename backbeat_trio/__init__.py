@@ -19,6 +19,22 @@ Folders are layers, from the ground up. Imports between them point downwards onl
 ===============  ===========================================================
 """
 
+# ruff: noqa: E402 - the imports are what the first lines are about
+
+import signal as _signal
+import sys as _sys
+import threading as _threading
+
+# The program `backbeat` imports this before any of its own lines run. Ctrl-C until then ends it as
+# it ends any program, without a traceback. For everybody else it stays a `KeyboardInterrupt`.
+_starts_program = (
+    "".join(getattr(_sys, "argv", ())[:1]).rpartition("/")[2] in ("backbeat", "-m")
+    and _threading.current_thread() is _threading.main_thread()
+    and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
+)
+if _starts_program:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 from ._config import BackbeatConfig as BackbeatConfig
 from ._errors import (
     AuthenticationFailed as AuthenticationFailed,
@@ -53,5 +69,8 @@ from ._transport.protocol import (
     TransportStatistics as TransportStatistics,
 )
 from ._wire import Segment as Segment, StatusClaim as StatusClaim
+
+if _starts_program:
+    _signal.signal(_signal.SIGINT, _signal.default_int_handler)
 
 __version__ = "0.1.0"
