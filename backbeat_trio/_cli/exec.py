@@ -47,12 +47,12 @@ async def exec_command(options: argparse.Namespace) -> int:
         # The command does not wait for a metronome: its budget counts on the local grid, and moves
         # to the cluster's when the session locks.
         async with session(config, lock_timeout=0.0) as bb:
-            return await _run(bb, config, command, options)
+            status = await _run(bb, config, command, options)
     except BackbeatError as error:
         _tell(str(error))
-        return _FAILED
-    finally:
-        command.kill_shared_group()
+        status = _FAILED
+    command.kill_shared_group()
+    return status
 
 
 def _tell(text: str) -> None:
