@@ -291,8 +291,8 @@ import backbeat_trio
 from backbeat_trio import BackbeatConfig, session
 
 FOLDER = os.path.dirname(backbeat_trio.__file__)
-LAYERS = [os.path.join(FOLDER, f"_{name}") for name in "transport metronome runtime session".split()]
-FILES = {os.path.join(folder, name) for folder in LAYERS for name in os.listdir(folder)}
+LAYERS = ("_transport", "_metronome", "_runtime", "_session")
+FILES = {os.path.join(FOLDER, la, name) for la in LAYERS for name in os.listdir(f"{FOLDER}/{la}")}
 FILES.add(contextlib.__file__)
 enabled = sys.argv[1] == "enabled"
 
