@@ -96,6 +96,8 @@ class Session:
         """Make a cancel scope whose deadline is some beats after it is entered.
 
         The deadline follows the grid: it falls when so many beats have passed, whatever they last.
+        When the position moves to another grid, the beats that are left stay the same. Not a
+        checkpoint; neither is entering or leaving the scope.
 
         Args:
           beats: 0 or more; fractions are fine, and ``inf`` is no limit.
@@ -103,19 +105,22 @@ class Session:
 
         Raises:
           TypeError: where ``beats`` is no number.
-          ValueError: where ``beats`` is negative or NaN.
+          ValueError: where ``beats`` is negative, NaN or too large for a float.
           SessionClosed: where the session was left.
 
         """
-        # Making a scope is frequent: the usual numbers are checked here, without a call.
-        if type(beats) is int and 0 <= beats <= MAX_INDEX:
-            beats = float(beats)
-        elif type(beats) is not float or not beats >= 0:
+        # Making a scope is frequent: the usual numbers are checked here, without a call. An int
+        # becomes a float when the scope adds it to the present position.
+        kind = type(beats)
+        if not (kind is int or kind is float) or not 0 <= beats <= MAX_INDEX:
             beats = check_beats("beats", beats)
-        return self._clock.scope_after(beats, shield=shield)
+        return self._clock.scope_after(beats, shield)
 
     def move_on_at(self, beat: float, *, shield: bool = False) -> BeatScope:
         """Make a cancel scope whose deadline is a position of the grid.
+
+        A position names a beat of the cluster. When this session moves to another grid, as it does
+        when it locks to the cluster's, the deadline stays at this position. Not a checkpoint.
 
         Args:
           beat: a beat's index, or a position between beats; one that is past cancels at once.
@@ -123,7 +128,7 @@ class Session:
 
         Raises:
           TypeError: where ``beat`` is no number.
-          ValueError: where ``beat`` is NaN.
+          ValueError: where ``beat`` is NaN or too large for a float.
           SessionClosed: on entering, where the session was left.
 
         """
@@ -139,7 +144,7 @@ class Session:
         Raises:
           BeatBudgetExceeded: on leaving, where the scope caught a cancellation of its own.
           TypeError: where ``beats`` is no number.
-          ValueError: where ``beats`` is negative or NaN.
+          ValueError: where ``beats`` is negative, NaN or too large for a float.
 
         """
         return self._clock.scope_after(check_beats("beats", beats), shield=shield, fail=True)
@@ -154,7 +159,7 @@ class Session:
         Raises:
           BeatBudgetExceeded: on leaving, where the scope caught a cancellation of its own.
           TypeError: where ``beat`` is no number.
-          ValueError: where ``beat`` is NaN.
+          ValueError: where ``beat`` is NaN or too large for a float.
 
         """
         return self._clock.scope_at(check_position("beat", beat), shield=shield, fail=True)
@@ -175,7 +180,7 @@ class Session:
         Raises:
           BeatBudgetExceeded: where the budget ran out first.
           TypeError: where ``beats`` is no number.
-          ValueError: where ``beats`` is negative or NaN.
+          ValueError: where ``beats`` is negative, NaN or too large for a float.
 
         """
         with self.fail_after(beats):
@@ -184,9 +189,13 @@ class Session:
     def current_effective_deadline(self) -> float:
         """Return the position at which the current task will be cancelled, as things stand.
 
-        It is the earliest deadline of the scopes around the current task that are visible to it,
-        those of Trio included, at the present tempo: ``inf`` without any, ``-inf`` where the task
-        is cancelled already. Compare `trio.current_effective_deadline`.
+        It is the earliest deadline of the scopes around the current task that are visible to it. A
+        deadline in seconds counts as the position that the grid will have then at the present
+        tempo. It is ``inf`` without any deadline, and ``-inf`` where the task is cancelled already.
+        Not a checkpoint.
+
+        `trio.current_effective_deadline` sees deadlines in seconds only: to it, a `BeatScope` is a
+        scope without a deadline.
         """
         return self._clock.deadlines.effective_deadline()
 

@@ -14,7 +14,7 @@ from .._grid.steering import Steering
 from .._grid.timeline import Timeline, beat_ns
 from .._wire import Segment
 from .local import local_ns
-from .scopes import Deadlines, seconds_at
+from .scopes import BeatScope, Deadlines, seconds_at
 
 
 @final
@@ -116,21 +116,21 @@ class BeatClock:
 
     async def sleep_until(self, position: float) -> None:
         """Wait until a position is reached; always a checkpoint."""
-        if self.closed:
-            self.raise_closed()
-        if self._enforcing:
-            with self.scope_at(position):
-                await trio.sleep_forever()
-        else:
-            # Nothing is enforced, but what sleeps must wake.
-            with trio.move_on_at(self.deadline_of(position)):
-                await self._closed.wait()
-        if self.closed:
-            self.raise_closed()
+        await self._sleep(self.scope_at(position))
 
     async def sleep(self, beats: float) -> None:
         """Wait for some beats; always a checkpoint."""
-        await self.sleep_until(self.position() + beats)
+        await self._sleep(self.scope_after(beats))
+
+    async def _sleep(self, scope: BeatScope) -> None:
+        with scope:
+            if self._enforcing:
+                await trio.sleep_forever()
+            # Nothing is enforced, but what sleeps must wake.
+            with trio.move_on_at(self.deadline_of(scope.deadline)):
+                await self._closed.wait()
+        if self.closed:
+            self.raise_closed()
 
     async def wait_beat(self) -> None:
         """Wait until the next beat begins, or the clock is closed. A checkpoint."""

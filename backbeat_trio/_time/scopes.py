@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from types import TracebackType
-from typing import Final, TypeAlias, final
+from typing import Any, Final, TypeAlias, final
 
 import trio
-from trio import CancelScope, current_time
-from trio.lowlevel import Task, current_task
+from trio import CancelScope
+from trio.lowlevel import current_task
 
 from .._checks import check_beats, check_position
 from .._errors import BeatBudgetExceeded, SessionClosed
@@ -25,6 +25,7 @@ from .._grid.timeline import NEVER
 from .local import local_ns, seconds_of
 
 # How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
+_INF: Final = math.inf
 _AT_ONCE: Final = 1000
 _ENDED: Final = "the beat budget ran out"
 _CLOSED: Final = "the session was closed"
@@ -34,9 +35,10 @@ _FAR: Final = NEVER / 1e9
 # The constructor of the scopes, which are made by the methods of a session.
 _new_scope: Final[Callable[[type[BeatScope]], BeatScope]] = object.__new__
 
-# A scope's place in the heap, for as long as its own `_entry` is this very object; its task is who
-# entered it.
-_Entry: TypeAlias = "tuple[float, int, BeatScope, Task]"
+# A place in the heap: the key, a number that no other has, the scope, and the task that entered it.
+# Once the scope is left, the last two are None, so that what is still in the heap keeps nobody
+# alive.
+_Entry: TypeAlias = list[Any]
 
 
 def seconds_at(grid: Grid, position: float) -> float:
@@ -57,17 +59,41 @@ class BeatScope:
     """A cancel scope whose deadline is a position of the grid.
 
     It is used as `trio.CancelScope` is, and behaves as that does, with beats in the place of
-    seconds. It is made by the methods of a session.
+    seconds. It is made by the methods of a session: `Session.move_on_after`, `Session.move_on_at`,
+    `Session.fail_after` and `Session.fail_at`.
+
+    A deadline is either relative or absolute. A relative one counts beats from the entry, or from
+    the moment at which `relative_deadline` was set. When the position moves to another grid, it
+    keeps the beats that are left. An absolute one is a position: it was given to `move_on_at` or
+    `fail_at`, or by setting `deadline`. It names a beat of the cluster, and stays what it is on
+    another grid.
+
+    These differ from Trio's scopes: the class itself, which cannot be subclassed or called; the
+    texts of errors and of ``repr``; and `trio.current_effective_deadline`, which cannot see
+    deadlines in beats. `Session.current_effective_deadline` sees both.
     """
 
     # Entering and leaving happens as often as with Trio's own scopes, so the two methods call as
     # little as they can.
-    __slots__ = ("__weakref__", "_deadlines", "_entry", "_fail", "_key", "_relative", "_scope")
+    __slots__ = (
+        "__weakref__",
+        "_deadlines",
+        "_entry",
+        "_fail",
+        "_key",
+        "_position",
+        "_relative",
+        "_scope",
+    )
 
     _deadlines: Deadlines
     _scope: trio.CancelScope
-    _key: float
+    # Before entering, one of these two is None: the beats from the entry, or the position.
     _relative: float | None
+    # Afterwards it is the position, or None where the deadline is relative.
+    _position: float | None
+    # Once entered, where the deadline is on the axis.
+    _key: float
     _fail: bool
     _entry: _Entry | None
 
@@ -82,7 +108,13 @@ class BeatScope:
             deadlines._check_line()
         now = (now - deadlines._line_base) / deadlines._line_beat_s + deadlines._line_beat
         relative = self._relative
-        key = self._key if relative is None else now + relative
+        if relative is not None:
+            key = now + relative
+        elif self._position is not None:
+            key = self._position - deadlines._shift
+        else:
+            # It was entered before, which Trio refuses.
+            key = self._key
         self._scope.__enter__()
         # From here on nothing may raise: the scope would stay entered, and never be left.
         self._key = key
@@ -90,7 +122,7 @@ class BeatScope:
         if not deadlines._enforcing:
             pass
         elif key > now:
-            self._entry = entry = (key, next(deadlines._order), self, current_task())
+            self._entry = entry = [key, deadlines._number(), self, current_task()]
             heappush(deadlines._heap, entry)
             if key < deadlines._armed:
                 deadlines._rearm()
@@ -105,6 +137,17 @@ class BeatScope:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
+        try:
+            handled = self._scope.__exit__(exc_type, exc, traceback)
+        except BaseException as error:
+            entry = self._entry
+            # Where an unrelated task tries to leave it, Trio refuses, and the scope stays entered.
+            if entry is not None and not (
+                isinstance(error, RuntimeError) and entry[3] is not current_task()
+            ):
+                self._entry = None
+                self._deadlines._drop(entry)
+            raise
         entry = self._entry
         if entry is not None:
             self._entry = None
@@ -112,17 +155,11 @@ class BeatScope:
             heap = deadlines._heap
             if heap[-1] is entry:
                 heap.pop()
-            elif len(heap) > deadlines._prune_at:
-                deadlines._prune()
-        if not self._fail:
-            return self._scope.__exit__(exc_type, exc, traceback)
-        handled = self._scope.__exit__(exc_type, exc, traceback)
-        if self._scope.cancelled_caught:
-            deadlines = self._deadlines
+            else:
+                deadlines._drop(entry)
+        if self._fail and self._scope.cancelled_caught:
             raise BeatBudgetExceeded(
-                _CLOSED
-                if deadlines.closed
-                else f"{_ENDED} at beat {self._key + deadlines._shift:g}"
+                _CLOSED if self._deadlines.closed else f"{_ENDED} at beat {self.deadline:g}"
             ) from None
         return handled
 
@@ -130,13 +167,18 @@ class BeatScope:
     def deadline(self) -> float:
         """The position, in beats, at which the scope is cancelled; settable, ``inf`` for never.
 
+        Setting it makes the deadline absolute.
+
         Raises:
           RuntimeError: where the scope was made with a relative deadline and is not yet entered.
-          ValueError: for NaN.
+          TypeError: where it is set to what is no number.
+          ValueError: where it is set to NaN, or to a number that no float can hold.
 
         """
         if self._relative is not None:
             raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
+        if self._position is not None:
+            return self._position
         return self._key + self._deadlines._shift
 
     @deadline.setter
@@ -144,38 +186,48 @@ class BeatScope:
         position = check_position("deadline", position)
         if self._relative is not None:
             raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
+        self._position = position
         self._move(position - self._deadlines._shift)
 
     @property
     def relative_deadline(self) -> float:
         """The beats that remain until the deadline, negative once it is past; settable.
 
-        Before entering it is what the deadline will be set to, counted from the entry.
+        Before entering it is what the deadline will be set to, counted from the entry. Setting it
+        makes the deadline relative.
 
         Raises:
           RuntimeError: where the scope was made with an absolute deadline and is not yet entered.
-          ValueError: for NaN and for a negative value.
+          TypeError: where it is set to what is no number.
+          ValueError: where it is set to NaN, to a negative number, or to one that no float can
+            hold.
 
         """
         if self._relative is not None:
-            return self._relative
-        if self.is_relative is False and self._key != math.inf:
+            return float(self._relative)
+        if self.is_relative is False and self._position != math.inf:
             raise RuntimeError("unentered absolute beat scope does not have a relative deadline")
-        return self._key - self._deadlines._axis_now()
+        return self._left()
 
     @relative_deadline.setter
     def relative_deadline(self, beats: float) -> None:
         beats = check_beats("relative_deadline", beats)
-        if self._relative is None and self.is_relative is None:
+        if self.is_relative is None:
+            self._position = None
             self._move(self._deadlines._axis_now() + beats)
-        elif self._relative is None and self._key != math.inf:
+        elif self._relative is None and self._position != math.inf:
             raise RuntimeError("unentered absolute beat scope does not have a relative deadline")
+        elif beats == math.inf:
+            self._relative, self._position = None, beats
         else:
-            self._relative = beats
+            self._relative, self._position = beats, None
 
     @property
     def is_relative(self) -> bool | None:
-        """Whether the deadline counts from the entry; None once the scope was entered."""
+        """Whether the deadline counts from the entry; None once the scope was entered.
+
+        It is False where there is no deadline.
+        """
         if self._scope.is_relative is None:
             return None
         return self._relative is not None
@@ -184,8 +236,8 @@ class BeatScope:
     def beats_left(self) -> float:
         """The beats that remain until the deadline; 0.0 once it is past, ``inf`` without one."""
         if self._relative is not None:
-            return self._relative
-        return max(0.0, self._key - self._deadlines._axis_now())
+            return float(self._relative)
+        return max(0.0, self._left())
 
     @property
     def shield(self) -> bool:
@@ -198,12 +250,11 @@ class BeatScope:
 
     @property
     def cancel_called(self) -> bool:
-        """Whether cancellation was requested, by `cancel` or because the deadline has passed."""
-        if (
-            not self._scope.cancel_called
-            and self._entry is not None
-            and self._deadlines._due(self._key)
-        ):
+        """Whether cancellation was requested, by `cancel` or because the deadline has passed.
+
+        That holds for an absolute deadline that passes before the scope is entered, too.
+        """
+        if not self._scope.cancel_called and self._is_past():
             self._scope.cancel(_ENDED)
         return self._scope.cancel_called
 
@@ -221,14 +272,30 @@ class BeatScope:
         """
         self._scope.cancel(reason)
 
+    def _left(self) -> float:
+        deadlines = self._deadlines
+        if self._position is None:
+            return self._key - deadlines._axis_now()
+        return self._position - deadlines._axis_now() - deadlines._shift
+
+    def _is_past(self) -> bool:
+        # Only while it matters: before the scope is entered, and until it is cancelled or left.
+        deadlines = self._deadlines
+        if self._entry is not None:
+            return deadlines._due(self._key)
+        if self._position is None or self.is_relative is None or not deadlines._enforcing:
+            return False
+        return deadlines._due(self._position - deadlines._shift)
+
     def _move(self, key: float) -> None:
         self._key = key
-        deadlines = self._deadlines
         # A scope that is running has an entry, until it is cancelled.
         entry = self._entry
         if entry is not None:
-            self._entry = entry = (key, next(deadlines._order), self, entry[3])
-            heappush(deadlines._heap, entry)
+            deadlines = self._deadlines
+            self._entry = moved = [key, deadlines._number(), self, entry[3]]
+            heappush(deadlines._heap, moved)
+            deadlines._drop(entry)
             if key < deadlines._armed:
                 deadlines._rearm()
 
@@ -236,7 +303,7 @@ class BeatScope:
         if self._relative is not None:
             state = f"{self._relative:g} beats from entry"
         else:
-            state = f"deadline at beat {self._key + self._deadlines._shift:g}"
+            state = f"deadline at beat {self.deadline:g}"
         return f"<BeatScope at {id(self):#x}, {state}, {self._scope!r}>"
 
 
@@ -259,7 +326,7 @@ class Deadlines:
         self._shift = 0.0
         self._heap: list[_Entry] = []
         self._time = trio.lowlevel.current_clock().current_time
-        self._order = itertools.count()
+        self._number = itertools.count().__next__
         self._prune_at = 1000
         self._armed = math.inf
         self.redraw()
@@ -267,11 +334,11 @@ class Deadlines:
     @property
     def live(self) -> int:
         """How many scopes wait for their deadline."""
-        return sum(entry[2]._entry is entry for entry in self._heap)
+        return sum(entry[2] is not None for entry in self._heap)
 
     # Making.
 
-    def scope_after(self, beats: float, *, shield: bool = False, fail: bool = False) -> BeatScope:
+    def scope_after(self, beats: float, shield: bool = False, fail: bool = False) -> BeatScope:
         """Make a scope that ends some beats after it is entered.
 
         Args:
@@ -283,17 +350,20 @@ class Deadlines:
         scope = _new_scope(BeatScope)
         scope._deadlines = self
         scope._scope = CancelScope(shield=True) if shield else CancelScope()
-        scope._key = math.inf
-        scope._relative = beats
+        if beats != _INF:
+            scope._relative = beats
+            scope._position = None
+        else:
+            scope._relative = None
+            scope._position = beats
         scope._fail = fail
         scope._entry = None
         return scope
 
-    def scope_at(self, position: float, *, shield: bool = False, fail: bool = False) -> BeatScope:
+    def scope_at(self, position: float, shield: bool = False, fail: bool = False) -> BeatScope:
         """Make a scope that ends at a position of the grid; otherwise as `scope_after` does."""
         scope = self.scope_after(math.inf, shield=shield, fail=fail)
-        scope._key = position - self._shift
-        scope._relative = None
+        scope._position = position
         return scope
 
     # Ending.
@@ -333,9 +403,17 @@ class Deadlines:
         return True
 
     def rebase(self, beats: float) -> None:
-        """Take in that the position has moved to another grid, and by how many beats."""
-        # Deadlines keep the beats they have left.
+        """Take in that the position has moved to another grid, and by how many beats.
+
+        Relative deadlines keep the beats they have left: their place on the axis is the same.
+        Absolute ones keep their position, and so get another place.
+        """
         self._shift += beats
+        for entry in self._heap:
+            scope = entry[2]
+            if scope is not None and scope._position is not None:
+                entry[0] = scope._key = scope._position - self._shift
+        self._prune()
 
     def close(self) -> None:
         """Cancel the scopes that are still open, and let no more be entered."""
@@ -343,7 +421,7 @@ class Deadlines:
         self._line_until = -math.inf
         for entry in self._heap:
             scope = entry[2]
-            if scope._entry is entry:
+            if scope is not None:
                 scope._entry = None
                 scope._scope.cancel(_CLOSED)
         self._heap.clear()
@@ -358,12 +436,10 @@ class Deadlines:
             ancestors.add(task)
             task = None if task.parent_nursery is None else task.parent_nursery.parent_task
         entries = sorted(
-            entry
-            for entry in self._heap
-            if entry[0] != math.inf and entry[3] in ancestors and entry[2]._entry is entry
+            entry for entry in self._heap if entry[0] != math.inf and entry[3] in ancestors
         )
         # What the grid does not reach, as things stand, has no instant, but an order all the same.
-        asked = [
+        asked: list[tuple[BeatScope, float]] = [
             (entry[2], min(seconds_at(self._grid, entry[2].deadline), _FAR + number))
             for number, entry in enumerate(entries)
         ]
@@ -389,18 +465,24 @@ class Deadlines:
     def _due(self, key: float) -> bool:
         return key != math.inf and (key == -math.inf or self._due_ns(key) <= local_ns())
 
+    def _drop(self, entry: _Entry) -> None:
+        entry[2] = entry[3] = None
+        if len(self._heap) > self._prune_at:
+            self._prune()
+
     def _prune(self) -> None:
         # In place: the list is also held by whoever is just entering or leaving a scope.
         heap = self._heap
-        heap[:] = [entry for entry in heap if entry[2]._entry is entry]
+        heap[:] = [entry for entry in heap if entry[2] is not None]
         heapify(heap)
         self._prune_at = 1000 + 2 * len(heap)
 
     def _first(self) -> float:
         heap = self._heap
-        while heap and heap[0][2]._entry is not heap[0]:
+        while heap and heap[0][2] is None:
             heappop(heap)
-        return heap[0][0] if heap else math.inf
+        key: float = heap[0][0] if heap else math.inf
+        return key
 
     # The axis. It is read on every entry of a scope, so the straight line that holds at present is
     # kept as (base, slope) with the local time until which it does: for ever, until the next
@@ -441,6 +523,4 @@ class Deadlines:
         self.redraw()
 
     def _axis_now(self) -> float:
-        if current_time() >= self._line_until:
-            self.redraw()
         return self._grid.position_at(local_ns()) - self._shift
