@@ -24,8 +24,8 @@ from .._grid.grid import Grid
 from .._grid.timeline import NEVER
 from .local import local_ns, seconds_of
 
-# How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
 _INF: Final = math.inf
+# How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
 _AT_ONCE: Final = 1000
 _ENDED: Final = "the beat budget ran out"
 _CLOSED: Final = "the session was closed"

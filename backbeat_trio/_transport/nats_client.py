@@ -2,8 +2,8 @@
 
 nats-py is asyncio. A client lives in a thread of its own, made through anyio's blocking portal, and
 is never used again once its connection is lost: one that hangs (a half-open socket with full
-buffers, a close that never ends) is abandoned and not waited for. Only this module and `_jetstream`
-(whose functions run in that thread) know nats-py and asyncio, and only this one anyio.
+buffers, a close that never ends) is abandoned and not waited for. Only this module, `nats_loop` and
+`jetstream` (whose functions run in that thread) know nats-py and asyncio, and only this one anyio.
 
 Both directions are a hand-over, not an await. To the thread: a deque, and one wake-up for all that
 is in it. From the thread: a deque, and one idempotent `run_sync_soon`. Arrival and departure are
@@ -14,11 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import logging
-import socket
 import ssl
-import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -36,6 +32,7 @@ from nats.aio.msg import Msg
 from .._config import Server
 from .._errors import AuthenticationFailed, BackbeatError, TLSFailed, TransportBroken
 from .._time.local import local_ns
+from .nats_loop import THREAD, ConnectionLoop
 
 # The server is sent a ping this often. A connection is given up when the answer is late by the
 # patience, or by this many times the patience while a queue explains that it is late.
@@ -63,8 +60,6 @@ _FOREVER: Final = 10**9
 
 INBOX: Final = 0
 
-_LOGGER: Final = logging.getLogger("backbeat_trio")
-_THREAD: Final = "backbeat-nats-"
 
 T = TypeVar("T")
 
@@ -134,74 +129,6 @@ class Owner(Protocol):
     def note_error(self, error: str, /) -> None: ...
 
 
-_Lookup = tuple[Any, ...]
-_lookups: dict[_Lookup, Future[list[Any]]] = {}
-_lookups_lock = threading.Lock()
-
-
-def _look_up(what: _Lookup) -> Future[list[Any]]:
-    # asyncio looks names up in threads that the interpreter waits for at its exit, and in one more
-    # for each attempt to connect. A name server may take minutes: so all who ask for the same share
-    # one daemonic thread.
-    with _lookups_lock:
-        future = _lookups.get(what)
-        if future is None:
-            future = Future()
-            # Running futures cannot be cancelled, so one who gives up does not disturb the others.
-            future.set_running_or_notify_cancel()
-            threading.Thread(
-                target=_finish_lookup, args=(what, future), name="backbeat-resolver", daemon=True
-            ).start()
-            _lookups[what] = future
-    return future
-
-
-def _finish_lookup(what: _Lookup, future: Future[list[Any]]) -> None:
-    try:
-        found = socket.getaddrinfo(*what)
-    except Exception as error:  # noqa: BLE001 - it belongs to those who asked
-        outcome = functools.partial(future.set_exception, error)
-    else:
-        outcome = functools.partial(future.set_result, found)
-    with _lookups_lock:
-        del _lookups[what]
-    outcome()
-
-
-class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that needs no executor, and complains to the package's own log."""
-
-    async def getaddrinfo(
-        self,
-        host: Any,
-        port: Any,
-        *,
-        family: int = 0,
-        type: int = 0,
-        proto: int = 0,
-        flags: int = 0,
-    ) -> list[Any]:
-        return await asyncio.wrap_future(_look_up((host, port, family, type, proto, flags)))
-
-    def default_exception_handler(self, context: dict[str, Any]) -> None:
-        # The text of a callback's failure shows the callback's arguments, which may be secret.
-        text = "Exception in callback" if "handle" in context else context.get("message")
-        _LOGGER.debug("asyncio: %s", text, exc_info=context.get("exception"))
-
-
-def _redirect(record: logging.LogRecord) -> bool:
-    # Python writes warnings to stderr where nobody has configured logging. What asyncio and nats-py
-    # warn of in our threads are consequences of a lost connection, which is reported anyway.
-    if record.levelno < logging.WARNING or not (record.threadName or "").startswith(_THREAD):
-        return True
-    _LOGGER.debug("%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
-    return False
-
-
-for _name in ("asyncio", nats.aio.client.__name__):
-    logging.getLogger(_name).addFilter(_redirect)
-
-
 @final
 class _Wary(nats.aio.client.Client):
     # nats-py signs for whoever greets it with a nonce, and what signs is no option that could be a
@@ -269,7 +196,7 @@ class Client:
     async def open(self) -> None:
         """Start the thread, and wait for the connection or the reason for its absence."""
         portal_cm = start_blocking_portal(
-            "asyncio", {"loop_factory": _Loop}, name=_THREAD + self.server.host
+            "asyncio", {"loop_factory": ConnectionLoop}, name=THREAD + self.server.host
         )
         # This can be cancelled while the threads of too many clients still have to end, and not
         # any more once the thread is being started: so no portal is ever lost.

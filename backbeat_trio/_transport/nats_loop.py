@@ -1,0 +1,85 @@
+"""The event loop of a connection: how it looks up names, and where it complains."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import socket
+import threading
+from concurrent.futures import Future
+from typing import Any, Final, final
+
+import nats.aio.client
+
+_LOGGER: Final = logging.getLogger("backbeat_trio")
+THREAD: Final = "backbeat-nats-"
+"""What the name of each connection's thread begins with."""
+
+_Lookup = tuple[Any, ...]
+_lookups: dict[_Lookup, Future[list[Any]]] = {}
+_lookups_lock = threading.Lock()
+
+
+def _look_up(what: _Lookup) -> Future[list[Any]]:
+    # asyncio looks names up in threads that the interpreter waits for at its exit, and in one more
+    # for each attempt to connect. A name server may take minutes: so all who ask for the same share
+    # one daemonic thread.
+    with _lookups_lock:
+        future = _lookups.get(what)
+        if future is None:
+            future = Future()
+            # Running futures cannot be cancelled, so one who gives up does not disturb the others.
+            future.set_running_or_notify_cancel()
+            threading.Thread(
+                target=_finish_lookup, args=(what, future), name="backbeat-resolver", daemon=True
+            ).start()
+            _lookups[what] = future
+    return future
+
+
+def _finish_lookup(what: _Lookup, future: Future[list[Any]]) -> None:
+    try:
+        found = socket.getaddrinfo(*what)
+    except Exception as error:  # noqa: BLE001 - it belongs to those who asked
+        outcome = functools.partial(future.set_exception, error)
+    else:
+        outcome = functools.partial(future.set_result, found)
+    with _lookups_lock:
+        del _lookups[what]
+    outcome()
+
+
+@final
+class ConnectionLoop(asyncio.SelectorEventLoop):
+    """An event loop that needs no executor, and complains to the package's own log."""
+
+    async def getaddrinfo(
+        self,
+        host: Any,
+        port: Any,
+        *,
+        family: int = 0,
+        type: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+    ) -> list[Any]:
+        return await asyncio.wrap_future(_look_up((host, port, family, type, proto, flags)))
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        # The text of a callback's failure shows the callback's arguments, which may be secret.
+        text = "Exception in callback" if "handle" in context else context.get("message")
+        _LOGGER.debug("asyncio: %s", text, exc_info=context.get("exception"))
+
+
+def _redirect(record: logging.LogRecord) -> bool:
+    # Python writes warnings to stderr where nobody has configured logging. What asyncio and nats-py
+    # warn of in our threads are consequences of a lost connection, which is reported anyway.
+    if record.levelno < logging.WARNING or not (record.threadName or "").startswith(THREAD):
+        return True
+    _LOGGER.debug("%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
+    return False
+
+
+for _name in ("asyncio", nats.aio.client.__name__):
+    logging.getLogger(_name).addFilter(_redirect)
