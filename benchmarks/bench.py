@@ -133,7 +133,7 @@ async def bench_tempo(sizes: Sizes) -> Outcome:
             await nursery.start(clock.run)
             for number in range(count):
                 # The order in which they end is not the one in which they began.
-                scope = clock.scope_after(10_000.0 + number * 7919 % count)
+                scope = clock.deadlines.scope_after(10_000.0 + number * 7919 % count)
                 entered.append(scope.__enter__())
             clocks.append(clock)
         for turn in range(20 * sizes.rounds):

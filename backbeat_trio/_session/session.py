@@ -31,7 +31,6 @@ from .._time.beats import Beats
 from .._time.clock import BeatClock
 from .._time.scopes import BeatScope
 from .._wire import (
-    MAX_INDEX,
     StatusClaim,
     TempoRequest,
     decode_tempo_reply,
@@ -112,9 +111,9 @@ class Session:
         # Making a scope is frequent: the usual numbers are checked here, without a call. An int
         # becomes a float when the scope adds it to the present position.
         kind = type(beats)
-        if not (kind is int or kind is float) or not 0 <= beats <= MAX_INDEX:
+        if not (kind is int or kind is float) or not beats >= 0:
             beats = check_beats("beats", beats)
-        return self._clock.scope_after(beats, shield)
+        return self._clock.deadlines.scope_after(beats, shield)
 
     def move_on_at(self, beat: float, *, shield: bool = False) -> BeatScope:
         """Make a cancel scope whose deadline is a position of the grid.
@@ -132,7 +131,7 @@ class Session:
           SessionClosed: on entering, where the session was left.
 
         """
-        return self._clock.scope_at(check_position("beat", beat), shield=shield)
+        return self._clock.deadlines.scope_at(check_position("beat", beat), shield=shield)
 
     def fail_after(self, beats: float, *, shield: bool = False) -> BeatScope:
         """Make a scope as `move_on_after` does, that raises `BeatBudgetExceeded` when it has ended.
@@ -147,7 +146,9 @@ class Session:
           ValueError: where ``beats`` is negative, NaN or too large for a float.
 
         """
-        return self._clock.scope_after(check_beats("beats", beats), shield=shield, fail=True)
+        return self._clock.deadlines.scope_after(
+            check_beats("beats", beats), shield=shield, fail=True
+        )
 
     def fail_at(self, beat: float, *, shield: bool = False) -> BeatScope:
         """Make a scope as `move_on_at` does, that raises `BeatBudgetExceeded` when it has ended.
@@ -162,7 +163,9 @@ class Session:
           ValueError: where ``beat`` is NaN or too large for a float.
 
         """
-        return self._clock.scope_at(check_position("beat", beat), shield=shield, fail=True)
+        return self._clock.deadlines.scope_at(
+            check_position("beat", beat), shield=shield, fail=True
+        )
 
     async def execute_with_beat_budget(
         self, beats: float, async_fn: Callable[[*PosArgs], Awaitable[T]], *args: *PosArgs

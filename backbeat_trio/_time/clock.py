@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NoReturn, final
+from typing import NoReturn, final
 
 import trio
 
@@ -45,9 +45,7 @@ class BeatClock:
         self.index_shift: int = 0
         """By how much the index has moved to other grids so far, in beats."""
         self.deadlines: Deadlines = Deadlines(self.grid, self._arm, enforcing=enforcing)
-        # Making a scope is frequent: it takes one call less so.
-        self.scope_after: Final = self.deadlines.scope_after
-        self.scope_at: Final = self.deadlines.scope_at
+        """The scopes on this clock; it makes them, too."""
         self._enforcing = enforcing
         self._on_rebase = on_rebase
         self._timer: trio.CancelScope | None = None
@@ -116,11 +114,11 @@ class BeatClock:
 
     async def sleep_until(self, position: float) -> None:
         """Wait until a position is reached; always a checkpoint."""
-        await self._sleep(self.scope_at(position))
+        await self._sleep(self.deadlines.scope_at(position))
 
     async def sleep(self, beats: float) -> None:
         """Wait for some beats; always a checkpoint."""
-        await self._sleep(self.scope_after(beats))
+        await self._sleep(self.deadlines.scope_after(beats))
 
     async def _sleep(self, scope: BeatScope) -> None:
         with scope:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from types import TracebackType
@@ -24,7 +25,8 @@ from .._grid.grid import Grid
 from .._grid.timeline import NEVER
 from .local import local_ns, seconds_of
 
-_INF: Final = math.inf
+# The largest number of beats that is a limit.
+_MAX: Final = sys.float_info.max
 # How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
 _AT_ONCE: Final = 1000
 _ENDED: Final = "the beat budget ran out"
@@ -103,7 +105,8 @@ class BeatScope:
     @trio.lowlevel.enable_ki_protection
     def __enter__(self) -> BeatScope:
         deadlines = self._deadlines
-        now = deadlines._time()
+        time = deadlines._time
+        now = time()
         if now >= deadlines._line_until:
             deadlines._check_line()
         now = (now - deadlines._line_base) / deadlines._line_beat_s + deadlines._line_beat
@@ -122,7 +125,7 @@ class BeatScope:
         if not deadlines._enforcing:
             pass
         elif key > now:
-            self._entry = entry = [key, deadlines._number(), self, current_task()]
+            self._entry = entry = [key, next(deadlines._order), self, current_task()]
             heappush(deadlines._heap, entry)
             if key < deadlines._armed:
                 deadlines._rearm()
@@ -293,7 +296,7 @@ class BeatScope:
         entry = self._entry
         if entry is not None:
             deadlines = self._deadlines
-            self._entry = moved = [key, deadlines._number(), self, entry[3]]
+            self._entry = moved = [key, next(deadlines._order), self, entry[3]]
             heappush(deadlines._heap, moved)
             deadlines._drop(entry)
             if key < deadlines._armed:
@@ -326,7 +329,7 @@ class Deadlines:
         self._shift = 0.0
         self._heap: list[_Entry] = []
         self._time = trio.lowlevel.current_clock().current_time
-        self._number = itertools.count().__next__
+        self._order = itertools.count()
         self._prune_at = 1000
         self._armed = math.inf
         self.redraw()
@@ -342,20 +345,25 @@ class Deadlines:
         """Make a scope that ends some beats after it is entered.
 
         Args:
-          beats: 0 or more.
+          beats: 0 or more; ``inf`` is no limit.
           shield: whether cancellations from outside are kept out.
-          fail: whether the scope raises `BeatBudgetExceeded` where it has ended.
+          fail: whether leaving the scope raises `BeatBudgetExceeded` once it has caught a
+            cancellation of its own.
+
+        Raises:
+          ValueError: where ``beats`` is an int that no float can hold.
 
         """
         scope = _new_scope(BeatScope)
         scope._deadlines = self
         scope._scope = CancelScope(shield=True) if shield else CancelScope()
-        if beats != _INF:
+        if beats <= _MAX:
             scope._relative = beats
             scope._position = None
         else:
+            # Without a limit; an int that no float can hold is refused.
             scope._relative = None
-            scope._position = beats
+            scope._position = check_beats("beats", beats)
         scope._fail = fail
         scope._entry = None
         return scope

@@ -46,10 +46,12 @@ async def beats(mock_clock: Clock) -> AsyncGenerator[Kind, None]:
     async with trio.open_nursery() as nursery:
         await nursery.start(clock.run)
         yield Kind(
-            after=clock.scope_after,
-            at=clock.scope_at,
-            fail_after=lambda beats, **options: clock.scope_after(beats, fail=True, **options),
-            fail_at=lambda beat, **options: clock.scope_at(beat, fail=True, **options),
+            after=clock.deadlines.scope_after,
+            at=clock.deadlines.scope_at,
+            fail_after=lambda beats, **options: clock.deadlines.scope_after(
+                beats, fail=True, **options
+            ),
+            fail_at=lambda beat, **options: clock.deadlines.scope_at(beat, fail=True, **options),
             sleep=clock.sleep,
             sleep_until=clock.sleep_until,
             now=clock.position,

@@ -35,11 +35,11 @@ async def running(
 
 
 def after(clock: BeatClock, beats: float, *, shield: bool = False, fail: bool = False) -> BeatScope:
-    return clock.scope_after(beats, shield=shield, fail=fail)
+    return clock.deadlines.scope_after(beats, shield=shield, fail=fail)
 
 
 def at(clock: BeatClock, beat: float, *, shield: bool = False, fail: bool = False) -> BeatScope:
-    return clock.scope_at(beat, shield=shield, fail=fail)
+    return clock.deadlines.scope_at(beat, shield=shield, fail=fail)
 
 
 def adopt(clock: BeatClock, timeline: Timeline) -> None:

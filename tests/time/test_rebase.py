@@ -43,10 +43,10 @@ def move(clock: BeatClock, position: float) -> None:
 
 
 MAKERS: dict[str, tuple[bool, Callable[[BeatClock], BeatScope]]] = {
-    "move_on_after": (True, lambda clock: clock.scope_after(10)),
-    "fail_after": (True, lambda clock: clock.scope_after(10, fail=True)),
-    "move_on_at": (False, lambda clock: clock.scope_at(1010)),
-    "fail_at": (False, lambda clock: clock.scope_at(1010, fail=True)),
+    "move_on_after": (True, lambda clock: clock.deadlines.scope_after(10)),
+    "fail_after": (True, lambda clock: clock.deadlines.scope_after(10, fail=True)),
+    "move_on_at": (False, lambda clock: clock.deadlines.scope_at(1010)),
+    "fail_at": (False, lambda clock: clock.deadlines.scope_at(1010, fail=True)),
 }
 
 
@@ -106,14 +106,14 @@ async def test_sleeps_over_a_move(
 
 async def test_a_position_that_is_past_on_the_other_grid_ends_at_once(mock_clock: Clock) -> None:
     async with running() as clock:
-        with clock.scope_at(50) as scope, clock.scope_after(60) as outside:
+        with clock.deadlines.scope_at(50) as scope, clock.deadlines.scope_after(60) as outside:
             move(clock, 1000)
             assert scope.beats_left == 0
             await trio.lowlevel.checkpoint()
             pytest.fail("not reached")  # pragma: no cover
         assert scope.cancelled_caught
         assert not outside.cancel_called
-        unentered = clock.scope_at(1010)
+        unentered = clock.deadlines.scope_at(1010)
         move(clock, 2000)
         assert unentered.cancel_called
 
@@ -123,13 +123,15 @@ async def test_a_position_that_is_past_on_the_other_grid_ends_at_once(mock_clock
 async def test_what_was_set_last_decides(name: str, entered: str, autojump_clock: Clock) -> None:
     async with running() as clock:
         if entered == "unentered":
-            scope = clock.scope_at(math.inf)
+            scope = clock.deadlines.scope_at(math.inf)
             setattr(scope, name, 1010)
             move(clock, 1000)
             with scope:
                 await trio.sleep_forever()
         else:
-            opposite = clock.scope_after if name == "deadline" else clock.scope_at
+            opposite = (
+                clock.deadlines.scope_after if name == "deadline" else clock.deadlines.scope_at
+            )
             with opposite(5) as scope:
                 setattr(scope, name, 1010)
                 move(clock, 1000)
@@ -139,7 +141,7 @@ async def test_what_was_set_last_decides(name: str, entered: str, autojump_clock
 
 async def test_what_was_left_keeps_its_kind(mock_clock: Clock) -> None:
     async with running() as clock:
-        with clock.scope_after(10) as relative, clock.scope_at(10) as absolute:
+        with clock.deadlines.scope_after(10) as relative, clock.deadlines.scope_at(10) as absolute:
             pass
         move(clock, 1000)
         assert (relative.deadline, relative.relative_deadline) == (1010, 10)
@@ -157,11 +159,11 @@ async def test_the_order_is_another_one(autojump_clock: Clock) -> None:
                 await trio.sleep_forever()
             ended.append((name, clock.position()))
 
-        nursery.start_soon(wait, "after 10", clock.scope_after(10))
-        nursery.start_soon(wait, "at 103", clock.scope_at(103))
-        nursery.start_soon(wait, "after 5", clock.scope_after(5))
-        nursery.start_soon(wait, "at 108", clock.scope_at(108))
-        nursery.start_soon(wait, "at 3", clock.scope_at(3))
+        nursery.start_soon(wait, "after 10", clock.deadlines.scope_after(10))
+        nursery.start_soon(wait, "at 103", clock.deadlines.scope_at(103))
+        nursery.start_soon(wait, "after 5", clock.deadlines.scope_after(5))
+        nursery.start_soon(wait, "at 108", clock.deadlines.scope_at(108))
+        nursery.start_soon(wait, "at 3", clock.deadlines.scope_at(3))
         await trio.testing.wait_all_tasks_blocked()
         move(clock, 100)
     assert ended == [
@@ -175,7 +177,7 @@ async def test_the_order_is_another_one(autojump_clock: Clock) -> None:
 
 async def test_the_effective_deadline_over_a_move(mock_clock: Clock) -> None:
     async with running() as clock:
-        with clock.scope_at(1003), clock.scope_after(5):
+        with clock.deadlines.scope_at(1003), clock.deadlines.scope_after(5):
             assert clock.deadlines.effective_deadline() == 5
             move(clock, 1000)
             assert clock.deadlines.effective_deadline() == 1003
@@ -216,9 +218,9 @@ def test_budgets_are_what_a_simple_model_says(plan: list[tuple[Any, ...]]) -> No
         async with running() as clock, trio.open_nursery() as nursery:
             for name, value, *which in plan:
                 if name == "after":
-                    made.append((clock.scope_after(value), Model(True, value)))
+                    made.append((clock.deadlines.scope_after(value), Model(True, value)))
                 elif name == "at":
-                    made.append((clock.scope_at(value), Model(False, value)))
+                    made.append((clock.deadlines.scope_at(value), Model(False, value)))
                 elif name == "enter":
                     for scope, model in made:
                         if not model.entered:
@@ -268,13 +270,13 @@ async def test_tasks_that_ended_are_let_go(mock_clock: Clock) -> None:
     gone: list[weakref.ref[object]] = []
 
     async def work(number: int) -> None:
-        with clock.scope_after(1000 + number % 7) as scope:
+        with clock.deadlines.scope_after(1000 + number % 7) as scope:
             gone.append(weakref.ref(trio.lowlevel.current_task()))
             gone.append(weakref.ref(scope))
             await event.wait()
 
     async with running() as clock:
-        with clock.scope_after(5) as early:
+        with clock.deadlines.scope_after(5) as early:
             for count in (20_000, 500):
                 event = trio.Event()
                 async with trio.open_nursery() as nursery:
