@@ -11,13 +11,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+from helpers import CLEAN
 
 from backbeat_trio.testing import NatsServer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 README = (ROOT / "README.md").read_text()
-ENVIRONMENT = {name: value for name, value in os.environ.items() if "BACKBEAT" not in name}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -32,7 +32,7 @@ async def run(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None
             stderr=subprocess.STDOUT,
             check=False,
             cwd=cwd,
-            env=ENVIRONMENT | (env or {}),
+            env=CLEAN | (env or {}),
         )
     assert done.returncode == 0, done.stdout.decode()
     return done.stdout.decode()

@@ -10,8 +10,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,13 +19,12 @@ import nkeys
 import pytest
 import trio
 import trustme
-from helpers import backbeat, connected, fake_server, until
+from helpers import backbeat, connected, fake_server, leading, until
 
 from backbeat_trio import (
     BackbeatConfig,
     BackbeatError,
     ConfigError,
-    Metronome,
     Session,
     TLSFailed,
     TransportBroken,
@@ -121,17 +119,6 @@ def connection(
 ) -> AbstractAsyncContextManager[NatsTransport]:
     """Log in as a role, to do by hand what no session would."""
     return connected(**login(server, files, role))
-
-
-@asynccontextmanager
-async def leading(
-    transport: NatsTransport, cluster_id: str = CLUSTER
-) -> AsyncGenerator[Metronome, None]:
-    metronome = Metronome(transport, cluster_id=cluster_id, leader_id="pulse-a", tempo_bpm=600.0)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(metronome.run)
-        yield metronome
-        nursery.cancel_scope.cancel()
 
 
 async def ask(transport: NatsTransport, subject: str, data: object = None) -> Any:
@@ -448,7 +435,7 @@ async def test_agent_cannot_publish_frames(files: Files) -> None:
     async with (
         NatsServer(config=CONFIG) as server,
         connection(server, files, "pulse-a") as transport,
-        leading(transport) as metronome,
+        leading(transport, cluster_id=CLUSTER) as metronome,
         connection(server, files, "agent-2") as forger,
         open_session(**login(server, files, "agent-1"), lock_timeout=30.0) as bb,
     ):
@@ -510,7 +497,7 @@ async def test_only_the_operator_changes_the_tempo(role: str, files: Files) -> N
     async with (
         NatsServer(config=CONFIG) as server,
         connection(server, files, "pulse-a") as transport,
-        leading(transport) as metronome,
+        leading(transport, cluster_id=CLUSTER) as metronome,
         open_session(**login(server, files, role), lock_timeout=30.0) as bb,
         open_session(**login(server, files, "operator"), lock_timeout=30.0) as operator,
     ):
@@ -560,7 +547,7 @@ async def test_no_answer_is_written_over_the_key_that_says_who_leads(files: File
     async with (
         NatsServer(config=CONFIG) as server,
         connection(server, files, "pulse-a") as leader,
-        leading(leader) as metronome,
+        leading(leader, cluster_id=CLUSTER) as metronome,
         connection(server, files, "observer") as observer,
         observer.open_subscription(BEATS) as beats,
         connection(server, files, "agent-1") as agent,
@@ -598,7 +585,7 @@ async def test_metronome_writes_answers_to_inboxes_only() -> None:
                 await nursery.start(transport.run)
                 await transport.wait_connected()
             async with (
-                leading(one, "c") as metronome,
+                leading(one, cluster_id="c") as metronome,
                 two.open_subscription("backbeat.status.other"),
                 two.open_subscription("$KV.>"),
                 two.open_subscription("my.inbox") as inbox,

@@ -1,35 +1,16 @@
-"""The command line as programs, and a cluster for them."""
+"""Commands that run beside a test, and a cluster for them."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 
 import trio
+from helpers import CLEAN
 
 from backbeat_trio.testing import NatsServer
-
-CLEAN = {
-    name: value
-    for name, value in os.environ.items()
-    if not name.startswith(("NATS_", "CHORUS_BACKBEAT_", "XDG_"))
-}
-
-
-async def backbeat(
-    *arguments: str, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[bytes]:
-    with trio.fail_after(60):
-        return await trio.run_process(
-            [sys.executable, "-m", "backbeat_trio", *arguments],
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-            env=CLEAN | dict(env or {}),
-        )
 
 
 @asynccontextmanager

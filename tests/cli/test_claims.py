@@ -6,12 +6,13 @@ import json
 import signal
 
 import trio
+from helpers import backbeat
 
 from backbeat_trio import StatusClaim
 from backbeat_trio._cli.claims import format_claim
 from backbeat_trio.testing import open_session
 
-from .programs import backbeat, cluster, line_with, program
+from .programs import cluster, line_with, program
 
 
 async def test_claims() -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import trio
+from helpers import backbeat
 
 from backbeat_trio import BackbeatConfig, ConfigError
 from backbeat_trio._cli import main as cli
 from backbeat_trio._cli.connection import settings
-
-from .programs import backbeat
 
 
 def options(*arguments: str) -> argparse.Namespace:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from .programs import backbeat
+from helpers import backbeat
 
 
 @pytest.mark.parametrize("memory", [False, True], ids=["server", "memory"])

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from helpers import CLEAN, backbeat
 
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
 
-from .programs import CLEAN, backbeat, cluster, line_with, program
+from .programs import cluster, line_with, program
 
 BACKBEAT = [sys.executable, "-m", "backbeat_trio", "exec"]
 # Ten beats a second, on a grid of its own.

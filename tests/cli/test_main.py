@@ -11,11 +11,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from helpers import CLEAN
 
 from backbeat_trio.__main__ import main
 from backbeat_trio._cli import main as cli
-
-from .programs import CLEAN
 
 
 @pytest.mark.parametrize(

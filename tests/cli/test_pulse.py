@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-import trio
+from helpers import backbeat, connected
 
 from backbeat_trio import BackbeatConfig
 from backbeat_trio._transport.jetstream import ClaimStream
-from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio.testing import NatsServer, open_session
 
-from .programs import backbeat, cluster, line_with, program
+from .programs import cluster, line_with, program
 
 
 async def test_a_second_metronome_refuses() -> None:
@@ -80,13 +79,8 @@ async def test_streams_that_exist_with_other_limits_are_left_as_they_are() -> No
     async with NatsServer(["-js"]) as server:
         async with program("pulse", "-s", server.url, "--bpm", "600") as pulse:
             await line_with(pulse.stderr, "metronome leads")
-            config = BackbeatConfig(nats_url=server.url, agent_id="a")
-            transport = NatsTransport(config)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(transport.run)
-                await transport.wait_connected()
-                assert await ClaimStream(transport, config).open()
-                nursery.cancel_scope.cancel()
+            async with connected(nats_url=server.url) as transport:
+                assert await ClaimStream(transport, BackbeatConfig(agent_id="a")).open()
         env = {
             "CHORUS_BACKBEAT_CLAIMS_MAX_AGE": "3600",
             "CHORUS_BACKBEAT_CLAIMS_MAX_BYTES": "1073741824",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+from helpers import backbeat
+
 from backbeat_trio.testing import NatsServer
 
-from .programs import backbeat, cluster
+from .programs import cluster
 
 
 async def test_status() -> None:

@@ -7,10 +7,11 @@ import json
 
 import pytest
 import trio
+from helpers import backbeat
 
 from backbeat_trio.testing import open_session
 
-from .programs import backbeat, cluster
+from .programs import cluster
 
 
 async def test_tempo() -> None:

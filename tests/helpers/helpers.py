@@ -1,4 +1,4 @@
-"""What several modules of tests share: waiting, programs, connections and servers.
+"""What several modules of tests share: waiting, programs, connections, servers and loggers.
 
 pytest puts this folder on the path of imports, so a test module says ``from helpers import until``.
 """
@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Final, ParamSpec
 
 import trio
 
-from backbeat_trio import BackbeatConfig
+from backbeat_trio import BackbeatConfig, Metronome
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio.testing import CLUSTER_ID, NatsServer
 
@@ -143,6 +144,29 @@ async def connected(**settings: Any) -> AsyncGenerator[NatsTransport, None]:
         nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def leading(
+    transport: NatsTransport,
+    *,
+    cluster_id: str = CLUSTER_ID,
+    leader_id: str = "pulse-a",
+    tempo_bpm: float = 600.0,
+) -> AsyncGenerator[Metronome, None]:
+    """Run a metronome over a connection that somebody else runs."""
+    metronome = Metronome(
+        transport, cluster_id=cluster_id, leader_id=leader_id, tempo_bpm=tempo_bpm
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(metronome.run)
+        yield metronome
+        nursery.cancel_scope.cancel()
+
+
+def client_threads() -> list[threading.Thread]:
+    """Return the threads in which connections to NATS live at this moment."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("backbeat-nats")]
+
+
 # Servers.
 
 
@@ -174,10 +198,13 @@ async def clustered(number: int = 3) -> AsyncGenerator[list[NatsServer], None]:
 
 
 @asynccontextmanager
-async def fake_server(**info: Any) -> AsyncGenerator[tuple[int, bytearray], None]:
+async def fake_server(
+    *, farewell: bytes = b"", **info: Any
+) -> AsyncGenerator[tuple[int, bytearray], None]:
     """Run what greets as a server without TLS and lets everybody in, and keep what it is told.
 
     Args:
+      farewell: what it sends once a client has subscribed to something.
       **info: fields of its greeting.
     """
     told = bytearray()
@@ -190,6 +217,8 @@ async def fake_server(**info: Any) -> AsyncGenerator[tuple[int, bytearray], None
             async for chunk in stream:
                 told.extend(chunk)
                 await stream.send_all(b"PONG\r\n" * chunk.count(b"PING\r\n"))
+                if farewell and b"SUB " in told:
+                    await stream.send_all(farewell)
         except trio.BrokenResourceError:
             # Hung up on, as it deserves.
             pass
@@ -199,3 +228,18 @@ async def fake_server(**info: Any) -> AsyncGenerator[tuple[int, bytearray], None
         nursery.start_soon(trio.serve_listeners, serve, listeners)
         yield listeners[0].socket.getsockname()[1], told
         nursery.cancel_scope.cancel()
+
+
+# Loggers.
+
+
+class Lines:
+    """A logger that is none of the standard library's, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def info(self, msg: object, /, *args: object) -> None:
+        self.lines.append(str(msg) % args)
+
+    debug = warning = error = info

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from helpers import Lines
 
 import backbeat_trio as backbeat
 from backbeat_trio._runtime.emitter import ClaimEmitter
@@ -266,15 +267,6 @@ async def _some(bb: backbeat.Session, count: int) -> Any:
 async def test_the_metronome_of_a_session_logs_where_the_session_does(
     autojump_clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Lines:
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def info(self, msg: object, /, *args: object) -> None:
-            self.lines.append(str(msg) % args)
-
-        debug = warning = error = info
-
     logger = Lines()
     caplog.set_level(logging.DEBUG, "backbeat_trio")
     async with open_session(logger=logger):

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+from helpers import Lines
 
 import backbeat_trio as backbeat
 from backbeat_trio import Phase
@@ -564,14 +565,15 @@ async def test_a_cancellation_before_the_lock_leaves_nothing_behind(
     assert not bus._mailboxes
 
 
+async def crash(*_: object, task_status: trio.TaskStatus[None]) -> None:
+    task_status.started()
+    await trio.sleep(5)
+    raise ZeroDivisionError("a bug")
+
+
 async def test_a_service_that_crashes_cancels_the_body_and_surfaces(
     autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def crash(*_: object, task_status: trio.TaskStatus[None]) -> None:
-        task_status.started()
-        await trio.sleep(5)
-        raise ZeroDivisionError("a bug")
-
     monkeypatch.setattr(Runtime, "_tick", crash)
     unwound = []
     with pytest.raises(ZeroDivisionError, match="a bug"):
@@ -587,11 +589,6 @@ async def test_a_service_that_crashes_cancels_the_body_and_surfaces(
 async def test_a_crash_and_an_error_of_the_body_leave_together(
     autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def crash(*_: object, task_status: trio.TaskStatus[None]) -> None:
-        task_status.started()
-        await trio.sleep(5)
-        raise ZeroDivisionError("a bug")
-
     monkeypatch.setattr(Runtime, "_tick", crash)
     with pytest.raises(ExceptionGroup) as caught:
         async with open_session():
@@ -703,15 +700,6 @@ async def test_config_is_taken_from_the_environment(
 
 
 async def test_another_logger(autojump_clock: Clock) -> None:
-    class Lines:
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def info(self, msg: object, /, *args: object) -> None:
-            self.lines.append(str(msg) % args)
-
-        debug = warning = error = info
-
     logger = Lines()
     async with open_session(logger=logger, cluster_id="c", agent_id="a"):
         pass

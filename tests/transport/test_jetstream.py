@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
 import trio
+from helpers import clustered, connected, until
 from nats.aio.client import Client
 from nats.js.api import DiscardPolicy, StreamConfig, StreamInfo
 
@@ -25,20 +25,8 @@ STREAM = "BACKBEAT_STATUS"
 NEW = DiscardPolicy.NEW
 
 
-async def until(condition: Callable[[], object]) -> None:
-    with trio.fail_after(20):
-        while not condition():
-            await trio.sleep(0.005)
-
-
-@asynccontextmanager
-async def admin(url: str) -> AsyncGenerator[NatsTransport, None]:
-    transport = NatsTransport(BackbeatConfig(nats_url=url, agent_id="admin"))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(transport.run)
-        await transport.wait_connected()
-        yield transport
-        nursery.cancel_scope.cancel()
+def admin(url: str) -> AbstractAsyncContextManager[NatsTransport]:
+    return connected(nats_url=url)
 
 
 async def info(transport: NatsTransport, stream: str = STREAM) -> StreamInfo:
@@ -344,29 +332,6 @@ async def test_an_account_without_jetstream() -> None:
             assert bb.statistics().claims_stored == 0
 
 
-@asynccontextmanager
-async def cluster(number: int) -> AsyncGenerator[list[NatsServer], None]:
-    """Run servers that are one JetStream."""
-    with ExitStack() as sockets:
-        bound = [sockets.enter_context(socket.socket()) for _ in range(number)]
-        for each in bound:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in bound]
-    routes = ", ".join(f"nats-route://127.0.0.1:{port}" for port in ports)
-    servers = [
-        NatsServer(
-            ["-js"],
-            config=f"server_name: s{port}\n"
-            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{routes}] }}\n",
-        )
-        for port in ports
-    ]
-    async with AsyncExitStack() as stack:
-        for server in servers:
-            await stack.enter_async_context(server)
-        yield servers
-
-
 async def settled(open_it: Callable[[], Awaitable[bool]]) -> list[str]:
     """Try until there is an answer, as everybody does; return what the refusals before it said."""
     told: list[str] = []
@@ -388,7 +353,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_cluster_of_three_servers_keeps_three_copies() -> None:
-    async with cluster(3) as servers, admin(servers[0].url) as transport:
+    async with clustered(3) as servers, admin(servers[0].url) as transport:
         store = KeyValueStore(transport, "backbeat-c")
         claims = ClaimStream(transport, BackbeatConfig(agent_id="a"))
         await settled(store.open)
@@ -400,7 +365,7 @@ async def test_a_cluster_of_three_servers_keeps_three_copies() -> None:
 
 async def test_a_cluster_of_two_servers_keeps_two_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once(monkeypatch)
-    async with cluster(2) as servers, admin(servers[0].url) as transport:
+    async with clustered(2) as servers, admin(servers[0].url) as transport:
         store = KeyValueStore(transport, "backbeat-c")
         assert (
             f"JetStream on {servers[0].url}: no suitable peers" in (await settled(store.open))[-1]
@@ -422,7 +387,7 @@ async def test_a_cluster_of_two_servers_keeps_two_copies(monkeypatch: pytest.Mon
 
 async def test_a_third_server_that_is_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once(monkeypatch)
-    async with cluster(3) as servers:
+    async with clustered(3) as servers:
         async with admin(servers[0].url) as transport:
             await settled(KeyValueStore(transport, "backbeat-first").open)
         # The two that come back know that there is a third one, and nothing else of it.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import random
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Final, ParamSpec, TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
+import helpers
 import pytest
 import trio
 import trio.testing
+from helpers import client_threads, until
 from hypothesis import given, strategies as st
 
 from backbeat_trio import (
@@ -30,7 +30,6 @@ from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._transport.protocol import check_subject, matches
 from backbeat_trio.testing import NatsServer, open_session
 
-P = ParamSpec("P")
 T = TypeVar("T", bound=Transport)
 
 Maker: TypeAlias = Callable[[], Transport]
@@ -39,22 +38,7 @@ Maker: TypeAlias = Callable[[], Transport]
 # A stamp crosses from one thread's clock to another's; what that may cost, in ns.
 _CARRY: Final = 1_000_000
 
-
-def guarded(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
-    """Have a test that hangs fail, after far longer than it could need."""
-
-    @functools.wraps(test)
-    async def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        with trio.fail_after(30):
-            await test(*args, **kwargs)
-
-    return run
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what no event tells: the counters of a transport."""
-    while not condition():
-        await trio.sleep(0.002)
+guarded = helpers.guarded(30)
 
 
 @pytest.fixture(params=["memory", "nats"])
@@ -581,10 +565,6 @@ async def test_closing_ends_a_request_under_way(make: Maker) -> None:
         nursery.start_soon(ask)
         await anext(requests)
         await transport.aclose()
-
-
-def client_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("backbeat-nats")]
 
 
 @guarded
