@@ -19,6 +19,7 @@ import nkeys
 import pytest
 import trio
 import trustme
+from certificates import issue
 from helpers import backbeat, connected, fake_server, leading, until
 
 from backbeat_trio import (
@@ -65,11 +66,7 @@ def issued(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     paths = {"ca": str(folder / "ca.pem")}
     authority.cert_pem.write_to_path(paths["ca"])
     for name in ("127.0.0.1", "agent-1"):
-        certificate = authority.issue_cert(name)
-        paths[name], paths[f"{name} key"] = str(folder / f"{name}.pem"), str(folder / f"{name}.key")
-        certificate.private_key_pem.write_to_path(paths[f"{name} key"])
-        for number, blob in enumerate(certificate.cert_chain_pems):
-            blob.write_to_path(paths[name], append=number > 0)
+        paths[name], paths[f"{name} key"] = issue(authority, name, folder)
     return paths
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final, ParamSpec
 
 import trio
 
-from backbeat_trio import BackbeatConfig, Metronome
+from backbeat_trio import BackbeatConfig, Metronome, Session
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio.testing import CLUSTER_ID, NatsServer
 
@@ -59,6 +59,11 @@ async def until(condition: Callable[[], object], *, within: float = 60.0) -> flo
         while not condition():
             await trio.sleep(0.005)
     return trio.current_time() - begun
+
+
+async def degraded(bb: Session, wanted: bool) -> None:
+    """Wait until a session is on its own, or until it follows a metronome."""
+    await until(lambda: bb.health().local_degradation is wanted)
 
 
 # Programs.
@@ -134,14 +139,21 @@ async def pulsing(url: str, number: int, *, bpm: float = 120.0) -> AsyncGenerato
 
 
 @asynccontextmanager
-async def connected(**settings: Any) -> AsyncGenerator[NatsTransport, None]:
-    """Give a connection of its own, for what no session does."""
+async def running(**settings: Any) -> AsyncGenerator[NatsTransport, None]:
+    """Run a connection, without waiting until it is made."""
     transport = NatsTransport(BackbeatConfig(**{"agent_id": "admin"} | settings))
     async with trio.open_nursery() as nursery:
         await nursery.start(transport.run)
-        await transport.wait_connected()
         yield transport
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def connected(**settings: Any) -> AsyncGenerator[NatsTransport, None]:
+    """Give a connection of its own, for what no session does."""
+    async with running(**settings) as transport:
+        await transport.wait_connected()
+        yield transport
 
 
 @asynccontextmanager
@@ -162,12 +174,30 @@ async def leading(
         nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def leading_at(
+    url: str, *, tempo_bpm: float = 600.0, leader_id: str = "pulse-a", **settings: Any
+) -> AsyncGenerator[Metronome, None]:
+    """Run a metronome over NATS, with a connection of its own."""
+    async with (
+        connected(nats_url=url, agent_id=leader_id, **settings) as transport,
+        leading(transport, leader_id=leader_id, tempo_bpm=tempo_bpm) as metronome,
+    ):
+        yield metronome
+
+
 def client_threads() -> list[threading.Thread]:
     """Return the threads in which connections to NATS live at this moment."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("backbeat-nats")]
 
 
 # Servers.
+
+
+def pause(server: NatsServer) -> None:
+    """Pause a server, and wait until it stands still: the signal alone does not."""
+    server.pause()
+    os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def free_ports(number: int) -> list[int]:
