@@ -28,9 +28,12 @@ Nanoseconds: TypeAlias = Annotated[int, Meta(ge=-MAX_NS, le=MAX_NS)]
 Milliseconds: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_INDEX)]
 MilliBPM: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_MILLI_BPM)]
 BeatsPerBar: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_BEATS_PER_BAR)]
+Uncertainty: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_NS)]
+Identity: TypeAlias = Annotated[str, Meta(max_length=128)]
 
 ClaimState: TypeAlias = Literal["executing", "done", "failed", "waiting"]
 BeatPhase: TypeAlias = Literal["downbeat", "upbeat"]
+Role: TypeAlias = Literal["leader", "standby", "agent"]
 
 HEALTH_TASK_ID: Final = "chorus-p2p-health"
 
@@ -77,6 +80,10 @@ class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v
     segment: Segment
     next_segment: Segment | None = None
     later_segments: LaterSegments | UnsetType = UNSET
+    incarnation: Identity | UnsetType = UNSET
+    """The grid's identity: two grids of one cluster have different ones."""
+    alone: bool | UnsetType = UNSET
+    """True where the leader has no record, so that anybody who has one outranks it."""
 
     def __post_init__(self) -> None:
         if self.segment.beat0 > self.beat_index:
@@ -119,6 +126,40 @@ class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
     segment: Segment
     next_segment: Segment | None = None
     later_segments: LaterSegments | UnsetType = UNSET
+    incarnation: Identity | UnsetType = UNSET
+    alone: bool | UnsetType = UNSET
+    uncertainty_ns: Uncertainty | UnsetType = UNSET
+    """What the leader's cluster time may differ by from that of the grid's first leader."""
+
+
+class RecallRequest(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1"):
+    """A question of a metronome that finds no leader, to everybody who remembers the grid."""
+
+    cluster_id: str
+    leader_id: str
+
+
+class RecallReply(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1"):
+    """The answer of whoever is locked to the grid: what it is, and what time it is."""
+
+    cluster_id: str
+    agent_id: str
+    role: Role
+    epoch: Index
+    received_ns: Nanoseconds
+    """The cluster time at which the request came."""
+    sent_ns: Nanoseconds
+    """The cluster time at which the answer left."""
+    uncertainty_ns: Uncertainty
+    """What these may be wrong by."""
+    last_beat: Annotated[int, Meta(ge=-1, le=MAX_INDEX)]
+    """The last beat that was delivered."""
+    beats_per_bar: BeatsPerBar
+    segment: Segment
+    next_segment: Segment | None = None
+    later_segments: LaterSegments | UnsetType = UNSET
+    incarnation: Identity | UnsetType = UNSET
+    alone: bool | UnsetType = UNSET
 
 
 class TempoRequest(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1"):
@@ -172,6 +213,8 @@ class Record(Struct, frozen=True, tag_field="type", tag="backbeat.metronome.v1")
     """The last segment that a frame or an answer has announced; by default all of them were."""
     written_ms: Milliseconds | None = None
     """When it was written by the wall clock of who wrote it, for where nothing else is left."""
+    written_ns: Nanoseconds | None = None
+    """The cluster time at which it was written."""
 
 
 class _Other(Struct, tag_field="type", tag=""):
@@ -213,6 +256,8 @@ decode_sync_reply: Final = _decoder(SyncReply)
 decode_tempo_request: Final = _decoder(TempoRequest)
 decode_tempo_reply: Final = _decoder(TempoReply)
 decode_probe: Final = _decoder(Probe)
+decode_recall_request: Final = _decoder(RecallRequest)
+decode_recall_reply: Final = _decoder(RecallReply)
 decode_record: Final = _decoder(Record)
 _decode_claim: Final = _decoder(StatusClaim)
 _claim_arrays: Final = msgspec.json.Decoder(list[StatusClaim | _Other])
@@ -254,6 +299,11 @@ def lead_subject(cluster_id: str, epoch: int) -> str:
     return f"backbeat.lead.{cluster_id}.{epoch}"
 
 
+def recall_subject(cluster_id: str) -> str:
+    """Return the subject on which whoever is locked answers who remembers the grid."""
+    return f"backbeat.recall.{cluster_id}"
+
+
 def bucket_of(cluster_id: str) -> str:
     """Return the name of the JetStream key-value bucket in which metronomes keep the grid."""
     return f"backbeat-{cluster_id}"
@@ -262,6 +312,15 @@ def bucket_of(cluster_id: str) -> str:
 def is_token(text: str) -> bool:
     """Tell whether ``text`` may stand as one token of a subject."""
     return TOKEN.fullmatch(text) is not None
+
+
+def is_inbox(reply: str) -> bool:
+    """Tell whether a subject is one on which an answer may be published.
+
+    Servers check who publishes on a subject, and not who asks for an answer on it. Whoever may ask
+    could otherwise have another one publish where only that one may.
+    """
+    return bool(reply) and not reply.startswith(("backbeat.", "$"))
 
 
 def window_id(index: int, beats_per_bar: int) -> str:

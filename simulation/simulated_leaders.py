@@ -30,14 +30,13 @@ from simulated_agents import (
 
 from backbeat_trio._errors import TempoRefused
 from backbeat_trio._grid.changes import propose, reschedule
+from backbeat_trio._grid.presence import JITTERS, LATE_NS
 from backbeat_trio._grid.steering import Steering
 from backbeat_trio._grid.timeline import Timeline, beat_ns
 from backbeat_trio._wire import Segment
 
 STANDBYS: Final = 4
-# As the standby and the leader have them; a test compares them.
-LATE_NS: Final = 8 * MS
-JITTERS: Final = 4
+# As the leader has them; a test compares them.
 LEASE_BEATS: Final = 2
 LEASE_NS: Final = SECOND
 

@@ -102,6 +102,10 @@ class Follower:
         """Whether the grid is the cluster's."""
         self.epoch: int = -1
         self.leader_id: str = ""
+        self.incarnation: str = ""
+        """The identity of the grid; empty where nobody has said it."""
+        self.is_alone: bool = False
+        """Whether the leader has no record."""
         self.last_due_ns: int = 0
         """The instant, in cluster time, at which the last frame that was followed was due."""
         self.question: Heard | None = None
@@ -163,7 +167,7 @@ class Follower:
         if frame.cluster_id != self._cluster_id:
             counts.frames_foreign += 1
             return False
-        if frame.epoch < self.epoch and not self.in_holdover(now_ns):
+        if self._is_outranked(frame) and not self.in_holdover(now_ns):
             counts.frames_stale_epoch += 1
             self._observer.on_odd(f"a frame of epoch {frame.epoch} while epoch {self.epoch} leads")
             self._observer.on_stale(frame.epoch)
@@ -180,11 +184,15 @@ class Follower:
         self._accept(heard, now_ns)
         return False
 
+    def _is_outranked(self, message: BeatFrame | SyncReply) -> bool:
+        # Whoever has a record outranks whoever has none, whatever their epochs.
+        return self.epoch >= 0 and _rank(message) < (not self.is_alone, self.epoch)
+
     def _explains(self, heard: Heard) -> bool:
         # A frame of the present leader may be late, but not early; and it tells of what is known of
         # the grid, or of something newer.
         frame, timeline, received_ns = heard
-        if not self.locked or frame.epoch != self.epoch:
+        if not self.locked or frame.epoch != self.epoch or self._is_another(frame):
             return False
         present = self.grid.timeline
         if not timeline.shares(present) and timeline.segments[-1].seq <= present.segments[-1].seq:
@@ -241,12 +249,22 @@ class Follower:
         present = self.grid.timeline
         newer = timeline.segments[-1].seq >= present.segments[-1].seq
         if message.epoch != self.epoch:
-            self.epoch, self.leader_id = message.epoch, message.leader_id
+            self._note_leader(message)
             self._observer.on_leader()
             newer = True
         # A reply may have been on its way for longer than the frame that told of a change.
         if newer and timeline.segments != present.segments:
             self.grid.adopt(timeline, now_ns)
+
+    def _note_leader(self, message: BeatFrame | SyncReply) -> None:
+        self.epoch, self.leader_id = message.epoch, message.leader_id
+        self.is_alone = message.alone is True
+        self.incarnation = message.incarnation or ""
+
+    def _is_another(self, message: BeatFrame | SyncReply) -> bool:
+        # Only two names tell two grids apart; somebody may not know its own.
+        named = message.incarnation or ""
+        return bool(self.incarnation and named and named != self.incarnation)
 
     # Pings.
 
@@ -278,10 +296,10 @@ class Follower:
           now_ns: now.
 
         """
-        epoch = max((reply.epoch for _, reply in answers), default=-1)
-        if any(reply.epoch != epoch for _, reply in answers):
-            self._observer.on_odd(f"pings are answered in several epochs, up to {epoch}")
-            answers = [(ping, reply) for ping, reply in answers if reply.epoch == epoch]
+        rank = max((_rank(reply) for _, reply in answers), default=(False, -1))
+        if any(_rank(reply) != rank for _, reply in answers):
+            self._observer.on_odd(f"pings are answered in several epochs, up to {rank[1]}")
+            answers = [(ping, reply) for ping, reply in answers if _rank(reply) == rank]
         burst = [ping for ping, _ in answers]
         best = best_ping(burst)
         self._answered = best is not None
@@ -290,7 +308,7 @@ class Follower:
             return True
         # The newest one: of a burst, it may be the first that tells of a change.
         reply = answers[-1][1]
-        if self.locked and reply.epoch < self.epoch and not self.in_holdover(now_ns):
+        if self.locked and self._is_outranked(reply) and not self.in_holdover(now_ns):
             self.counts.frames_stale_epoch += 1
             self._observer.on_odd(
                 f"a ping is answered in epoch {reply.epoch} while epoch {self.epoch} leads"
@@ -317,7 +335,7 @@ class Follower:
     ) -> Verdict:
         grid, estimate = self.grid, self._estimate
         apart = best.local_ns + best.offset_ns - grid.cluster_at(best.local_ns)
-        same = timeline.continues(grid.timeline, apart)
+        same = timeline.continues(grid.timeline, apart) and not self._is_another(reply)
         if not self.locked or (reply.epoch != self.epoch and not same):
             self._estimate = estimate = Estimate()
             verdict = estimate.add(burst)
@@ -366,7 +384,8 @@ class Follower:
         frame, timeline, received_ns = heard
         due = timeline.time_of(frame.beat_index)
         apart = due - self.grid.cluster_at(received_ns)
-        if not self.locked or not timeline.continues(self.grid.timeline, apart):
+        same = timeline.continues(self.grid.timeline, apart) and not self._is_another(frame)
+        if not self.locked or not same:
             self._estimate = Estimate()
             offset = due - received_ns
             self._lock(frame, timeline, offset, now_ns)
@@ -381,7 +400,7 @@ class Follower:
         frequency: int = 0,
     ) -> None:
         grid = self.grid
-        self.epoch, self.leader_id = message.epoch, message.leader_id
+        self._note_leader(message)
         self.locked = True
         self.drift.clear()
         self._judged_epoch = -1
@@ -397,3 +416,7 @@ class Follower:
         self.counts.locks += 1
         self._observer.on_lock()
         self._observer.on_followed()
+
+
+def _rank(message: BeatFrame | SyncReply) -> tuple[bool, int]:
+    return message.alone is not True, message.epoch

@@ -14,13 +14,13 @@ from typing import Final, final
 
 import msgspec
 import trio
-from msgspec import Struct
+from msgspec import UNSET, Struct
 from msgspec.structs import replace
 from trio_util import AsyncBool
 
 from .._checks import check_integer
 from .._errors import Logger, MetronomeUnavailable, TempoRefused, TransportBroken
-from .._grid.changes import ASKED_NS, propose
+from .._grid.changes import ASKED_NS, LEAD_NS, propose
 from .._grid.steering import Steering
 from .._grid.timeline import Timeline, beat_ns, milli_bpm
 from .._time.local import local_ns, seconds_of
@@ -29,6 +29,7 @@ from .._transport.store import Conflict
 from .._wire import (
     BeatFrame,
     Probe,
+    RecallReply,
     Record,
     SyncReply,
     TempoReply,
@@ -36,10 +37,13 @@ from .._wire import (
     beat_subject,
     decode_frame,
     decode_probe,
+    decode_recall_request,
     decode_sync_request,
     decode_tempo_request,
     encode,
+    is_inbox,
     lead_subject,
+    recall_subject,
     sync_subject,
     tempo_subject,
     window_id,
@@ -54,16 +58,32 @@ _COMMIT_PATIENCE: Final = 2.0
 _RETRY: Final = 1.0
 # Between two writings, whoever asks for them.
 _PAUSE: Final = 0.02
+# How often a change is tried whose commit comes back too late for its beat.
+_CHANGE_TRIES: Final = 3
+# How often a leader without a record asks whether there can be one by now.
+_FIND_EVERY: Final = 5.0
 # What is left of the time before a change when its commit is given up.
 _MARGIN_NS: Final = 50_000_000
-# Servers check who publishes on a subject, and not who asks for an answer on it: whoever may ask
-# could otherwise have the leader write on its own behalf where only the leader may.
-_NO_INBOX: Final = ("backbeat.", "$")
 
 
 def lease_ns(milli: int) -> int:
     """Return how long a leader may be silent before another one takes its place."""
     return max(_LEASE_BEATS * beat_ns(milli), _LEASE_NS)
+
+
+async def wait_for_record(transport: Transport, find_record: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until there can be a record: ask on each connection, and every few seconds."""
+    while not await _can_be(transport, find_record):
+        with trio.move_on_after(_FIND_EVERY):
+            await transport.wait_connected(False)
+        await transport.wait_connected()
+
+
+async def _can_be(transport: Transport, find_record: Callable[[], Awaitable[bool]]) -> bool:
+    try:
+        return await find_record()
+    except TransportBroken:
+        return False
 
 
 class Term(Struct, frozen=True):
@@ -82,6 +102,8 @@ class Term(Struct, frozen=True):
     nonce: str = ""
     announced_seq: int = -1
     """The last segment that a frame or an answer has announced."""
+    uncertainty_ns: int = 0
+    """What its cluster time may differ by from that of the grid's first leader."""
 
     def record(self, cluster_id: str, leader_id: str) -> Record:
         """Return what is to be kept of the grid as the term begins."""
@@ -97,6 +119,7 @@ class Term(Struct, frozen=True):
             milli_bpm=self.milli_bpm,
             announced_seq=self.announced_seq,
             written_ms=time.time_ns() // 1_000_000,
+            written_ns=self.steering.cluster_at(local_ns()),
         )
 
 
@@ -131,6 +154,8 @@ class Leader:
       ledger: the record that it keeps; None where there is none.
       keep: called with the record whenever the term has changed; None is nobody. It is for what
         needs no waiting: what keeps the grid in this process.
+      find_record: asked by a leader without a record, on each connection and every few seconds,
+        whether there can be one by now; None where there never will be.
 
     """
 
@@ -145,6 +170,7 @@ class Leader:
         logger: Logger,
         ledger: Ledger | None = None,
         keep: Callable[[Record], None] | None = None,
+        find_record: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self.timeline: Timeline = term.timeline
         self.epoch: int = term.epoch
@@ -161,12 +187,17 @@ class Leader:
         self._logger = logger
         self._ledger = ledger
         self._keep_now = keep
+        self._find_record = find_record
+        self._is_alone = ledger is None and keep is None
         self._committing = trio.Lock()
         self._changing = trio.Lock()
         self._look = AsyncBool(False)
         self._reachable = True
-        self._last_ns = 0
-        self._warned = -1
+        self._last_ns = self.cluster_ns()
+        # The connection on which the record was read, and when another leader was heard last.
+        self._looked = transport.generation
+        self._others_ns: int | None = None
+        self._why = "another metronome leads"
         self._scope = trio.CancelScope()
 
     # The grid.
@@ -182,6 +213,11 @@ class Leader:
     def next_beat_time(self) -> float:
         """Return when the next frame is due, in seconds of Trio's clock."""
         return seconds_of(self.steering.local_at(self.timeline.next_beat(self.cluster_ns())))
+
+    @property
+    def has_record(self) -> bool:
+        """Whether it keeps a record, which others may read."""
+        return self._ledger is not None
 
     def present_term(self) -> Term:
         """Return the term as it stands now."""
@@ -227,7 +263,7 @@ class Leader:
             if not self._scope.cancelled_caught:
                 self._logger.info("metronome stops - epoch=%d beat=%d", self.epoch, self.sent)
         self._counts.deposed += 1
-        self._logger.warning("another metronome leads: no longer in epoch %d", self.epoch)
+        self._logger.warning("%s: no longer in epoch %d", self._why, self.epoch)
 
     async def _run(
         self, probes: AsyncIterator[Message] | None, task_status: trio.TaskStatus[None]
@@ -238,6 +274,7 @@ class Leader:
             subscribe(sync_subject(cluster_id)) as syncs,
             subscribe(tempo_subject(cluster_id)) as tempos,
             subscribe(beat_subject(cluster_id)) as frames,
+            subscribe(recall_subject(cluster_id)) as recalls,
             (
                 subscribe(lead_subject(cluster_id, self.epoch))
                 if probes is None
@@ -247,11 +284,14 @@ class Leader:
             nursery.start_soon(self._answer, syncs, self._answer_sync)
             nursery.start_soon(self._answer, tempos, self._answer_tempo)
             nursery.start_soon(self._answer, frames, self._hear)
+            nursery.start_soon(self._answer, recalls, self._answer_recall)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._answer, asked, self._answer_probe)
             if self._ledger is not None:
                 nursery.start_soon(self._keep_record)
                 nursery.start_soon(self._look_after_outages)
+            elif self._find_record is not None:
+                nursery.start_soon(self._look_for_record, self._find_record)
             task_status.started()
             # The subscriptions last as long as those who listen.
             await trio.sleep_forever()
@@ -260,19 +300,48 @@ class Leader:
     async def _beat(self) -> None:
         while True:
             await trio.sleep_until(self.next_beat_time())
-            if self._ledger is not None and self._stood_still():
-                # Somebody else may lead by now: nothing is said before that is known.
-                with trio.move_on_after(_COMMIT_PATIENCE), contextlib.suppress(TransportBroken):
-                    await self._save()
+            if not self._may_speak():
+                await self._look_before_speaking()
             self.strike()
+
+    # Looking before speaking.
 
     def _stood_still(self) -> bool:
         # For long enough that standbys may have given this process up.
         overdue = local_ns() - self.steering.local_at(self.timeline.next_beat(self._last_ns))
         return overdue > lease_ns(self.timeline.segments[0].milli_bpm) // 2
 
+    def _may_speak(self) -> bool:
+        # After an outage, or having stood still, somebody else may lead by now: nothing is said
+        # before that is known.
+        if self._ledger is None:
+            return True
+        return self._looked == self._transport.generation and not self._stood_still()
+
+    async def _look_before_speaking(self) -> None:
+        """Read the record, and wait for it while anybody else is heard."""
+        while True:
+            generation = self._transport.generation
+            try:
+                with trio.fail_after(_COMMIT_PATIENCE):
+                    await self._save()
+            except (TransportBroken, trio.TooSlowError) as error:
+                self._cannot_commit(error)
+                if not self._hears_others():
+                    break
+                await trio.sleep(_PAUSE)
+            else:
+                break
+        self._looked, self._last_ns = generation, self.cluster_ns()
+
+    def _hears_others(self) -> bool:
+        lease = lease_ns(self.timeline.segments[0].milli_bpm)
+        return self._others_ns is not None and local_ns() - self._others_ns < lease
+
     def strike(self) -> None:
         """Publish the frame that is due, if there is one."""
+        if not self._may_speak():
+            return
         now = self.cluster_ns()
         self.timeline = self.timeline.since(now)
         self._last_ns = now
@@ -299,6 +368,8 @@ class Leader:
             window_id=window_id(index, bar),
             epoch=self.epoch,
             leader_id=self._leader_id,
+            incarnation=self._term.incarnation or UNSET,
+            alone=self._is_alone or UNSET,
             **timeline.wire_fields(),
         )
 
@@ -342,7 +413,16 @@ class Leader:
         while True:
             await self._transport.wait_connected(False)
             await self._transport.wait_connected()
-            self._look.value = True
+            # At once, and not only when the next frame is due: pings are to be answered again.
+            await self._look_before_speaking()
+
+    async def _look_for_record(self, find_record: Callable[[], Awaitable[bool]]) -> None:
+        await wait_for_record(self._transport, find_record)
+        self._step_down("there can be a record now")
+
+    def _step_down(self, why: str) -> None:
+        self._why = why
+        self._scope.cancel(why)
 
     def _cannot_commit(self, error: Exception) -> None:
         self._counts.commits_failed += 1
@@ -366,7 +446,7 @@ class Leader:
                     await ledger.write(record)
                 except Conflict:
                     if self._is_deposed(ledger.record):
-                        self._scope.cancel("another metronome leads")
+                        self._step_down("another metronome leads")
                 else:
                     break
         self._counts.commits += 1
@@ -389,7 +469,7 @@ class Leader:
     ) -> None:
         async for request in requests:
             try:
-                if request.reply.startswith(_NO_INBOX):
+                if request.reply and not is_inbox(request.reply):
                     raise msgspec.ValidationError("a request from no inbox")
                 reply = await answer(request)
             except msgspec.DecodeError:
@@ -406,24 +486,30 @@ class Leader:
     async def _hear(self, message: Message) -> None:
         frame = decode_frame(message.data)
         self._own(frame.cluster_id)
-        if frame.epoch > self.epoch:
+        if frame.leader_id == self._leader_id and frame.epoch == self.epoch:
+            return
+        self._others_ns = local_ns()
+        outranked = frame.alone is not True if self._is_alone else frame.epoch > self.epoch
+        if frame.epoch > self.epoch or outranked:
             self._counts.frames_foreign += 1
-            if self._ledger is None and frame.epoch != self._warned:
-                self._warned = frame.epoch
-                self._logger.warning(
-                    "another metronome beats in epoch %d: %s", frame.epoch, frame.leader_id
-                )
             self._look.value = True
+        if self._is_alone and (outranked or frame.epoch > self.epoch):
+            # Whoever has a record outranks one without, and of two without it the later one leads.
+            self._step_down(f"another metronome leads: {frame.leader_id}")
 
-    async def _answer_probe(self, request: Message) -> Probe:
+    async def _answer_probe(self, request: Message) -> Probe | None:
         probe = decode_probe(request.data)
         self._own(probe.cluster_id)
         if probe.epoch > self.epoch:
             self._look.value = True
+        if not self._may_speak():
+            return None
         return Probe(self._cluster_id, self.epoch, self._leader_id)
 
-    async def _answer_sync(self, request: Message) -> SyncReply:
+    async def _answer_sync(self, request: Message) -> SyncReply | None:
         self._own(decode_sync_request(request.data).cluster_id)
+        if not self._may_speak():
+            return None
         self._counts.syncs += 1
         self._note_announced()
         return SyncReply(
@@ -433,6 +519,30 @@ class Leader:
             received_ns=self.cluster_ns(request.received_ns),
             sent_ns=self.cluster_ns(),
             beats_per_bar=self.beats_per_bar,
+            incarnation=self._term.incarnation or UNSET,
+            alone=self._is_alone or UNSET,
+            uncertainty_ns=self._term.uncertainty_ns,
+            **self.timeline.since(self.cluster_ns()).wire_fields(),
+        )
+
+    async def _answer_recall(self, request: Message) -> RecallReply | None:
+        recall = decode_recall_request(request.data)
+        self._own(recall.cluster_id)
+        if not self._may_speak():
+            return None
+        self._note_announced()
+        return RecallReply(
+            cluster_id=self._cluster_id,
+            agent_id=self._leader_id,
+            role="leader",
+            epoch=self.epoch,
+            received_ns=self.cluster_ns(request.received_ns),
+            sent_ns=self.cluster_ns(),
+            uncertainty_ns=self._term.uncertainty_ns,
+            last_beat=self.sent,
+            beats_per_bar=self.beats_per_bar,
+            incarnation=self._term.incarnation or UNSET,
+            alone=self._is_alone or UNSET,
             **self.timeline.since(self.cluster_ns()).wire_fields(),
         )
 
@@ -498,23 +608,33 @@ class Leader:
         self, bpm: float | None, at_beat: int | None, over: int
     ) -> tuple[Timeline, int]:
         milli = bpm if not bpm else milli_bpm("tempo_bpm", bpm)
-        now, known = self.cluster_ns(), {*self.timeline.segments}
-        timeline = propose(
-            self.timeline,
-            now,
-            None if milli is None else int(milli),
-            at_beat,
-            over=over,
-            former=self.milli_bpm,
-            beats_per_bar=self.beats_per_bar,
-            epoch=self.epoch,
-        )
-        first = next(segment for segment in timeline.segments if segment not in known)
-        if len(encode(self.frame(self.sent, timeline))) > self._transport.max_payload:
-            raise TempoRefused("frames that tell of it would be larger than the server takes")
-        if self._ledger is not None:
+        for _ in range(_CHANGE_TRIES):
+            now, known = self.cluster_ns(), {*self.timeline.segments}
+            timeline = propose(
+                self.timeline,
+                now,
+                None if milli is None else int(milli),
+                at_beat,
+                over=over,
+                former=self.milli_bpm,
+                beats_per_bar=self.beats_per_bar,
+                epoch=self.epoch,
+            )
+            first = next(segment for segment in timeline.segments if segment not in known)
+            frame = self.frame(max(self.sent, timeline.segments[0].beat0), timeline)
+            if len(encode(frame)) > self._transport.max_payload:
+                raise TempoRefused("frames that tell of it would be larger than the server takes")
+            if self._ledger is None:
+                return timeline, first.beat0
             await self._commit(timeline, (first.t0_ns - now - _MARGIN_NS) / 1e9)
-        return timeline, first.beat0
+            # Time has passed meanwhile, and everybody must still hear of it before it takes effect.
+            if first.t0_ns - self.cluster_ns() >= LEAD_NS // 2:
+                return timeline, first.beat0
+            # What holds is written over it.
+            self._look.value = True
+            if at_beat is not None:
+                break
+        raise TempoRefused("the change was committed too late for its beat")
 
     async def _commit(self, timeline: Timeline, seconds: float) -> None:
         try:

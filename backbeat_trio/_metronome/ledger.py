@@ -23,6 +23,17 @@ class Ledger:
         self._store = store
         self._cluster_id = cluster_id
 
+    async def open(self) -> bool:
+        """Make the place for the record where it is missing; return whether there can be one.
+
+        A checkpoint.
+
+        Raises:
+          RecordRefused: where there never will be one.
+          TransportBroken: where that cannot be told at present.
+        """
+        return await self._store.open()
+
     async def read(self) -> Record | None:
         """Read the record. A checkpoint.
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from typing import Final, final
 
 import msgspec
 import trio
+from msgspec import UNSET
 from trio_util import AsyncBool
 
 from .._errors import Logger, TransportBroken
 from .._grid.estimate import Ping
 from .._grid.follower import Answer, Follower, FollowerObserver
+from .._grid.steering import MIN_STEP_NS
 from .._grid.timeline import NEVER, Timeline
 from .._time.clock import BeatClock
 from .._time.local import local_ns
-from .._transport.protocol import Transport
+from .._transport.protocol import Message, Transport
 from .._wire import (
+    RecallReply,
+    Role,
     SyncRequest,
     beat_subject,
     decode_frame,
+    decode_recall_request,
     decode_sync_reply,
     encode,
+    is_inbox,
+    recall_subject,
     sync_subject,
 )
 
@@ -32,9 +40,24 @@ _ASK_EVERY: Final = 0.02
 _LOG_EVERY_NS: Final = 1_000_000_000
 
 
+class ListenerObserver:
+    """Whom a listener calls. Each method does nothing unless it is overridden."""
+
+    def on_stale(self, epoch: int) -> None:
+        """Take note of a frame of an epoch that is over."""
+
+    def on_sign(self, *, alone: bool) -> None:
+        """Take note of a frame or an answer of somebody who leads, with a record or without."""
+
+    def on_recall(self) -> None:
+        """Take note that a metronome which finds no leader asks who is there."""
+
+
 @final
 class BeatListener(FollowerObserver):
     """Follows the leader of a cluster over a transport, and steers a clock by it.
+
+    It also remembers: once it is locked it answers the recalls of metronomes that find no leader.
 
     Args:
       clock: is steered.
@@ -42,7 +65,8 @@ class BeatListener(FollowerObserver):
       cluster_id: the cluster to follow.
       agent_id: the name that goes into pings.
       logger: where it says what it notices.
-      on_stale: called with the epoch of a frame whose epoch is over; None is nobody.
+      role: what it says it is, when it answers a recall.
+      observer: is called when something has happened.
 
     """
 
@@ -54,7 +78,8 @@ class BeatListener(FollowerObserver):
         cluster_id: str,
         agent_id: str,
         logger: Logger,
-        on_stale: Callable[[int], None] | None = None,
+        role: Role = "agent",
+        observer: ListenerObserver | None = None,
     ) -> None:
         self.follower: Follower = Follower(clock.grid, cluster_id=cluster_id, observer=self)
         self.locked = trio.Event()
@@ -69,16 +94,22 @@ class BeatListener(FollowerObserver):
         self._logger = logger
         self._logged_ns = -_LOG_EVERY_NS
         self._ask = AsyncBool(False)
-        self._on_stale = on_stale
+        self._agent_id = agent_id
+        self._role: Role = role
+        self._observer = observer or ListenerObserver()
+        self.way_ns: int = 0
+        """The round trip of the last answer."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen and steer until cancelled."""
         async with (
             self._transport.open_subscription(beat_subject(self._cluster_id)) as messages,
+            self._transport.open_subscription(recall_subject(self._cluster_id)) as recalls,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(self._sync)
             nursery.start_soon(self._ask_again)
+            nursery.start_soon(self._answer_recalls, recalls)
             task_status.started()
             async for message in messages:
                 try:
@@ -90,6 +121,8 @@ class BeatListener(FollowerObserver):
                     self.follower.counts.frames_undecodable += 1
                     self.on_odd("a frame that cannot be decoded")
                     continue
+                if frame.cluster_id == self._cluster_id:
+                    self._observer.on_sign(alone=frame.alone is True)
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
 
@@ -140,7 +173,46 @@ class BeatListener(FollowerObserver):
             if reply.cluster_id == self._cluster_id:
                 ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)
                 answers.append((ping, reply))
+                self.way_ns = max(0, ping.delay_ns)
+                self._observer.on_sign(alone=reply.alone is True)
         return answers
+
+    async def _answer_recalls(self, recalls: AsyncIterator[Message]) -> None:
+        async for request in recalls:
+            try:
+                recall = decode_recall_request(request.data)
+            except msgspec.DecodeError:
+                continue
+            if recall.cluster_id != self._cluster_id or recall.leader_id == self._agent_id:
+                continue
+            if not is_inbox(request.reply):
+                continue
+            self._observer.on_recall()
+            reply = self._remember(request.received_ns)
+            if reply is not None:
+                with contextlib.suppress(TransportBroken, ValueError):
+                    self._transport.publish_nowait(request.reply, encode(reply))
+
+    def _remember(self, received_ns: int) -> RecallReply | None:
+        follower, grid, now = self.follower, self._clock.grid, local_ns()
+        if not follower.locked:
+            return None
+        uncertainty = follower.uncertainty_ns(now)
+        return RecallReply(
+            cluster_id=self._cluster_id,
+            agent_id=self._agent_id,
+            role=self._role,
+            epoch=follower.epoch,
+            received_ns=grid.cluster_at(received_ns),
+            sent_ns=grid.cluster_at(local_ns()),
+            # What only frames have told is as good as their way.
+            uncertainty_ns=MIN_STEP_NS if uncertainty is None else uncertainty,
+            last_beat=grid.index_at(now),
+            beats_per_bar=grid.beats_per_bar,
+            incarnation=follower.incarnation or UNSET,
+            alone=follower.is_alone or UNSET,
+            **grid.timeline.since(grid.cluster_at(now)).wire_fields(),
+        )
 
     # What the follower calls.
 
@@ -166,8 +238,7 @@ class BeatListener(FollowerObserver):
 
     def on_stale(self, epoch: int) -> None:
         """Pass on the epoch of a frame whose epoch is over."""
-        if self._on_stale is not None:
-            self._on_stale(epoch)
+        self._observer.on_stale(epoch)
 
     def on_odd(self, text: str) -> None:
         """Keep what looked odd for `Session.health`, and log it where it is new."""

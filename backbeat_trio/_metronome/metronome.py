@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
 import msgspec
 import trio
@@ -35,9 +35,12 @@ from .._wire import (
     encode,
     sync_subject,
 )
-from .leader import Leader, MetronomeCounts, Term
+from .leader import Leader, MetronomeCounts, Term, wait_for_record
 from .ledger import Ledger
 from .standby import Standby
+
+# How soon it is asked again whether there can be a record.
+_RETRY: Final = 1.0
 
 
 class MetronomeStatistics(NamedTuple):
@@ -116,6 +119,8 @@ class Metronome:
         self._logger: Logger = logger or logging.getLogger("backbeat_trio")
         self._counts = MetronomeCounts()
         self._leader: Leader | None = None
+        # The present term's, or the last one's; and the highest that a record has named.
+        self._epoch = 0
         self._seen = -1
 
     @property
@@ -126,7 +131,7 @@ class Metronome:
     @property
     def epoch(self) -> int:
         """The number of the present term of leadership, or of the last one; 0 before there was."""
-        return max(0, self._seen)
+        return self._epoch
 
     def statistics(self) -> MetronomeStatistics:
         """Return the counters."""
@@ -155,17 +160,13 @@ class Metronome:
 
         Raises:
           TransportClosed: where the transport is closed.
+          RecordRefused: where the store will never keep the record.
 
         """
         if self._bus is not None:
             await self._run_on_bus(self._bus.store_of(self._cluster_id), task_status)
-        elif self._ledger is not None:
-            await self._run_by_turns(self._ledger, task_status)
         else:
-            # Alone there is nothing that remembers earlier terms: the milliseconds of the wall
-            # clock make a later one greater, and are used for nothing else.
-            term = self._first_term(time.time_ns() // 1_000_000)
-            await self._lead(self._make_leader(term), task_status=task_status)
+            await self._run_by_turns(task_status)
 
     async def _run_on_bus(self, store: MemoryStore, task_status: trio.TaskStatus[None]) -> None:
         try:
@@ -199,36 +200,75 @@ class Metronome:
             milli_bpm=record.milli_bpm,
         )
 
-    async def _run_by_turns(self, ledger: Ledger, task_status: trio.TaskStatus[None]) -> None:
-        task_status.started()
+    async def _run_by_turns(self, task_status: trio.TaskStatus[None]) -> None:
         former: Term | None = None
+        if self._ledger is None:
+            # Alone there is nothing that remembers earlier terms: the milliseconds of the wall
+            # clock make a later one greater, and are used for nothing else.
+            term = self._first_term(time.time_ns() // 1_000_000, nonce=secrets.token_hex(8))
+            former = await self._lead(self._make_leader(term), task_status=task_status)
+        else:
+            task_status.started()
         while True:
+            ledger = await self._find_ledger()
             async with AsyncExitStack() as stack:
-                async with trio.open_nursery() as nursery:
-                    standby = Standby(
-                        self._transport,
-                        ledger,
-                        cluster_id=self._cluster_id,
-                        leader_id=self._leader_id,
-                        milli_bpm=self._milli,
-                        beats_per_bar=self._beats_per_bar,
-                        counts=self._counts,
-                        logger=self._logger,
-                        seen=self._seen,
-                        former=former,
-                    )
-                    await nursery.start(standby.follow)
-                    term, probes = await standby.wait_for_turn(
-                        stack, self._first_term(0, nonce=secrets.token_hex(8))
-                    )
-                    leader = self._make_leader(term)
-                    # It may be overdue: it waits neither for the end of standing by nor for
-                    # subscriptions.
-                    leader.strike()
-                    nursery.cancel_scope.cancel()
-                await self._lead(leader, probes)
-                former = leader.present_term()
-                self._seen = max(self._seen, ledger.record.epoch if ledger.record else -1)
+                won = await self._stand_by(ledger, former, stack)
+                if won is not None:
+                    former = await self._lead(*won)
+                    if ledger is not None and ledger.record is not None:
+                        self._seen = max(self._seen, ledger.record.epoch)
+
+    async def _stand_by(
+        self, ledger: Ledger | None, former: Term | None, stack: AsyncExitStack
+    ) -> tuple[Leader, AsyncIterator[Message]] | None:
+        """Stand by until this one leads; None where there can be a record that there was not."""
+        async with trio.open_nursery() as nursery:
+            standby = Standby(
+                self._transport,
+                ledger,
+                cluster_id=self._cluster_id,
+                leader_id=self._leader_id,
+                milli_bpm=self._milli,
+                beats_per_bar=self._beats_per_bar,
+                counts=self._counts,
+                logger=self._logger,
+                seen=self._seen,
+                former=former,
+            )
+            await nursery.start(standby.follow)
+            if ledger is None and self._ledger is not None:
+                nursery.start_soon(self._until_record, self._ledger, nursery.cancel_scope)
+            term, probes = await standby.wait_for_turn(
+                stack, self._first_term(0, nonce=secrets.token_hex(8))
+            )
+            leader = self._make_leader(term, ledger)
+            # It may be overdue: it waits neither for the end of standing by nor for subscriptions.
+            leader.strike()
+            nursery.cancel_scope.cancel()
+            return leader, probes
+        return None
+
+    async def _until_record(self, ledger: Ledger, scope: trio.CancelScope) -> None:
+        await wait_for_record(self._transport, ledger.open)
+        scope.cancel("there can be a record now")
+
+    async def _find_ledger(self) -> Ledger | None:
+        """Return the record; None where the server says that there can be none."""
+        warned = False
+        while self._ledger is not None:
+            await self._transport.wait_connected()
+            try:
+                if await self._ledger.open():
+                    return self._ledger
+            except TransportBroken as error:
+                if not warned:
+                    warned = True
+                    self._logger.warning("the record of the grid cannot be kept yet: %s", error)
+                await trio.sleep(_RETRY)
+                continue
+            self._logger.warning("alone: there is no JetStream, so nobody takes over from this one")
+            break
+        return None
 
     def _first_term(self, epoch: int, *, nonce: str = "") -> Term:
         origin = secrets.randbelow(ORIGINS_NS)
@@ -243,7 +283,13 @@ class Metronome:
             nonce=nonce,
         )
 
-    def _make_leader(self, term: Term, *, keep: Callable[[Record], None] | None = None) -> Leader:
+    def _make_leader(
+        self,
+        term: Term,
+        ledger: Ledger | None = None,
+        *,
+        keep: Callable[[Record], None] | None = None,
+    ) -> Leader:
         return Leader(
             self._transport,
             term,
@@ -251,8 +297,9 @@ class Metronome:
             leader_id=self._leader_id,
             counts=self._counts,
             logger=self._logger,
-            ledger=self._ledger,
+            ledger=ledger,
             keep=keep,
+            find_record=None if ledger or self._ledger is None else self._ledger.open,
         )
 
     async def _lead(
@@ -261,13 +308,16 @@ class Metronome:
         probes: AsyncIterator[Message] | None = None,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        self._leader = leader
-        self._seen = max(self._seen, leader.epoch)
+    ) -> Term:
+        self._leader, self._epoch = leader, leader.epoch
+        # The epochs of the two kinds have nothing to do with one another.
+        if leader.has_record:
+            self._seen = max(self._seen, leader.epoch)
         try:
             await leader.run(probes, task_status=task_status)
         finally:
             self._leader = None
+        return leader.present_term()
 
     def _present(self) -> Leader:
         if self._leader is None:

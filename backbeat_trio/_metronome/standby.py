@@ -1,4 +1,4 @@
-"""Standing by: following the grid as any agent does, and taking over when its leader is gone.
+"""Standing by, joining and coming back: following the grid, and taking over when nobody leads.
 
 A frame that is late, where this process itself is punctual, makes a standby ask. Where nobody is
 subscribed to the leader's probes any more its process is gone, and the standby takes over at once.
@@ -9,6 +9,7 @@ several standbys is the record: only one of them writes over the revision that a
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -20,50 +21,55 @@ from msgspec.structs import replace
 
 from .._errors import Logger, NoResponders, TransportBroken
 from .._grid.changes import reschedule
-from .._grid.timeline import Timeline
+from .._grid.estimate import Ping
+from .._grid.presence import JITTERS, LATE_NS, PROBE_EVERY_NS, Action, Decision, Presence
+from .._grid.recall import Agreement, Memory, agree
+from .._grid.steering import Steering
+from .._grid.timeline import NEVER, Timeline
 from .._time.clock import BeatClock
-from .._time.local import local_ns
-from .._transport.protocol import Message, Transport
+from .._time.local import local_ns, seconds_of
+from .._transport.protocol import Message, Reply, Transport
 from .._transport.store import Conflict
 from .._wire import (
     MAX_INDEX,
     MAX_NS,
     Probe,
+    RecallRequest,
     Record,
+    Role,
     Segment,
-    SyncRequest,
     decode_probe,
-    decode_sync_reply,
+    decode_recall_reply,
     encode,
     lead_subject,
-    sync_subject,
+    recall_subject,
 )
 from .leader import MetronomeCounts, Term, lease_ns
 from .ledger import Ledger
-from .listener import BeatListener
+from .listener import BeatListener, ListenerObserver
 
-# How late a frame may be, and how often a leader that owes one is asked.
-_LATE_NS: Final = 8_000_000
-_JITTERS: Final = 4
-_PROBE_EVERY: Final = 0.005
-# What somebody else who has just taken over, or come back to the server, is given to be heard.
+# What somebody else who has just taken over is given to be heard, and how soon the store is asked
+# again that did not answer.
 _GRACE: Final = 0.05
-_RECONNECT_GRACE: Final = 0.5
 _RETRY: Final = 0.2
-# How long nobody must be there before a grid begins again, and how long an answer may take.
-_ABSENT_NS: Final = 1_000_000_000
+# How long a probe is waited for, at least and at most, beside what the way takes; and a recall.
+_PROBE_MIN: Final = 0.005
+_PROBE_MAX: Final = 0.1
+_RECALL_WAIT: Final = 0.1
+_WAYS: Final = 3
+# For how long an answer to a recall counts.
+_MEMORY_NS: Final = 10_000_000_000
 # What the wall clocks of two machines may differ by.
 _WALL_NS: Final = 2_000_000_000
-_ASK: Final = 0.1
 
 
 @final
-class Standby:
-    """A metronome that does not lead.
+class Standby(ListenerObserver):
+    """A metronome that does not lead: what `Presence` decides, carried out.
 
     Args:
       transport: run by somebody else.
-      ledger: the record that metronomes share.
+      ledger: the record that metronomes share; None where there is none.
       cluster_id: the cluster.
       leader_id: the name of this metronome.
       milli_bpm: the tempo of a grid that begins here, in thousandths of a beat a minute.
@@ -78,7 +84,7 @@ class Standby:
     def __init__(
         self,
         transport: Transport,
-        ledger: Ledger,
+        ledger: Ledger | None,
         *,
         cluster_id: str,
         leader_id: str,
@@ -96,7 +102,8 @@ class Standby:
             cluster_id=cluster_id,
             agent_id=leader_id,
             logger=logger,
-            on_stale=self._depose,
+            role="standby",
+            observer=self,
         )
         self._follower = self._listener.follower
         self._transport = transport
@@ -107,10 +114,23 @@ class Standby:
         self._logger = logger
         self._seen = seen
         self._former = former
-        self._why = ""
+        self._presence = Presence(
+            local_ns(),
+            connected=transport.connected,
+            remembers=former is not None,
+            has_record=ledger is not None,
+        )
+        # Where to wait for whatever may change a decision.
+        self._news = trio.lowlevel.ParkingLot()
         self._stands_by = False
         self._troubled = False
-        self._generation = transport.generation
+        # The beat that a leader which lives owes a frame of, and when the next one is late.
+        self._excused_ns = self._due_ns = self._late_ns = 0
+        # The epoch that was asked for last, and what a probe and an answer take.
+        self._probed = -1
+        self._patience = _PROBE_MIN
+        self._way_ns = 0
+        self._memories: dict[str, Memory] = {}
 
     async def follow(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -119,7 +139,39 @@ class Standby:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._clock.run)
             await nursery.start(self._listener.run)
+            nursery.start_soon(self._watch_connection)
             task_status.started()
+
+    async def _watch_connection(self) -> None:
+        while True:
+            await self._transport.wait_connected()
+            self._presence.connection(local_ns(), stands=True)
+            self._news.unpark_all()
+            await self._transport.wait_connected(False)
+            self._presence.connection(local_ns(), stands=False)
+            self._news.unpark_all()
+
+    # What the listener calls.
+
+    def on_stale(self, epoch: int) -> None:
+        """Tell a leader that was replaced without knowing, as it stood still or was cut off."""
+        with contextlib.suppress(TransportBroken):
+            self._transport.publish_nowait(
+                lead_subject(self._cluster_id, epoch), self._make_probe(self._follower.epoch)
+            )
+
+    def on_sign(self, *, alone: bool) -> None:
+        """Take note that somebody leads; one without a record is outranked by one who has it."""
+        if not self._follower.locked and not (alone and self._ledger is not None):
+            self._presence.led(local_ns())
+        self._news.unpark_all()
+
+    def on_recall(self) -> None:
+        """Look after the leader at once, as somebody does not find it."""
+        self._presence.asked()
+        self._news.unpark_all()
+
+    # Watching.
 
     async def wait_for_turn(
         self, stack: AsyncExitStack, fresh: Term
@@ -134,13 +186,20 @@ class Standby:
           The term, and its probes.
         """
         while True:
-            await self._transport.wait_connected()
+            self._look_around()
+            decision = self._presence.decide(local_ns())
             try:
-                await self._until_gone()
-                won = await self._take_over(stack, fresh)
-                if won is not None:
-                    return won
-                await trio.sleep(_GRACE)
+                if decision.action is Action.WAIT:
+                    await self._wait(decision.until_ns)
+                elif decision.action is Action.PROBE:
+                    await self._probe()
+                elif decision.action is Action.RECALL:
+                    await self._recall()
+                else:
+                    won = await self._ask_for_lead(decision, stack, fresh)
+                    if won is not None:
+                        return won
+                    await trio.sleep(_GRACE)
             except TransportBroken as error:
                 if not self._troubled:
                     self._logger.warning("standing by without the record: %s", error)
@@ -149,118 +208,114 @@ class Standby:
             else:
                 self._troubled = False
 
-    def _depose(self, epoch: int) -> None:
-        # A leader that was replaced without knowing, as it stood still or was cut off.
-        with contextlib.suppress(TransportBroken):
-            self._transport.publish_nowait(
-                lead_subject(self._cluster_id, epoch), self._probe(self._follower.epoch)
-            )
-
-    def _probe(self, epoch: int) -> bytes:
-        return encode(Probe(self._cluster_id, epoch, self._leader_id))
-
-    # Watching.
-
-    async def _until_gone(self) -> None:
-        """Wait until nobody leads any more, as far as can be told from here."""
-        follower, grid, transport = self._follower, self._clock.grid, self._transport
-        excused_ns = 0
-        await self._join()
-        if follower.locked and not self._stands_by:
+    def _look_around(self) -> None:
+        follower, grid, presence = self._follower, self._clock.grid, self._presence
+        presence.measured(max(self._way_ns, self._listener.way_ns))
+        record = None if self._ledger is None else self._ledger.record
+        milli = self._clock.segment().milli_bpm if record is None else record.milli_bpm
+        held = record is not None and record.epoch > self._seen
+        if not follower.locked:
+            presence.holds(lease_ns(milli), held=held)
+            return
+        if not self._stands_by:
             self._stands_by = True
             self._logger.info("stands by - leader=%s epoch=%d", follower.leader_id, follower.epoch)
-        while follower.locked:
-            due_before = follower.last_due_ns
-            due = grid.timeline.next_beat(max(due_before, excused_ns))
-            patience = max(_LATE_NS, _JITTERS * follower.drift.jitter_ns)
-            deadline = (grid.steering.local_at(due) + patience) / 1e9
-            deadline = max(deadline, trio.current_time())
-            if await self._is_heard(due_before, deadline):
-                continue
-            late = trio.current_time() - deadline
-            if transport.generation != self._generation:
-                # Who leads may not have come back yet.
-                self._generation = transport.generation
-                if await self._is_heard(due_before, trio.current_time() + _RECONNECT_GRACE):
-                    continue
-            if late > patience / 1e9 and await self._is_heard(
-                due_before, trio.current_time() + late
-            ):
+        lease = lease_ns(self._clock.segment().milli_bpm)
+        presence.holds(lease, held=held)
+        self._due_ns = grid.timeline.next_beat(max(follower.last_due_ns, self._excused_ns))
+        patience = max(LATE_NS, round(JITTERS * follower.drift.jitter_ns))
+        self._late_ns = grid.steering.local_at(self._due_ns) + patience
+        presence.follows(follower.last_due_ns, self._late_ns, lease, alone=follower.is_alone)
+
+    async def _wait(self, until_ns: int) -> None:
+        deadline = math.inf if until_ns == NEVER else seconds_of(until_ns)
+        with trio.move_on_at(deadline) as scope:
+            await self._news.park()
+        if scope.cancelled_caught:
+            self._patience = _PROBE_MIN
+            lost = local_ns() - until_ns
+            if lost > LATE_NS:
                 # It was here that time was lost.
-                continue
-            epoch = max(follower.epoch, self._epoch_of(self._ledger.record))
-            if await self._is_gone(epoch, due_before):
-                self._seen = max(self._seen, epoch)
-                return
-            excused_ns = due
+                self._presence.lost_time(local_ns(), lost)
 
-    async def _is_heard(self, due_before: int, deadline: float) -> bool:
-        with trio.move_on_at(deadline):
-            while self._follower.last_due_ns == due_before:
-                await self._listener.followed.park()
-        return self._follower.last_due_ns != due_before
+    @property
+    def _followed_epoch(self) -> int:
+        # One without a record counts its epochs by itself: they say nothing to who has one.
+        outranked = self._follower.is_alone and self._ledger is not None
+        return -1 if outranked else self._follower.epoch
 
-    async def _is_gone(self, epoch: int, due_before: int) -> bool:
-        """Ask the leader of an epoch whether it lives, until it is clear or it is heard."""
-        subject, probe = lead_subject(self._cluster_id, epoch), self._probe(epoch)
-        silent_since, patience = local_ns(), _PROBE_EVERY
-        while self._follower.last_due_ns == due_before:
-            begun = trio.current_time()
-            self._counts.probes += 1
-            try:
-                answer = await self._transport.request(subject, probe, timeout=patience)
-                # What answers otherwise, such as a stream of these subjects, is no leader.
-                decode_probe(answer.data)
-            except NoResponders:
-                self._why = "its process is gone"
-                return True
-            except (TransportBroken, msgspec.DecodeError):
-                self._check_connected()
-                # Where the way is long an answer is, too, and so is the news that nobody is there.
-                patience = min(2 * patience, _ASK)
-                if local_ns() - silent_since >= lease_ns(self._clock.segment().milli_bpm):
-                    self._why = "it is silent"
-                    return True
-            else:
-                return False
-            await trio.sleep_until(begun + _PROBE_EVERY)
-        return False
+    def _make_probe(self, epoch: int) -> bytes:
+        return encode(Probe(self._cluster_id, epoch, self._leader_id))
 
-    async def _join(self) -> None:
-        """Wait for the lock to a grid that is kept, or until it is clear that nobody keeps one."""
-        locked, absent_since = self._listener.locked, local_ns()
-        while not locked.is_set():
-            record = await self._ledger.read()
-            epoch = self._epoch_of(record)
-            if record is None:
-                # Nobody has led, or the record is lost: then the leader itself answers.
-                subject = sync_subject(self._cluster_id)
-                request = encode(SyncRequest(self._cluster_id, self._leader_id))
-                absence = 0
-            else:
-                subject, request = lead_subject(self._cluster_id, epoch), self._probe(epoch)
-                # It may be on its way back to the server; another grid is the last resort.
-                absence = _ABSENT_NS
-            milli = self._clock.segment().milli_bpm if record is None else record.milli_bpm
-            now = local_ns()
-            try:
-                answer = await self._transport.request(subject, request, timeout=_ASK)
-                (decode_sync_reply if record is None else decode_probe)(answer.data)
-            except NoResponders:
-                if now - absent_since >= absence:
-                    self._seen = max(self._seen, epoch)
-                    self._why = "nobody leads"
-                    return
-            except (TransportBroken, msgspec.DecodeError):
-                self._check_connected()
-                if now - absent_since >= lease_ns(milli):
-                    self._seen = max(self._seen, epoch)
-                    self._why = "nobody leads"
-                    return
-            else:
-                absent_since = local_ns()
-            with trio.move_on_after(_ASK):
-                await locked.wait()
+    async def _probe(self) -> None:
+        """Ask whoever leads, or did last as far as is known, whether it lives."""
+        record = None if self._ledger is None else self._ledger.record
+        epoch = max(self._followed_epoch, self._epoch_of(record))
+        begun = trio.current_time()
+        self._probed = epoch
+        self._counts.probes += 1
+        try:
+            answer = await self._transport.request(
+                lead_subject(self._cluster_id, epoch),
+                self._make_probe(epoch),
+                timeout=max(self._patience, _WAYS * self._way_ns / 1e9),
+            )
+            # What answers otherwise, such as a stream of these subjects, is no leader.
+            decode_probe(answer.data)
+        except NoResponders:
+            self._presence.refused()
+            return
+        except (TransportBroken, msgspec.DecodeError):
+            self._check_connected()
+            # Where the way is long an answer is, too, and so is the news that nobody is there.
+            self._patience = min(2 * self._patience, _PROBE_MAX)
+        else:
+            self._note_way(answer)
+            self._presence.led(local_ns())
+            if local_ns() >= self._late_ns:
+                self._excused_ns = self._due_ns
+        await trio.sleep_until(begun + PROBE_EVERY_NS / 1e9)
+
+    def _note_way(self, answer: Reply) -> None:
+        self._way_ns = max(0, answer.received_ns - answer.sent_ns)
+
+    async def _recall(self) -> None:
+        """Ask everybody who remembers the grid, and hear the answers for a while."""
+        if self._ledger is not None:
+            # It proves that the connection works, too.
+            await self._ledger.read()
+        # What was answered long ago may be of another grid.
+        since = local_ns() - _MEMORY_NS
+        self._memories = {
+            name: memory
+            for name, memory in self._memories.items()
+            if memory.ping.answered_ns >= since
+        }
+        request = encode(RecallRequest(self._cluster_id, self._leader_id))
+        patience = max(_RECALL_WAIT, _WAYS * self._way_ns / 1e9)
+        async with self._transport.open_request(
+            recall_subject(self._cluster_id), request
+        ) as replies:
+            with trio.move_on_after(patience), contextlib.suppress(NoResponders):
+                async for answer in replies:
+                    self._hear_memory(answer)
+
+    def _hear_memory(self, answer: Reply) -> None:
+        try:
+            reply = decode_recall_reply(answer.data)
+            timeline = Timeline.of(reply)
+        except (msgspec.DecodeError, ValueError):
+            return
+        if reply.cluster_id != self._cluster_id:
+            return
+        self._note_way(answer)
+        ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)
+        self._memories[reply.agent_id] = Memory(ping, reply, timeline)
+        # One that leads without a record remembers, to one who has a record.
+        role: Role = reply.role
+        if role != "agent" and reply.alone is True and self._ledger is not None:
+            role = "agent"
+        self._presence.answered(role, local_ns())
 
     def _check_connected(self) -> None:
         if not self._transport.connected:
@@ -272,66 +327,115 @@ class Standby:
 
     # Taking over.
 
-    async def _take_over(
-        self, stack: AsyncExitStack, fresh: Term
+    async def _ask_for_lead(
+        self, decision: Decision, stack: AsyncExitStack, fresh: Term
     ) -> tuple[Term, AsyncIterator[Message]] | None:
-        ledger = self._ledger
-        record = await ledger.read()
+        ledger, presence = self._ledger, self._presence
+        record = None if ledger is None else await ledger.read()
+        self._seen = max(self._seen, self._probed, self._followed_epoch)
         if self._epoch_of(record) > self._seen:
             # Somebody else has, meanwhile.
+            presence.led(local_ns())
             return None
-        epoch = self._next_epoch(record)
-        term = self._make_term(record, epoch, fresh)
+        term = self._make_term(decision, record, fresh)
+        if term is None:
+            return None
         async with AsyncExitStack() as held:
             # Before it is known who leads, so that whoever learns of it finds somebody to probe.
             probes = await held.enter_async_context(
-                self._transport.open_subscription(lead_subject(self._cluster_id, epoch))
+                self._transport.open_subscription(lead_subject(self._cluster_id, term.epoch))
             )
-            try:
-                await ledger.write(term.record(self._cluster_id, self._leader_id))
-            except Conflict:
-                return None
+            if ledger is not None:
+                try:
+                    await ledger.write(term.record(self._cluster_id, self._leader_id))
+                except Conflict:
+                    presence.led(local_ns())
+                    return None
             stack.push_async_exit(held.pop_all())
         self._counts.takeovers += 1
         cluster_ns = term.steering.cluster_at(local_ns())
         self._logger.info(
             "takes over from %s: %s - epoch=%d beat=%d, %.1f ms after it",
             self._follower.leader_id or "nobody",
-            self._why,
-            epoch,
+            decision.reason,
+            term.epoch,
             term.timeline.index_at(cluster_ns),
             (cluster_ns - term.timeline.last_beat(cluster_ns)) / 1e6,
         )
         return term, probes
 
-    def _next_epoch(self, record: Record | None) -> int:
-        known = (self._ledger.revision, self._epoch_of(record), self._seen, self._follower.epoch)
+    def _next_epoch(self, record: Record | None, agreed: int = -1) -> int:
+        revision = 0 if self._ledger is None else self._ledger.revision
+        known = (revision, self._epoch_of(record), self._seen, self._followed_epoch, agreed)
         # One that somebody made up must not be the last that there can be.
-        return max(epoch for epoch in known if epoch < MAX_INDEX) + 1
+        epoch = max(epoch for epoch in known if epoch < MAX_INDEX) + 1
+        # Without a record nothing remembers earlier terms: the milliseconds of the wall clock make
+        # a later one greater.
+        return epoch if self._ledger is not None else max(epoch, time.time_ns() // 1_000_000)
 
-    def _make_term(self, record: Record | None, epoch: int, fresh: Term) -> Term:
-        follower, grid = self._follower, self._clock.grid
-        if follower.locked:
-            timeline = grid.timeline.since(self._clock.cluster_ns())
-            present = Term(
-                epoch=epoch,
-                timeline=timeline,
-                steering=grid.steering,
-                beats_per_bar=grid.beats_per_bar,
-                sent=grid.timeline.index_at(follower.last_due_ns),
-                milli_bpm=timeline.segments[0].milli_bpm or fresh.milli_bpm,
-                incarnation=fresh.incarnation,
-                nonce=fresh.nonce,
-                announced_seq=grid.timeline.segments[-1].seq,
-            )
-            return self._go_on(present, record, epoch) or present
-        # It may have led before, and be all that is left of the grid.
+    def _make_term(self, decision: Decision, record: Record | None, fresh: Term) -> Term | None:
+        """Return the term to ask the record for; None where it cannot be told yet which."""
+        if self._follower.locked:
+            return self._follow_on(record, fresh)
+        if decision.action is Action.BEGIN:
+            return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
+        agreement = agree(
+            list(self._memories.values()),
+            local_ns(),
+            incarnation=None if record is None else record.incarnation,
+            expected_ns=None if record is None else _expected_ns(record),
+        )
+        if agreement is not None:
+            return self._remember(agreement, record, fresh)
+        if self._memories:
+            self._memories.clear()
+            self._presence.disbelieved()
+            return None
         if self._former is not None:
+            epoch = self._next_epoch(record)
             former = replace(self._former, epoch=epoch, nonce=fresh.nonce)
             term = self._go_on(former, record, epoch)
-            if term is not None:
-                return term
-        return self._begin_again(record, replace(fresh, epoch=epoch))
+            if term is not None or record is None:
+                return term or former
+        return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
+
+    def _follow_on(self, record: Record | None, fresh: Term) -> Term:
+        """Return the term that goes on with the grid that is followed."""
+        follower, grid = self._follower, self._clock.grid
+        epoch, timeline = self._next_epoch(record), grid.timeline.since(self._clock.cluster_ns())
+        present = Term(
+            epoch=epoch,
+            timeline=timeline,
+            steering=grid.steering,
+            beats_per_bar=grid.beats_per_bar,
+            sent=grid.timeline.index_at(follower.last_due_ns),
+            milli_bpm=timeline.segments[0].milli_bpm or fresh.milli_bpm,
+            incarnation=follower.incarnation or fresh.incarnation,
+            nonce=fresh.nonce,
+            announced_seq=grid.timeline.segments[-1].seq,
+            uncertainty_ns=follower.uncertainty_ns(local_ns()) or 0,
+        )
+        return self._go_on(present, record, epoch) or present
+
+    def _remember(self, agreement: Agreement, record: Record | None, fresh: Term) -> Term:
+        """Return the term that goes on with the grid that agents remember."""
+        now, epoch = local_ns(), self._next_epoch(record, agreement.epoch)
+        steering = Steering()
+        steering.step(agreement.offset_ns, at_ns=now)
+        timeline = agreement.timeline.since(now + agreement.offset_ns)
+        known = Term(
+            epoch=epoch,
+            timeline=timeline,
+            steering=steering,
+            beats_per_bar=agreement.beats_per_bar,
+            sent=agreement.last_beat,
+            milli_bpm=timeline.segments[0].milli_bpm or fresh.milli_bpm,
+            incarnation=agreement.incarnation or fresh.incarnation,
+            nonce=fresh.nonce,
+            announced_seq=timeline.segments[-1].seq,
+            uncertainty_ns=agreement.uncertainty_ns,
+        )
+        return self._go_on(known, record, epoch) or known
 
     def _go_on(self, known: Term, record: Record | None, epoch: int) -> Term | None:
         """Return the term with which the grid of the record goes on; None where it is another."""
@@ -368,16 +472,15 @@ class Standby:
     def _begin_again(self, record: Record | None, fresh: Term) -> Term:
         """Return the term of another grid, where all who knew the time of the last one are gone."""
         epoch, origin = fresh.epoch, fresh.timeline.segments[0].t0_ns
+        fresh = replace(fresh, steering=Steering(origin - local_ns()))
         if record is None:
             segment = Segment(epoch, 0, 0, origin, self._clock.segment().milli_bpm)
             return replace(fresh, timeline=Timeline((segment,)))
         committed, bar = Timeline(record.segments), record.beats_per_bar
         # No beat comes twice: neither those that were beaten since the record was written last, nor
         # those that agents have counted by themselves. Only wall clocks tell how many these are.
-        elapsed = 0 if record.written_ms is None else time.time_ns() - record.written_ms * 1_000_000
-        passed = committed.index_at(
-            committed.time_of(record.high_water) + max(0, elapsed) + _WALL_NS
-        )
+        expected = _expected_ns(record) or committed.time_of(record.high_water)
+        passed = committed.index_at(expected + _WALL_NS)
         beat0 = (max(record.high_water, passed) // bar + 2) * bar
         self._logger.warning(
             "nobody is left of epoch %d: the grid begins again with beat %d", record.epoch, beat0
@@ -398,3 +501,13 @@ class Standby:
             beats_per_bar=bar,
             milli_bpm=milli or record.milli_bpm,
         )
+
+
+def _expected_ns(record: Record) -> int | None:
+    """Return the present cluster time, as the record and the wall clock let expect."""
+    if record.written_ms is None:
+        return None
+    written_ns = record.written_ns
+    if written_ns is None:
+        written_ns = Timeline(record.segments).time_of(record.high_water)
+    return written_ns + max(0, time.time_ns() - record.written_ms * 1_000_000)

@@ -8,7 +8,7 @@ import enum
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import final
 
 import trio
@@ -19,6 +19,7 @@ from .._time.local import local_ns
 from .protocol import (
     SUBSCRIPTION_MESSAGES,
     Message,
+    Reply,
     TransportStatistics,
     check_pattern,
     check_subject,
@@ -96,6 +97,20 @@ class BaseTransport(abc.ABC):
     @abc.abstractmethod
     async def flush(self) -> None:
         """See `Transport.flush`."""
+
+    @abc.abstractmethod
+    def open_request(
+        self, subject: str, data: bytes
+    ) -> AbstractAsyncContextManager[AsyncIterator[Reply]]:
+        """See `Transport.open_request`."""
+
+    async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
+        """See `Transport.request`."""
+        async with self.open_request(subject, data) as answers:
+            with trio.move_on_after(timeout):
+                return await anext(answers)
+        self._check_open()
+        raise TransportBroken(f"no answer on {subject} within {timeout:g} s")
 
     @abc.abstractmethod
     def _subscribe(self, number: int, mailbox: Mailbox) -> None: ...

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final, final
 
 import trio
 
-from .._errors import NoResponders, TransportBroken
+from .._errors import NoResponders
 from .._time.local import local_ns
 from .base import BaseTransport, Mailbox, State
 from .protocol import Message, Reply, matches
@@ -114,18 +114,17 @@ class MemoryTransport(BaseTransport):
         await trio.lowlevel.checkpoint()
         self._check_connected()
 
-    async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
-        """See `Transport.request`."""
+    @asynccontextmanager
+    async def open_request(
+        self, subject: str, data: bytes
+    ) -> AsyncGenerator[AsyncIterator[Reply], None]:
+        """See `Transport.open_request`."""
         self._check_message(subject, data)
         inbox = f"{self._inbox_prefix}.{id(self):x}.{next(self._numbers)}"
-        sent_ns = local_ns()
-        async with self.open_subscription(inbox, capacity=1) as answers:
-            if not self.bus._publish(Message(subject, data, inbox, sent_ns)):
-                raise NoResponders(f"nobody answers on {subject}")
-            with trio.move_on_after(timeout):
-                answer = await anext(answers)
-                return Reply(answer.data, sent_ns, answer.received_ns)
-        raise TransportBroken(f"no answer on {subject} within {timeout:g} s")
+        async with self.open_subscription(inbox) as answers:
+            sent_ns = local_ns()
+            reached = self.bus._publish(Message(subject, data, inbox, sent_ns))
+            yield _Replies(answers, sent_ns, "" if reached else f"nobody answers on {subject}")
 
     async def aclose(self) -> None:
         """See `Transport.aclose`."""
@@ -137,3 +136,23 @@ class MemoryTransport(BaseTransport):
 
     def _unsubscribe(self, number: int, mailbox: Mailbox) -> None:
         del self.bus._mailboxes[mailbox]
+
+
+@final
+class _Replies:
+    """An async iterator of the answers to one request."""
+
+    def __init__(self, answers: AsyncIterator[Message], sent_ns: int, refusal: str) -> None:
+        self._answers = answers
+        self._sent_ns = sent_ns
+        self._refusal = refusal
+
+    def __aiter__(self) -> _Replies:
+        return self
+
+    async def __anext__(self) -> Reply:
+        if self._refusal:
+            await trio.lowlevel.checkpoint()
+            raise NoResponders(self._refusal)
+        answer = await anext(self._answers)
+        return Reply(answer.data, self._sent_ns, answer.received_ns)

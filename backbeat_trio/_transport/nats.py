@@ -10,7 +10,9 @@ import itertools
 import os
 import random
 import ssl
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
@@ -64,12 +66,45 @@ class Backoff:
 
 
 @final
-class _Waiter:
-    __slots__ = ("answer", "event")
+class _Answers:
+    """An async iterator of the answers to one request; see `Transport.open_request`."""
 
-    def __init__(self) -> None:
-        self.event = trio.Event()
-        self.answer: Incoming | None = None
+    __slots__ = ("_answers", "_check_open", "_client", "_lot", "_sent", "_subject")
+
+    def __init__(self, client: Client, subject: str, check_open: Callable[[], None]) -> None:
+        self._client = client
+        self._check_open = check_open
+        self._subject = subject
+        self._answers: deque[tuple[Incoming, int]] = deque()
+        self._lot = trio.lowlevel.ParkingLot()
+        self._sent = 0
+
+    def take(self, item: Incoming, behind_ns: int) -> None:
+        """Take in an answer; ``behind_ns`` takes its stamps to local time."""
+        self._answers.append((item, behind_ns))
+        self._lot.unpark_all()
+
+    def wake(self) -> None:
+        """Have whoever waits look whether the connection still stands."""
+        self._lot.unpark_all()
+
+    def __aiter__(self) -> _Answers:
+        return self
+
+    async def __anext__(self) -> Reply:
+        if self._answers:
+            await trio.lowlevel.checkpoint()
+        while not self._answers:
+            self._check_open()
+            if self._client.lost.is_set():
+                raise TransportBroken(str(self._client.error))
+            await self._lot.park()
+        item, behind_ns = self._answers.popleft()
+        if item.status == "503":
+            raise NoResponders(f"nobody answers on {self._subject}")
+        # The stamp of its departure comes with the first answer only.
+        self._sent = self._sent or item.sent
+        return Reply(item.data, self._sent + behind_ns, item.stamp + behind_ns)
 
 
 @final
@@ -88,8 +123,7 @@ class NatsTransport(BaseTransport):
         self._servers = config.servers
         self._options = _options(config, name or f"backbeat {config.agent_id}")
         self._client: Client | None = None
-        self._waiters: dict[str, _Waiter] = {}
-        self._behind_ns = 0
+        self._requests: dict[str, _Answers] = {}
         self._attempted = trio.Event()
         self._first_error: TransportBroken | None = None
         self._stop = trio.CancelScope()
@@ -159,10 +193,8 @@ class NatsTransport(BaseTransport):
         self._wake_waiters()
 
     def _wake_waiters(self) -> None:
-        waiters = list(self._waiters.values())
-        self._waiters.clear()
-        for waiter in waiters:
-            waiter.event.set()
+        for answers in self._requests.values():
+            answers.wake()
 
     def _close(self) -> None:
         super()._close()
@@ -213,27 +245,20 @@ class NatsTransport(BaseTransport):
         await trio.lowlevel.checkpoint()
         await self._current().flush(next(self._numbers))
 
-    async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
-        """See `Transport.request`."""
+    @asynccontextmanager
+    async def open_request(
+        self, subject: str, data: bytes
+    ) -> AsyncGenerator[AsyncIterator[Reply], None]:
+        """See `Transport.open_request`."""
         self._check_message(subject, data)
-        client, token, waiter = self._current(), f"{next(self._numbers):x}", _Waiter()
-        self._waiters[token] = waiter
+        client, token = self._current(), f"{next(self._numbers):x}"
+        answers = self._requests[token] = _Answers(client, subject, self._check_open)
         try:
             client.send(Publish(subject, data, f"{client.inbox}.{token}", token))
-            with trio.move_on_after(timeout):
-                await waiter.event.wait()
+            yield answers
         finally:
-            self._waiters.pop(token, None)
+            del self._requests[token]
             client.forget(token)
-        answer = waiter.answer
-        if answer is None:
-            self._check_open()
-            if client.lost.is_set():
-                raise TransportBroken(str(client.error))
-            raise TransportBroken(f"no answer on {subject} within {timeout:g} s")
-        if answer.status == "503":
-            raise NoResponders(f"nobody answers on {subject}")
-        return Reply(answer.data, answer.sent + self._behind_ns, answer.stamp + self._behind_ns)
 
     async def call(self, function: Callable[[Any], Awaitable[T]]) -> T:
         """Run an async function of nats-py's client in its thread. A checkpoint.
@@ -265,11 +290,9 @@ class NatsTransport(BaseTransport):
         """Pass on what arrived; ``behind_ns`` takes its stamps to local time."""
         if item.number == INBOX:
             self._received += 1
-            waiter = self._waiters.pop(item.subject.rpartition(".")[2], None)
-            if waiter is not None:
-                self._behind_ns = behind_ns
-                waiter.answer = item
-                waiter.event.set()
+            answers = self._requests.get(item.subject.rpartition(".")[2])
+            if answers is not None:
+                answers.take(item, behind_ns)
             return
         mailbox = self._mailboxes.get(item.number)
         if mailbox is not None:

@@ -133,6 +133,22 @@ class Transport(Protocol):
         """
         ...
 
+    def open_request(
+        self, subject: str, data: bytes
+    ) -> AbstractAsyncContextManager[AsyncIterator[Reply]]:
+        """Send a message, and hear every answer to it for the length of a block.
+
+        Entering and each step of the iterator are checkpoints. The iterator raises `NoResponders`
+        where nobody is subscribed to the subject, and `TransportBroken` where the connection goes
+        away. It does not end by itself.
+
+        Raises:
+          TransportBroken: where no connection stands.
+          ValueError: where the message is larger than `max_payload`.
+
+        """
+        ...
+
     def open_subscription(
         self, subject: str, *, capacity: int = SUBSCRIPTION_MESSAGES
     ) -> AbstractAsyncContextManager[AsyncIterator[Message]]:

@@ -24,11 +24,21 @@ class Conflict(BackbeatError):
     """Somebody else has written since; what is there now has been read."""
 
 
+class RecordRefused(BackbeatError):
+    """The store refuses to keep the value, and would do so again."""
+
+
 class Store(Protocol):
     """One value under compare-and-set."""
 
     async def open(self) -> bool:
-        """Make the place for the value where it is missing; return whether there can be one."""
+        """Make the place for the value where it is missing; return whether there can be one.
+
+        Raises:
+          RecordRefused: where the store will never keep it.
+          TransportBroken: where that cannot be told, as the store does not answer.
+
+        """
         ...
 
     async def read(self) -> Entry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
@@ -16,6 +16,7 @@ from backbeat_trio._wire import (
     BeatFrame,
     Probe,
     Segment,
+    SyncRequest,
     decode_frame,
     decode_record,
     decode_tempo_reply,
@@ -33,23 +34,28 @@ class Memory:
 
     def __init__(self) -> None:
         self.entry = Entry(b"", 0)
+        self.available = True
         self.answering = True
         self.losing = False
+        self.delay = 0.0004
         self.writes = 0
 
     async def open(self) -> bool:
-        await trio.lowlevel.checkpoint()
-        return True
+        await trio.sleep(self.delay)
+        if not self.answering:
+            await trio.sleep(1.0)
+            raise backbeat.TransportBroken("no answer")
+        return self.available
 
     async def read(self) -> Entry:
-        await trio.sleep(0.0004)
+        await trio.sleep(self.delay)
         if not self.answering:
             await trio.sleep(1.0)
             raise backbeat.TransportBroken("no answer")
         return self.entry
 
     async def write(self, data: bytes, revision: int) -> int:
-        await trio.sleep(0.0004)
+        await trio.sleep(self.delay)
         if not self.answering:
             await trio.sleep(1.0)
             raise backbeat.TransportBroken("no answer")
@@ -87,6 +93,9 @@ class Pulse:
     def leads(self) -> bool:
         return self.metronome.leads
 
+    def leads_now(self) -> bool:
+        return self.leads
+
 
 class Cluster:
     def __init__(self, nursery: trio.Nursery) -> None:
@@ -94,11 +103,11 @@ class Cluster:
         self.store = Memory()
         self.frames: list[tuple[float, BeatFrame]] = []
         self.transport = backbeat.MemoryTransport(self.bus)
-        self._nursery = nursery
+        self.nursery = nursery
 
     async def start(self, name: str, bpm: float = 60.0) -> Pulse:
         pulse = Pulse(self, name, bpm)
-        await self._nursery.start(pulse.run)
+        await self.nursery.start(pulse.run)
         return pulse
 
     async def listen(self, task_status: trio.TaskStatus[None]) -> None:
@@ -107,22 +116,36 @@ class Cluster:
             async for message in messages:
                 self.frames.append((trio.current_time(), decode_frame(message.data)))
 
+    async def wait_until(self, predicate: Callable[[], bool]) -> None:
+        with trio.fail_after(100):
+            while not predicate():
+                await trio.sleep(0.001)
+
     def indices(self) -> list[int]:
         return [frame.beat_index for _, frame in self.frames]
 
 
 @asynccontextmanager
-async def cluster(number: int = 2) -> AsyncGenerator[tuple[Cluster, list[Pulse]], None]:
+async def cluster(
+    number: int = 2, bpm: float = 60.0
+) -> AsyncGenerator[tuple[Cluster, list[Pulse]], None]:
     async with trio.open_nursery() as nursery:
         made = Cluster(nursery)
         await nursery.start(made.transport.run)
         await nursery.start(made.listen)
-        pulses = [await made.start("pulse-0")]
+        pulses = [await made.start("pulse-0", bpm)]
+        await made.wait_until(pulses[0].leads_now)
         await trio.sleep(0.1)
         pulses += [await made.start(f"pulse-{n}") for n in range(1, number)]
         await trio.sleep(3.4)
         yield made, pulses
         nursery.cancel_scope.cancel()
+
+
+def set_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the wall clock go with the test's own."""
+    clock = trio.lowlevel.current_clock()
+    monkeypatch.setattr("time.time_ns", lambda: round((clock.current_time() + 10**9) * 1e9))
 
 
 async def test_one_leads_and_the_others_follow(autojump_clock: Clock) -> None:
@@ -303,23 +326,98 @@ async def test_a_forged_frame_makes_a_leader_look_and_nothing_else(autojump_cloc
         assert one.leads
 
 
-async def test_a_cluster_that_begins_again_repeats_no_beat(autojump_clock: Clock) -> None:
+async def test_a_cluster_that_nobody_remembers_begins_again_and_repeats_no_beat(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(1) as (made, (one,)):
+        await trio.sleep(20)
+        last = made.frames[-1][1]
+        one.scope.cancel()
+        await trio.sleep(4.5)
+        await made.start("pulse-9", bpm=999)
+        await trio.sleep(4.3)
+        assert made.indices()[-1] > last.beat_index
+        assert made.frames[-1][1].segment.beat0 > last.beat_index
+        # The tempo is that of the record, and not that of whoever came.
+        assert made.frames[-1][1].tempo_bpm == 60
+        assert made.frames[-1][1].incarnation != last.incarnation
+        assert made.indices() == sorted(set(made.indices()))
+
+
+@pytest.mark.parametrize("away", [0.5, 4.5, 60.0, 3600.0])
+async def test_one_agent_that_remembers_keeps_the_grid(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, away: float
+) -> None:
+    set_wall_clock(monkeypatch)
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         await trio.sleep(20)
-        last = made.indices()[-1]
-        with bb.move_on_after(100) as scope:
-            one.scope.cancel()
-            await trio.sleep(4.5)
-            left = scope.beats_left
-            await made.start("pulse-9", bpm=999)
-            await trio.sleep(4.3)
-            assert made.indices()[-1] > last
-            assert made.frames[-1][1].segment.beat0 > last
-            # The tempo is that of the record, and not that of whoever came.
-            assert bb.tempo_bpm == 60
-            assert bb.statistics().locks == 2
-            assert bb.current_beat() == made.indices()[-1]
-            assert scope.beats_left == pytest.approx(left - 4.3, abs=0.1)
+        last, begun = made.frames[-1][1], made.frames[0][0]
+        heard: list[int] = []
+
+        async def count() -> None:
+            async for beat in bb.beats():
+                heard.append(beat.index)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            with bb.move_on_after(1e6) as scope:
+                one.scope.cancel()
+                await trio.sleep(away)
+                left, before = scope.beats_left, trio.current_time()
+                nine = await made.start("pulse-9", bpm=999)
+                await trio.sleep(6.3)
+                passed = trio.current_time() - before
+                assert scope.beats_left == pytest.approx(left - passed, abs=1e-3)
+            nursery.cancel_scope.cancel()
+        assert nine.leads
+        assert made.frames[-1][1].incarnation == last.incarnation
+        assert made.frames[-1][1].epoch > last.epoch
+        assert made.frames[-1][0] - begun == pytest.approx(made.indices()[-1], abs=1e-3)
+        assert made.indices() == sorted(set(made.indices()))
+        assert heard == list(range(heard[0], heard[-1] + 1))
+        assert bb.statistics().locks == 1
+
+
+async def test_a_standby_is_asked_by_a_newcomer_and_takes_over_before_it(
+    autojump_clock: Clock,
+) -> None:
+    # At 2 beats a minute the next frame may be due in half a minute.
+    async with trio.open_nursery() as nursery:
+        made = Cluster(nursery)
+        await nursery.start(made.transport.run)
+        await nursery.start(made.listen)
+        one = await made.start("pulse-0", bpm=2.0)
+        await trio.sleep(40)
+        two = await made.start("pulse-1", bpm=2.0)
+        await trio.sleep(5)
+        one.scope.cancel()
+        await trio.sleep(1.6)
+        again = await made.start("pulse-0", bpm=2.0)
+        await trio.sleep(1.0)
+        assert (two.leads, again.leads) == (True, False)
+        await trio.sleep(200)
+        assert (two.leads, again.leads) == (True, False)
+        assert made.indices() == list(range(len(made.indices())))
+        assert len({frame.incarnation for _, frame in made.frames}) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_liar_among_several_agents_changes_nothing(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, (one,)), AsyncExitStack() as stack:
+        sessions = [
+            await stack.enter_async_context(open_session(made.bus, agent_id=f"agent-{n}"))
+            for n in range(3)
+        ]
+        await trio.sleep(5)
+        begun, incarnation = made.frames[0][0], made.frames[0][1].incarnation
+        one.scope.cancel()
+        await trio.sleep(5)
+        lies = sessions[0]._runtime.clock.grid
+        lies.steering.step(lies.steering.target_at(0) + 20_000_000_000)
+        await made.start("pulse-9")
+        await trio.sleep(10)
+        assert made.frames[-1][1].incarnation == incarnation
+        assert made.frames[-1][0] - begun == pytest.approx(made.indices()[-1], abs=1e-3)
         assert made.indices() == sorted(set(made.indices()))
 
 
@@ -338,7 +436,7 @@ async def test_a_pause_outlives_its_leader(autojump_clock: Clock) -> None:
             assert not bb.health().local_degradation
             assert bb.current_position() == beat
             assert await bb.resume() == beat
-            assert scope.beats_left == 2
+            assert scope.beats_left == pytest.approx(2)
             start = trio.current_time()
             await trio.sleep_forever()
         assert scope.cancelled_caught
@@ -399,18 +497,36 @@ async def test_two_that_lead_for_a_moment_tell_the_same_grid(autojump_clock: Clo
         assert len(seen) == len({index for index, _ in seen})
 
 
-async def test_a_leader_that_is_silent_as_a_newcomer_comes(autojump_clock: Clock) -> None:
+async def test_whoever_subscribes_and_says_nothing_does_not_hold_up_a_newcomer(
+    autojump_clock: Clock,
+) -> None:
     async with trio.open_nursery() as nursery:
         made = Cluster(nursery)
         await nursery.start(made.transport.run)
-        # Somebody is there to be asked, and says nothing; and there is no record.
-        async with made.transport.open_subscription(f"backbeat.sync.{CLUSTER_ID}"):
+        async with (
+            made.transport.open_subscription(f"backbeat.sync.{CLUSTER_ID}"),
+            made.transport.open_subscription(f"backbeat.recall.{CLUSTER_ID}"),
+        ):
             one = await made.start("pulse-0")
-            await trio.sleep(1.9)
+            await trio.sleep(0.9)
             assert not one.leads
-            await trio.sleep(0.5)
+            await trio.sleep(0.6)
             assert one.leads
         nursery.cancel_scope.cancel()
+
+
+async def test_a_stopped_leader_keeps_its_lease_as_a_newcomer_comes(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(1) as (made, (one,)):
+        one.transport.sever()
+        subject = lead_subject(CLUSTER_ID, one.metronome.epoch)
+        async with made.transport.open_subscription(subject):
+            two = await made.start("pulse-1")
+            await trio.sleep(1.9)
+            assert not two.leads
+            await trio.sleep(2)
+            assert two.leads
 
 
 async def test_a_change_that_a_bar_comes_in_between_of_stays_in_the_record(
@@ -482,25 +598,52 @@ async def test_a_standby_far_from_its_server_learns_who_is_gone(autojump_clock: 
         assert two.metronome.statistics().probes <= 3
 
 
-async def test_a_metronome_that_runs_alone_is_left_to_lead(autojump_clock: Clock) -> None:
+async def test_a_metronome_with_a_record_outranks_one_without(autojump_clock: Clock) -> None:
     async with trio.open_nursery() as nursery:
         made = Cluster(nursery)
         await nursery.start(made.transport.run)
+        await nursery.start(made.listen)
         transport = backbeat.MemoryTransport(made.bus)
         alone = backbeat.Metronome(
             transport, cluster_id=CLUSTER_ID, leader_id="alone", tempo_bpm=60
         )
         await nursery.start(transport.run)
         await nursery.start(alone.run)
-        await trio.sleep(2.5)
-        other = await made.start("other")
-        await trio.sleep(3)
-        assert alone._leader is not None
-        alone._leader.sent += 1
-        await trio.sleep(3)
-        assert alone.leads
-        assert not other.leads
+        async with open_session(made.bus) as bb:
+            await trio.sleep(2.5)
+            assert all(frame.alone is True for _, frame in made.frames)
+            other = await made.start("other")
+            await trio.sleep(3)
+            assert (alone.leads, other.leads) == (False, True)
+            await trio.sleep(5)
+            assert (alone.leads, other.leads) == (False, True)
+            # With the grid that there was; for a moment both may have led.
+            assert made.indices() == sorted(made.indices())
+            assert set(made.indices()) == set(range(made.indices()[-1] + 1))
+            assert bb.statistics().locks == 1
+            assert bb.health().leader_id == "other"
         nursery.cancel_scope.cancel()
+
+
+async def test_two_grids_of_which_one_has_a_record(autojump_clock: Clock) -> None:
+    # A leaf of the cluster that was cut off began a grid of its own, and comes back.
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        leaf = backbeat.MemoryTransport(backbeat.MemoryBus())
+        alone = backbeat.Metronome(leaf, cluster_id=CLUSTER_ID, leader_id="alone", tempo_bpm=120)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(leaf.run)
+            await nursery.start(alone.run)
+            await trio.sleep(5)
+            leaf.bus = made.bus
+            for number, mailbox in list(leaf._mailboxes.items()):
+                leaf._subscribe(number, mailbox)
+            await trio.sleep(5)
+            assert one.leads
+            assert not alone.leads
+            assert bb.health().leader_id == "pulse-0"
+            assert bb.statistics().locks == 1
+            assert made.indices()[-1] == bb.current_beat()
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_leader_that_was_replaced_by_the_dead_leads_again(autojump_clock: Clock) -> None:
@@ -590,9 +733,7 @@ async def test_a_change_for_later_is_still_for_later_when_the_grid_begins_again(
 async def test_no_beat_comes_twice_though_the_record_was_out(
     autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A wall clock that goes with the test's own.
-    clock = trio.lowlevel.current_clock()
-    monkeypatch.setattr("time.time_ns", lambda: round((clock.current_time() + 10**9) * 1e9))
+    set_wall_clock(monkeypatch)
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         await bb.set_tempo(300)
         await trio.sleep(20)
@@ -605,9 +746,11 @@ async def test_no_beat_comes_twice_though_the_record_was_out(
         await made.start("pulse-9")
         await trio.sleep(5)
         assert made.indices() == sorted(set(made.indices()))
-        # Nor is any counted twice by who went on alone.
-        assert alone < made.frames[-1][1].segment.beat0 < alone + 32
+        # Nor is any counted twice by who went on alone, and remembers the change.
+        assert made.indices()[-1] > alone
+        assert made.frames[-1][1].tempo_bpm == 300
         assert bb.current_beat() - made.indices()[-1] in (0, 1)
+        assert bb.statistics().locks == 1
 
 
 async def test_another_grid_that_begins_just_as_the_last_one_is_another(
@@ -616,10 +759,15 @@ async def test_another_grid_that_begins_just_as_the_last_one_is_another(
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         await trio.sleep(60)
         one.scope.cancel()
+        # Whoever remembers is away, and all that was stored is gone.
+        transport = bb._runtime.transport
+        assert isinstance(transport, backbeat.MemoryTransport)
+        transport.sever()
         await trio.sleep(1)
-        # With all that was stored.
         made.store.entry = Entry(b"", 0)
         await made.start("pulse-9")
+        await trio.sleep(5)
+        transport.restore()
         await trio.sleep(20)
         assert bb.health().epoch == made.frames[0][1].epoch == made.frames[-1][1].epoch
         assert made.indices()[-1] < 30
@@ -732,3 +880,172 @@ async def test_who_led_before_goes_on_with_what_the_one_after_it_did(autojump_cl
         indices = made.indices()
         assert indices == sorted(set(indices))
         assert bb.current_beat() - indices[-1] in (0, 1)
+
+
+async def test_a_change_whose_commit_comes_back_late_is_put_off(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, _)), open_session(made.bus) as bb:
+        write, stalls = made.store.write, {b":120000}": 3.0, b":240000}": 9.0}
+
+        async def stall(data: bytes, revision: int) -> int:
+            written = await write(data, revision)
+            for tempo in [tempo for tempo in stalls if tempo in data]:
+                # The process stands still after the store has taken it.
+                autojump_clock.jump(stalls.pop(tempo))
+            return written
+
+        made.store.write = stall  # type: ignore[method-assign]
+        asked = bb.current_beat()
+        beat = await bb.set_tempo(120)
+        assert beat > asked + 3
+        assert made.frames[-1][1].beat_index < beat
+        tempos = {}
+        async for heard in bb.beats():
+            tempos[heard.index] = heard.tempo_bpm
+            if heard.index > beat:
+                break
+        assert (tempos[beat - 1], tempos[beat]) == (60, 120)
+        # One that names its beat is refused, and nobody hears of it.
+        with pytest.raises(backbeat.TempoRefused, match="committed too late for its beat"):
+            await one.metronome.change_tempo(240, at_beat=bb.current_beat() + 12)
+        assert not stalls
+        await trio.sleep(20)
+        assert bb.tempo_bpm == 120
+
+
+async def test_a_grid_that_stands_still_can_go_on_after_a_takeover_near_its_pause(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        beat = await bb.pause()
+        # The last frame of the leader that anybody hears is one before the pause.
+        await bb.sleep_until(beat - 1)
+        await trio.sleep(0.3)
+        one.scope.cancel()
+        await trio.sleep(5)
+        assert two.leads
+        leader = two.metronome._leader
+        assert leader is not None
+        leader.sent = beat - 1
+        assert bb.health().paused
+        assert await bb.resume() == beat
+        await trio.sleep(4)
+        assert not bb.health().paused
+
+
+async def test_a_leader_that_was_cut_off_looks_before_it_speaks(autojump_clock: Clock) -> None:
+    async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
+        one.transport.sever()
+        await trio.sleep(8)
+        assert two.leads
+        two.scope.cancel()
+        await trio.sleep(8)
+        heard, former = len(made.frames), made.frames[0][1].epoch
+        assert bb.health().local_degradation
+        made.store.delay = 0.3
+        one.transport.restore()
+        await trio.sleep(0.25)
+        # It has not read the record yet: neither frames nor answers.
+        assert len(made.frames) == heard
+        request = encode(SyncRequest(CLUSTER_ID, "asks"))
+        with pytest.raises(backbeat.TransportBroken):
+            await made.transport.request(f"backbeat.sync.{CLUSTER_ID}", request, timeout=0.02)
+        await trio.sleep(6)
+        assert one.leads
+        assert all(frame.epoch > former for _, frame in made.frames[heard:])
+        assert bb.statistics().locks == 1
+        assert made.indices() == sorted(set(made.indices()))
+
+
+async def test_a_leader_that_cannot_look_beats_on_where_nobody_else_is_heard(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(1) as (made, (one,)):
+        made.store.answering = False
+        one.transport.sever()
+        await trio.sleep(3)
+        one.transport.restore()
+        heard = len(made.frames)
+        await trio.sleep(6)
+        assert one.leads
+        assert len(made.frames) > heard + 2
+
+
+async def bridge(one: backbeat.MemoryBus, two: backbeat.MemoryBus, seconds: float) -> None:
+    """Have each bus hear what is published on the other one, so much later."""
+    ends = [backbeat.MemoryTransport(bus) for bus in (one, two)]
+    crossed: set[bytes] = set()
+
+    async def carry(source: backbeat.MemoryTransport, target: backbeat.MemoryTransport) -> None:
+        async with source.open_subscription(">") as messages, trio.open_nursery() as inner:
+            async for message in messages:
+                mark = repr((message.subject, message.data, message.reply)).encode()
+                if mark in crossed:
+                    crossed.remove(mark)
+                    continue
+                inner.start_soon(deliver, target, message, mark)
+
+    async def deliver(
+        target: backbeat.MemoryTransport, message: backbeat.Message, mark: bytes
+    ) -> None:
+        await trio.sleep(seconds)
+        crossed.add(mark)
+        target.publish_nowait(message.subject, message.data, reply=message.reply)
+
+    async with trio.open_nursery() as nursery:
+        for end in ends:
+            await nursery.start(end.run)
+        nursery.start_soon(carry, ends[0], ends[1])
+        nursery.start_soon(carry, ends[1], ends[0])
+
+
+@pytest.mark.parametrize(("bpm", "minutes"), [(60.0, 10), (120.0, 2), (600.0, 1)])
+async def test_far_metronomes_leave_the_lead_where_it_is(
+    autojump_clock: Clock, bpm: float, minutes: int
+) -> None:
+    # 150 ms each way.
+    async with cluster(1, bpm) as (made, (one,)), open_session(made.bus) as bb:
+        there = Cluster(made.nursery)
+        there.store = made.store
+        made.nursery.start_soon(bridge, made.bus, there.bus, 0.15)
+        far = await there.start("far", bpm)
+        await trio.sleep(60 * minutes)
+        assert one.leads
+        assert not far.leads
+        assert far.metronome.statistics().takeovers == 0
+        assert bb.statistics().locks == 1
+        # It stands by all the same.
+        one.scope.cancel()
+        await trio.sleep(10)
+        assert far.leads
+        assert bb.statistics().locks == 1
+
+
+async def test_metronomes_without_a_record_find_it_when_there_is_one(
+    autojump_clock: Clock,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        made = Cluster(nursery)
+        made.store.available = False
+        await nursery.start(made.transport.run)
+        await nursery.start(made.listen)
+        one = await made.start("pulse-0")
+        await made.wait_until(one.leads_now)
+        two = await made.start("pulse-1")
+        async with open_session(made.bus) as bb:
+            await trio.sleep(5)
+            assert (one.leads, two.leads) == (True, False)
+            assert all(frame.alone is True for _, frame in made.frames)
+            # Without a record, too, one stands by for the other.
+            one.scope.cancel()
+            await trio.sleep(3)
+            assert two.leads
+            made.store.available = True
+            await trio.sleep(20)
+            assert two.leads
+            assert made.frames[-1][1].alone is not True
+            assert decode_record(made.store.entry.data).leader_id == "pulse-1"
+            assert made.indices() == sorted(made.indices())
+            assert set(made.indices()) == set(range(made.indices()[-1] + 1))
+            assert bb.statistics().locks == 1
+            assert bb.current_beat() - made.indices()[-1] in (0, 1)
+        nursery.cancel_scope.cancel()

@@ -14,7 +14,7 @@ import simulated_agents as agents
 import simulated_leaders as leaders
 import simulated_regions as regions
 
-from backbeat_trio._metronome import leader as _leader, listener as _listener, standby as _standby
+from backbeat_trio._metronome import leader as _leader, listener as _listener
 
 
 @functools.cache
@@ -29,7 +29,6 @@ def figures() -> dict[str, float]:
 def test_its_rules_are_those_of_the_listener_and_the_standby() -> None:
     assert agents.PING_TIMEOUT_NS / agents.SECOND == _listener._PING_TIMEOUT
     assert agents.ASK_EVERY_NS / agents.SECOND == _listener._ASK_EVERY
-    assert (leaders.LATE_NS, leaders.JITTERS) == (_standby._LATE_NS, _standby._JITTERS)
     assert (leaders.LEASE_BEATS, leaders.LEASE_NS) == (_leader._LEASE_BEATS, _leader._LEASE_NS)
 
 

@@ -1,0 +1,593 @@
+"""What must hold whatever happens, checked while a schedule runs and at its end.
+
+The rules are those of section 2, 5 and 8 of the design, and not what the code happens to do. Each
+is told with what may legitimately happen, in the docstring of the method that checks it.
+
+Which grid a beat belongs to is not taken from what anybody says, but from segments: what one
+message tells of is one grid, and each grid begins at an instant of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple, final
+
+import msgspec
+from faults import (
+    Change,
+    ClockJump,
+    Command,
+    Cut,
+    HalfOpen,
+    Lossy,
+    Pause,
+    Resume,
+    Schedule,
+    ServerRestart,
+    Slow,
+    Stop,
+    Suspend,
+    WallJump,
+    end_of,
+)
+from processes import MS, SECOND, Process
+from server import Connection, JetStream, Link
+
+from backbeat_trio._grid.timeline import Timeline, beat_ns
+from backbeat_trio._wire import BeatFrame, Segment, decode_claims, decode_frame, decode_record
+
+if TYPE_CHECKING:
+    from clusters import AgentProcess, PulseProcess
+
+    from backbeat_trio import Beat, Session
+
+# What two positions may differ by, besides what the ways explain.
+TOLERANCE_NS: Final = 5 * MS
+# What a way may differ by from its way back, so that agents never step by a quarter of a beat.
+SMALL_ASYMMETRY_MS: Final = 40.0
+# What a frame may take so that it tells of a change before that takes effect, 250 ms later.
+FAR_MS: Final = 200.0
+# How long a grid must be gone on a working connection before another one begins, with a margin for
+# who would have answered.
+ABSENT_NS: Final = 1_500 * MS
+FAST_WAY_NS: Final = 300 * MS
+# How many turns of Trio's loop a process may make in a second, and how many seconds it may take to
+# begin and to end.
+TURNS: Final = 5_000
+BEGIN_S: Final = 10.0
+# Wall clocks that differ by no more than this tell by how much a grid must begin ahead.
+WALL_S: Final = 1.5
+
+RULES: Final = (
+    *("epochs", "frames", "look", "beginning", "beats", "back", "granted", "resumed", "resume"),
+    *("one leader", "one tempo", "one position", "calm", "claims", "hangs", "exceptions", "busy"),
+)
+
+
+class Violation(NamedTuple):
+    """A rule that did not hold."""
+
+    rule: str
+    seconds: float
+    """When, in true time."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.rule} at {self.seconds:.3f} s: {self.text}"
+
+
+class Answered(NamedTuple):
+    """What became of a command."""
+
+    command: Command
+    asked_ns: int
+    answered_ns: int
+    beat: int | None
+    """On which beat it takes effect; None where it was not granted."""
+    refused: bool
+    """Whether it was certainly not done."""
+    text: str
+
+
+class Lines:
+    """Which segments are of one grid."""
+
+    def __init__(self) -> None:
+        self._above: dict[Segment, Segment] = {}
+        self._known: set[tuple[Segment, ...]] = set()
+
+    def of(self, segment: Segment) -> Segment:
+        """Return the segment that stands for the grid of this one."""
+        above = self._above
+        while (next_ := above.get(segment, segment)) is not segment:
+            segment = next_
+        return segment
+
+    def join(self, segments: tuple[Segment, ...]) -> Segment:
+        """Take note that some are of one grid, and return what stands for it."""
+        first = self.of(segments[0])
+        if segments not in self._known:
+            self._known.add(segments)
+            for segment in segments[1:]:
+                root = self.of(segment)
+                if root != first:
+                    self._above[root] = first
+        return first
+
+
+class _Seen(NamedTuple):
+    """A beat as an agent had it."""
+
+    at_ns: int
+    beat: int
+    tempo: float
+    segment: Segment
+
+
+@final
+class AgentView:
+    """What was seen of one agent."""
+
+    def __init__(self, name: str) -> None:
+        self.name: str = name
+        self.seen: list[_Seen] = []
+        self.position: tuple[Segment, float] | None = None
+        """The last one, and on which grid."""
+
+
+@final
+class Watch:
+    """Sees what happens in a cluster, and finds what must not.
+
+    Args:
+      schedule: what happens.
+      jetstream: the record, and the stream of claims.
+      links: the ways to the server, by the names of machines.
+
+    """
+
+    def __init__(self, schedule: Schedule, jetstream: JetStream, links: Mapping[str, Link]) -> None:
+        self.violations: list[Violation] = []
+        self.answered: list[Answered] = []
+        self.lines: Lines = Lines()
+        self.line: Segment | None = None
+        """The grid of the frame that was published last."""
+        self.frames: int = 0
+        self.epochs_changed_ns: int = 0
+        """When a record of another epoch was written last."""
+        self._schedule = schedule
+        self._jetstream = jetstream
+        self._links = links
+        self._told: Counter[str] = Counter()
+        self._leaders: dict[tuple[int, Segment, int], Process] = {}
+        self._holders: dict[tuple[int, int], str] = {}
+        self._last_frames: dict[tuple[int, int], BeatFrame] = {}
+        self._epoch = -1
+        self._written_ns = 0
+        self._wiped = any(isinstance(f, ServerRestart) and f.wiped for f in schedule.faults)
+        self._walls_agree = not any(isinstance(f, WallJump) for f in schedule.faults) and all(
+            abs(node.wall_s) < WALL_S / 2 for node in schedule.nodes
+        )
+        self._commands = [f for f in schedule.faults if isinstance(f, Command)]
+        self._times_jump = any(isinstance(f, (ClockJump, Suspend)) for f in schedule.faults)
+        beat_s = 60 / min(
+            schedule.bpm, *(f.bpm for f in self._commands if isinstance(f, Change)), 60
+        )
+        self._settle_s = 10 + 4 * beat_s
+        self._unlike = {node.name: self._find_unlike(node.name) for node in schedule.nodes}
+
+    def tell(self, rule: str, now_ns: int, text: str) -> None:
+        """Take note of a violation; of one rule, the first few are enough."""
+        self._told[rule] += 1
+        if self._told[rule] <= 3:
+            self.violations.append(Violation(rule, now_ns / SECOND, text))
+
+    # Who heard everything.
+
+    def _find_unlike(self, name: str) -> list[tuple[float, float]]:
+        # When an agent may have missed something, or have to be moved.
+        nodes = {node.name: node for node in self._schedule.nodes}
+        pulses = [node for node in nodes.values() if node.leads]
+        asymmetry = sum(abs(node.up_ms - node.down_ms) / 2 for node in (nodes[name], *pulses))
+        farthest = nodes[name].down_ms + max((node.up_ms for node in pulses), default=0.0)
+        if asymmetry > SMALL_ASYMMETRY_MS or (self._commands and farthest > FAR_MS):
+            return [(0.0, math.inf)]
+        times = []
+        for fault in self._schedule.faults:
+            whose = getattr(fault, "node", None)
+            leads = whose is not None and whose in nodes and nodes[whose].leads
+            moved = isinstance(fault, (Suspend, ClockJump, Slow)) and (leads or whose == name)
+            stopped = isinstance(fault, Stop) and whose == name
+            missed = bool(self._commands) and (
+                isinstance(fault, ServerRestart)
+                or (isinstance(fault, (Cut, HalfOpen, Lossy)) and whose == name)
+            )
+            if moved or stopped or missed:
+                times.append((fault.at, end_of(fault, self._schedule) + self._settle_s))
+        return times
+
+    def heard_all(self, name: str, since_ns: int, until_ns: int) -> bool:
+        """Tell whether nothing happened to an agent by which it could have missed anything.
+
+        It was never cut off while the grid could change, nor stopped; neither its clock nor that of
+        a metronome jumped, nor did the ways of one of them change; and it had time to come back
+        into line since. Ways that differ much from their ways back move agents with every change of
+        the leader, and over long ways agents learn of a change when it has taken effect.
+        """
+        since, until = since_ns / SECOND, until_ns / SECOND
+        return not any(begin <= until and since <= end for begin, end in self._unlike[name])
+
+    # What passes the server.
+
+    def wrote(self, process: Process, data: bytes, life: int) -> None:
+        """Check the record: in each epoch there is one holder, who is known by its nonce.
+
+        A store that was emptied has another life, in which epochs may begin again.
+        """
+        record, now = decode_record(data), process.world.now
+        self.lines.join(record.segments)
+        if record.epoch > self._epoch:
+            self.epochs_changed_ns = self._written_ns = now
+        self._epoch = record.epoch
+        nonce = self._holders.setdefault((life, record.epoch), record.nonce)
+        if nonce != record.nonce:
+            self.tell("epochs", now, f"epoch {record.epoch} of the record has a second holder")
+
+    def published(
+        self, connection: Connection, data: bytes, agents: Iterable[AgentProcess]
+    ) -> None:
+        """Check a frame: who may publish it, and whether it may begin another grid.
+
+        - *epochs*: in an epoch of a grid one process publishes frames and no other one.
+        - *frames*: in its epoch a leader beats forward; only of a grid that stands still it tells
+          the same again.
+        - *look*: a metronome that has connected again publishes no frame of an epoch that was over
+          when it connected, where JetStream answered (section 8, rule 5).
+        - *beginning*: see `_check_beginning`.
+        """
+        process, now = connection.process, connection.process.world.now
+        try:
+            frame = decode_frame(data)
+            timeline = Timeline.of(frame)
+        except (msgspec.DecodeError, ValueError) as error:
+            self.tell("frames", now, f"{process!r} publishes what is no frame: {error}")
+            return
+        self.frames += 1
+        line = self.lines.join(timeline.segments)
+        self._leaders.setdefault((frame.epoch, timeline.segments[0], id(process)), process)
+        last = self._last_frames.get((id(process), frame.epoch))
+        # The same frame once more was doubled on its way.
+        forward = last is None or frame.beat_index >= last.beat_index + bool(
+            frame.segment.milli_bpm
+        )
+        if last is not None and not forward and frame != last:
+            self.tell(
+                "frames",
+                now,
+                f"{process!r} publishes beat {frame.beat_index} after {last.beat_index}"
+                f" in epoch {frame.epoch}",
+            )
+        self._last_frames[id(process), frame.epoch] = frame
+        if (
+            frame.epoch < self._epoch
+            and self._written_ns < connection.opened_ns
+            and self._jetstream.well
+            and self._jetstream.changed_ns < connection.opened_ns
+        ):
+            self.tell(
+                "look",
+                now,
+                f"{process!r} publishes beat {frame.beat_index} of epoch {frame.epoch},"
+                f" connected since {connection.opened_ns / SECOND:.3f} s, when epoch"
+                f" {self._epoch} was {(now - self._written_ns) / SECOND:.3f} s old",
+            )
+        if self.line is not None and line != self.lines.of(self.line):
+            self._check_beginning(process, frame, agents)
+        self.line = timeline.segments[0]
+
+    def _check_beginning(
+        self, process: Process, frame: BeatFrame, agents: Iterable[AgentProcess]
+    ) -> None:
+        """Check that another grid begins only where nobody remembers the last one.
+
+        Whoever is locked to it remembers it and would have said so when asked. It does not count
+        where its connection, or that of the metronome that begins, was not whole for as long as
+        one waits for an answer, where its way is long, or where its process stood still.
+        """
+        now, line = process.world.now, self.line
+        assert line is not None
+        if frame.segment.epoch != frame.epoch:
+            # A leader of a grid that began before, and was not heard meanwhile.
+            return
+        if not self._was_well(process, now):
+            return
+        for agent in agents:
+            if agent.locked and self._was_well(agent.process, now):
+                known = agent.process.look(lambda agent=agent: agent.timeline().segments[0])  # type: ignore[misc]
+                if self.lines.of(known) == self.lines.of(line):
+                    self.tell(
+                        "beginning",
+                        now,
+                        f"{process!r} begins another grid with beat {frame.beat_index} of epoch"
+                        f" {frame.epoch}, and {agent.process!r} is locked to the last one",
+                    )
+                    return
+
+    def _was_well(self, process: Process, now: int) -> bool:
+        link, since = self._links[process.machine.name], now - ABSENT_NS
+        connection = link.connection
+        return (
+            not (process.dead or process.ended or process.stopped)
+            and process.moved_ns < since
+            and connection is not None
+            and connection.process is process
+            and connection.opened_ns < since
+            and not link.troubles
+            and link.changed_ns < since
+            and link.way_ns < FAST_WAY_NS
+        )
+
+    # What agents have.
+
+    def beat(self, agent: AgentProcess, bb: Session, beat: Beat) -> None:
+        """Check a beat as an agent gets it.
+
+        - On one grid no beat comes twice, whatever happens. On the next grid none does either, as
+          that begins beyond everything that anybody can have counted: but for a store that was
+          emptied, wall clocks that do not agree, clocks that jumped, and agents that were away
+          while the tempo changed.
+        - No beat is passed over on an agent that heard everything (`heard_all`).
+        """
+        process, view = agent.process, agent.view
+        now = process.world.now
+        if not agent.locked:
+            return
+        segments = agent.timeline().segments
+        line = self.lines.join(segments)
+        seen = _Seen(now, beat.index, beat.tempo_bpm, segments[0])
+        if view.seen:
+            last = view.seen[-1]
+            same = self.lines.of(last.segment) == line
+            if beat.index <= last.beat and (
+                same
+                or not (self._wiped or not self._walls_agree or self._times_jump or self._commands)
+            ):
+                grid = "" if same else ", on another grid"
+                self.tell(
+                    "beats", now, f"{process!r} gets beat {beat.index} after {last.beat}{grid}"
+                )
+            if (
+                same
+                and beat.index > last.beat + 1
+                and self.heard_all(process.machine.name, last.at_ns, now)
+            ):
+                self.tell(
+                    "beats",
+                    now,
+                    f"{process!r} gets beat {beat.index} after {last.beat}, and heard everything",
+                )
+        view.seen.append(seen)
+
+    def sample(self, agent: AgentProcess, bb: Session) -> None:
+        """Check that a position never goes back on one grid, whatever happens."""
+        now, view = agent.process.world.now, agent.view
+        if not agent.locked:
+            view.position = None
+            return
+        line = self.lines.join(agent.timeline().segments)
+        position = bb.current_position()
+        if view.position is not None:
+            before, last = view.position
+            if self.lines.of(before) == line and position < last - 1e-9:
+                self.tell(
+                    "back", now, f"{agent.process!r} goes from {last:.6f} back to {position:.6f}"
+                )
+        view.position = agent.timeline().segments[0], position
+
+    def turned(self, process: Process, turns: int) -> None:
+        """Check that a process makes no more turns in a second than it has reason to."""
+        if turns > TURNS:
+            text = f"{process!r} made {turns:,} turns of its loop in a second"
+            self.tell("busy", process.world.now, text)
+
+    # At the end.
+
+    def check_granted(self, agents: Iterable[AgentProcess], now: int) -> None:
+        """Check that what was granted happened.
+
+        A change that was granted for a beat takes effect on that very beat, at each agent that
+        heard everything from when it was asked for. The last change that was granted is in force at
+        the end, wherever the beat has come. Changes that others may have replaced are left out, and
+        so is what may have been lost with the store.
+        """
+        for answer in self.answered:
+            command = answer.command
+            if answer.beat is None or not isinstance(command, (Change, Pause)):
+                continue
+            wanted = command.bpm if isinstance(command, Change) else 0.0
+            if isinstance(command, Change) and command.over:
+                continue
+            others = [other for other in self.answered if other is not answer and not other.refused]
+            for agent in agents:
+                self._check_change(agent, answer, wanted, others, now)
+
+    def _check_change(
+        self,
+        agent: AgentProcess,
+        answer: Answered,
+        wanted: float,
+        others: list[Answered],
+        now: int,
+    ) -> None:
+        seen, process = agent.view.seen, agent.process
+        assert answer.beat is not None
+        margin = round((15 + 16 * 60 / self._schedule.bpm) * SECOND)
+        before = [s for s in seen if answer.asked_ns - margin <= s.at_ns <= answer.asked_ns]
+        if not before or process.dead:
+            return
+        line = self.lines.of(before[-1].segment)
+        of_grid = [s for s in seen if self.lines.of(s.segment) == line]
+        there = [s for s in of_grid if s.beat == answer.beat]
+        later = [s for s in of_grid if s.beat > answer.beat]
+        came_ns = there[0].at_ns if there else later[0].at_ns if later else now
+        if any(answer.asked_ns - margin <= o.asked_ns <= came_ns for o in others):
+            return
+        if not self.heard_all(process.machine.name, answer.asked_ns - margin, came_ns):
+            return
+        if there and abs(there[0].tempo - wanted) > 1e-6:
+            self.tell(
+                "granted",
+                came_ns,
+                f"{process!r} has {there[0].tempo:g} BPM on beat {answer.beat},"
+                f" for which {wanted:g} was granted at {answer.answered_ns / SECOND:.3f} s",
+            )
+        if not there and later:
+            self.tell(
+                "granted",
+                came_ns,
+                f"{process!r} never had beat {answer.beat}, for which {wanted:g} BPM was granted"
+                f" at {answer.answered_ns / SECOND:.3f} s",
+            )
+
+    def check_in_force(self, agents: list[AgentProcess], now: int) -> None:
+        """Check that the last change of all that was granted is in force."""
+        done = sorted(
+            (answer for answer in self.answered if not answer.refused),
+            key=lambda answer: answer.asked_ns,
+        )
+        if not done or self._wiped:
+            return
+        last = done[-1]
+        command = last.command
+        if last.beat is None or not isinstance(command, Change):
+            return
+        for agent in agents:
+            position, tempo = agent.present()
+            # A ramp is over some beats later.
+            if position > last.beat + command.over and abs(tempo - command.bpm) > 1e-6:
+                self.tell(
+                    "granted",
+                    now,
+                    f"{agent.process!r} has {tempo:g} BPM, and {command.bpm:g} from beat"
+                    f" {last.beat} on was the last that was granted",
+                )
+                return
+
+    def check_resumed(self, agents: list[AgentProcess], now: int) -> None:
+        """Check that nothing stands still that was to go on.
+
+        Where going on was granted, and nobody has asked for a pause since, the grid goes on. An
+        answer that was lost leaves open what was done.
+        """
+        asked = [answer for answer in self.answered if isinstance(answer.command, (Pause, Resume))]
+        asked.sort(key=lambda answer: answer.asked_ns)
+        done = [answer for answer in asked if not answer.refused]
+        if not done or self._wiped or not isinstance(done[-1].command, Resume):
+            return
+        if done[-1].beat is None or len({id(answer) for answer in done[-1:]}) != 1:
+            return
+        for agent in agents:
+            if not agent.present()[1]:
+                self.tell(
+                    "resumed",
+                    now,
+                    f"{agent.process!r} stands still, though going on was granted at"
+                    f" {done[-1].answered_ns / SECOND:.3f} s",
+                )
+                return
+
+    def check_agreement(
+        self, agents: list[AgentProcess], pulses: list[PulseProcess], now: int
+    ) -> None:
+        """Check that all is well some time after everything has healed.
+
+        - *one leader*: one metronome leads, and every agent is locked to it, in its epoch.
+        - *one tempo*, which is none of a grid that stands still: whoever operates the cluster has
+          asked for it to go on, several times where that was refused (*resume*).
+        - *one position*: all agents agree with the leader within `TOLERANCE_NS`, and what the ways
+          explain: nobody can tell a longer way from a longer way back.
+        - *calm*: nobody has taken over lately.
+        """
+        leading = [pulse for pulse in pulses if pulse.leads()]
+        if len(leading) != 1:
+            names = ", ".join(repr(pulse.process) for pulse in leading) or "nobody"
+            self.tell("one leader", now, f"{names} leads")
+            return
+        leader = leading[0]
+        for agent in agents:
+            epoch, name = agent.follows()
+            if name != leader.process.name:
+                text = f"{agent.process!r} follows {name} of epoch {epoch}, not {leader.process!r}"
+                self.tell("one leader", now, text)
+                return
+        if now - self.epochs_changed_ns < 5 * SECOND:
+            self.tell("calm", now, "somebody has taken over in the last five seconds")
+        tempos = {agent.present()[1] for agent in agents}
+        if not all(tempos):
+            refused = [a.text for a in self.answered if isinstance(a.command, Resume)]
+            self.tell("resume", now, f"the grid stands still: {'; '.join(refused[-3:])}")
+            return
+        if len(tempos) > 1:
+            self.tell("one tempo", now, f"agents have {sorted(tempos)} BPM")
+            return
+        self._check_positions(agents, leader, tempos.pop(), now)
+
+    def _check_positions(
+        self, agents: list[AgentProcess], leader: PulseProcess, tempo: float, now: int
+    ) -> None:
+        own = leader.position(tempo)
+        if own is None:
+            return
+        theirs = self._schedule.node(leader.process.machine.name)
+        for agent in agents:
+            node = self._schedule.node(agent.process.machine.name)
+            assert node is not None
+            assert theirs is not None
+            ways_ms = abs((node.up_ms - node.down_ms) + (theirs.down_ms - theirs.up_ms)) / 2
+            jitter_ms = 4 * (node.jitter_ms + theirs.jitter_ms)
+            allowed = TOLERANCE_NS + round((ways_ms + jitter_ms) * MS)
+            apart = (agent.present()[0] - own) * beat_ns(round(tempo * 1000))
+            if abs(apart) > allowed:
+                self.tell(
+                    "one position",
+                    now,
+                    f"{agent.process!r} is {apart / MS:.3f} ms ahead of its leader, where"
+                    f" {allowed / MS:.3f} are explained",
+                )
+                return
+
+    def check_claims(self, agents: Iterable[AgentProcess], now: int) -> None:
+        """Check the stream: each terminal claim is stored once, or told to be undelivered.
+
+        A stream that was emptied may store one again. Of a process that was killed, claims may be
+        missing.
+        """
+        stored: Counter[tuple[int, str]] = Counter()
+        for claim in self._jetstream.stored:
+            for one in decode_claims(claim.data):
+                stored[claim.life, one.task_id] += 1
+        twice = [task for (_, task), times in stored.items() if times > 1]
+        if twice:
+            self.tell("claims", now, f"{', '.join(sorted(twice)[:3])} was stored more than once")
+        known = {task for _, task in stored}
+        for agent in agents:
+            if agent.undelivered is None:
+                continue
+            missing = [task for task in agent.completed if task not in known]
+            if len(missing) > agent.undelivered:
+                self.tell(
+                    "claims",
+                    now,
+                    f"{agent.process!r} tells of {agent.undelivered} claims that were not"
+                    f" delivered, and {len(missing)} are missing: {', '.join(missing[:3])}",
+                )
+
+    def check_epochs(self, now: int) -> None:
+        """Check that in an epoch of a grid one process has published frames, and no other one."""
+        leaders: dict[tuple[int, Segment], Process] = {}
+        for (epoch, segment, _), process in self._leaders.items():
+            other = leaders.setdefault((epoch, self.lines.of(segment)), process)
+            if other is not process:
+                self.tell("epochs", now, f"{other!r} and {process!r} both led in epoch {epoch}")

@@ -1,0 +1,287 @@
+"""Who is there: each row of the table of cases, and any sequence of what can be known."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from backbeat_trio._grid import presence as module
+from backbeat_trio._grid.presence import Action, Decision, Presence
+
+MS = 1_000_000
+SECOND = 1_000_000_000
+LEASE = 2 * SECOND
+
+
+def following(**options: Any) -> Presence:
+    """Return one that follows a grid whose next frame is late 10 s after the beginning."""
+    presence = Presence(0, **options)
+    presence.follows(0, 10 * SECOND, LEASE)
+    presence.follows(1, 10 * SECOND, LEASE)
+    return presence
+
+
+def recalling(**options: Any) -> Presence:
+    """Return one that has just asked everybody who remembers the grid."""
+    presence = Presence(0, **options)
+    assert presence.decide(200 * MS).action is Action.RECALL
+    return presence
+
+
+def unconnected() -> Decision:
+    return Presence(0, connected=False).decide(SECOND)
+
+
+def reconnected() -> Decision:
+    presence = following()
+    presence.connection(11 * SECOND, stands=False)
+    presence.connection(12 * SECOND, stands=True)
+    return presence.decide(12 * SECOND + 100 * MS)
+
+
+def led_alone() -> Decision:
+    presence = following()
+    presence.follows(1, 10 * SECOND, LEASE, alone=True)
+    return presence.decide(SECOND)
+
+
+def in_time() -> Decision:
+    return following().decide(9 * SECOND)
+
+
+def late_itself() -> Decision:
+    presence = following()
+    presence.lost_time(11 * SECOND, SECOND)
+    return presence.decide(11 * SECOND)
+
+
+def late() -> Decision:
+    return following().decide(11 * SECOND)
+
+
+def answered() -> Decision:
+    presence = following()
+    presence.asked()
+    assert presence.decide(SECOND).action is Action.PROBE
+    presence.led(SECOND)
+    return presence.decide(SECOND)
+
+
+def refused() -> Decision:
+    presence = following()
+    assert presence.decide(11 * SECOND).action is Action.PROBE
+    presence.refused()
+    return presence.decide(11 * SECOND)
+
+
+def silent() -> Decision:
+    presence = following()
+    assert presence.decide(11 * SECOND).action is Action.PROBE
+    assert presence.decide(12 * SECOND).action is Action.PROBE
+    return presence.decide(13 * SECOND)
+
+
+def led_lately() -> Decision:
+    presence = Presence(0)
+    presence.led(SECOND)
+    return presence.decide(SECOND + 50 * MS)
+
+
+def unled() -> Decision:
+    return Presence(0).decide(200 * MS)
+
+
+def held() -> Decision:
+    presence = recalling()
+    presence.holds(LEASE, held=True)
+    return presence.decide(SECOND)
+
+
+def stood_by() -> Decision:
+    presence = recalling()
+    presence.answered("standby", 210 * MS)
+    return presence.decide(SECOND)
+
+
+def remembered() -> Decision:
+    presence = recalling()
+    presence.answered("agent", 210 * MS)
+    waits = presence.decide(250 * MS)
+    assert (waits.action, waits.reason) == (Action.WAIT, "agents answer")
+    return presence.decide(400 * MS)
+
+
+def remembers_itself() -> Decision:
+    return recalling(remembers=True).decide(1300 * MS)
+
+
+def forgotten() -> Decision:
+    presence = recalling()
+    assert presence.decide(1100 * MS).action is Action.RECALL
+    return presence.decide(1300 * MS)
+
+
+CASES: dict[str, Callable[[], Decision]] = {
+    "there is no connection": unconnected,
+    "the connection is new": reconnected,
+    "whoever leads has no record, and this one has": led_alone,
+    "the next frame is not late yet": in_time,
+    "it is late, and so was this process": late_itself,
+    "it is late, or somebody recalls": late,
+    "the leader answers a probe": answered,
+    "nobody is subscribed to the probes": refused,
+    "no answer for a lease": silent,
+    "somebody who leads was heard a moment ago": led_lately,
+    "nobody who leads was heard": unled,
+    "the holder of the record does not answer a probe": held,
+    "a standby answers": stood_by,
+    "agents have answered, and all had the time to": remembered,
+    "nobody has, and this metronome led before": remembers_itself,
+    "nobody has, for long enough": forgotten,
+}
+
+
+def table() -> dict[str, tuple[str, str]]:
+    rows = re.findall(r"^(\w.{48,50}?)  +([a-z ]+?)  +(\w.*)$", module.__doc__ or "", re.MULTILINE)
+    return {known.strip(): (decision, why) for known, decision, why in rows if why != "because"}
+
+
+def test_the_table_has_the_cases_that_are_tried() -> None:
+    assert list(table()) == list(CASES)
+
+
+@pytest.mark.parametrize("known", CASES)
+def test_each_case_of_the_table(known: str) -> None:
+    decision, why = table()[known]
+    found = CASES[known]()
+    assert found.action.value == decision
+    assert found.reason in why
+
+
+def test_a_recall_makes_a_standby_look_before_the_frame_is_due() -> None:
+    presence = following()
+    presence.asked()
+    decision = presence.decide(SECOND)
+    assert (decision.action, decision.reason) == (Action.PROBE, "somebody asks who leads")
+    # A frame says as much as an answer.
+    presence.follows(2, 20 * SECOND, LEASE)
+    assert presence.decide(SECOND).action is Action.WAIT
+
+
+def test_its_own_lateness_is_bounded() -> None:
+    presence = following()
+    presence.lost_time(17 * SECOND, 7 * SECOND)
+    assert presence.decide(17 * SECOND).until_ns == 17 * SECOND + LEASE
+    assert presence.decide(17 * SECOND + LEASE).action is Action.PROBE
+
+
+def test_every_patience_grows_with_the_way() -> None:
+    presence = Presence(0)
+    presence.measured(600 * MS)
+    # Three round trips are 1.8 s, and a recall begins when that long nobody was heard.
+    assert presence.decide(1700 * MS).action is Action.WAIT
+    assert presence.decide(1800 * MS).action is Action.RECALL
+    assert presence.decide(3500 * MS).action is not Action.BEGIN
+    assert presence.decide(3600 * MS).action is Action.BEGIN
+    far = following()
+    far.measured(600 * MS)
+    assert far.decide(11 * SECOND).action is Action.PROBE
+    assert far.decide(15 * SECOND).action is Action.PROBE
+    assert far.decide(16 * SECOND).action is Action.TAKE_OVER
+
+
+def test_recalls_come_ever_less_often() -> None:
+    presence = recalling()
+    presence.answered("standby", 200 * MS)
+    recalls = []
+    for ms in range(200, 20_000, 10):
+        presence.answered("standby", ms * MS)
+        if presence.decide(ms * MS).action is Action.RECALL:
+            recalls.append(ms)
+    gaps = [after - before for before, after in itertools.pairwise(recalls)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == 2000
+
+
+def test_agents_that_are_not_believed_are_nobody() -> None:
+    presence = recalling()
+    presence.answered("agent", 210 * MS)
+    assert presence.decide(400 * MS).action is Action.GO_ON
+    presence.disbelieved()
+    assert presence.decide(400 * MS).action is Action.RECALL
+    assert presence.decide(1200 * MS).action is Action.BEGIN
+
+
+class Anything(RuleBasedStateMachine):
+    """Whatever is known, nobody decides that nobody is there while anybody shows itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.presence = Presence(0)
+        self.connected = True
+        self.follows = False
+        self.frame = 0
+        self.late = 0
+        self.shown = 0
+
+    @rule(ms=st.integers(0, 700))
+    def wait(self, ms: int) -> None:
+        self.now += ms * MS
+
+    @rule(stands=st.booleans())
+    def connect(self, stands: bool) -> None:
+        self.connected = stands
+        self.presence.connection(self.now, stands=stands)
+
+    @rule(ms=st.integers(1, 1000))
+    def hear(self, ms: int) -> None:
+        self.frame += 1
+        self.follows = True
+        self.late, self.shown = self.now + ms * MS, self.now
+        self.presence.follows(self.frame, self.late, LEASE)
+
+    @precondition(lambda self: self.follows)
+    @rule()
+    def hear_nothing_new(self) -> None:
+        self.presence.follows(self.frame, self.late, LEASE)
+
+    @rule()
+    def be_led(self) -> None:
+        self.shown = self.now
+        self.presence.led(self.now)
+
+    @rule()
+    def be_asked(self) -> None:
+        self.presence.asked()
+
+    @rule(role=st.sampled_from(["leader", "standby", "agent"]))
+    def be_answered(self, role: Any) -> None:
+        self.shown = self.now
+        self.presence.answered(role, self.now)
+
+    @rule(ms=st.integers(0, 10_000))
+    def lose_time(self, ms: int) -> None:
+        self.presence.lost_time(self.now, ms * MS)
+
+    @invariant()
+    def it_is_patient(self) -> None:
+        decision = self.presence.decide(self.now)
+        assert decision.until_ns > self.now
+        if not self.connected:
+            assert decision.action is Action.WAIT
+        if decision.action is Action.BEGIN:
+            assert not self.follows
+            assert self.now - self.shown >= SECOND
+        if decision.action is Action.TAKE_OVER:
+            # Nobody has refused a probe here.
+            assert self.now - self.shown >= LEASE
+
+
+TestAnything = Anything.TestCase

@@ -1,0 +1,149 @@
+"""What answers to a recall come to: the majority's time, whatever the others say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from backbeat_trio._grid.estimate import Ping
+from backbeat_trio._grid.recall import Agreement, Memory, agree
+from backbeat_trio._grid.timeline import Timeline
+from backbeat_trio._wire import RecallReply, Segment
+
+MS = 1_000_000
+SECOND = 1_000_000_000
+NOW = 500 * SECOND
+OFFSET = 7_000 * SECOND
+GRID = Timeline((Segment(1, 0, 0, 0, 60_000),))
+CHANGED = GRID.change(120_000, 7_000, epoch=1)
+
+
+def memory(
+    name: str = "a",
+    *,
+    error_ns: int = 0,
+    delay_ns: int = MS,
+    uncertainty_ns: int = MS,
+    timeline: Timeline = GRID,
+    **fields: Any,
+) -> Memory:
+    there = NOW + OFFSET + error_ns
+    options: dict[str, Any] = {
+        "cluster_id": "c",
+        "agent_id": name,
+        "role": "agent",
+        "epoch": 3,
+        "received_ns": there,
+        "sent_ns": there,
+        "uncertainty_ns": uncertainty_ns,
+        "last_beat": timeline.index_at(there),
+        "beats_per_bar": 8,
+        "incarnation": "grid",
+    }
+    reply = RecallReply(**(options | timeline.since(there).wire_fields() | fields))
+    half = delay_ns // 2
+    return Memory(Ping(NOW - half, there, there, NOW + half), reply, timeline)
+
+
+def found(*memories: Memory, **options: Any) -> Agreement:
+    agreement = agree(memories, NOW, **options)
+    assert agreement is not None
+    return agreement
+
+
+def test_one_agent_is_a_majority() -> None:
+    agreement = found(memory())
+    assert agreement.offset_ns == pytest.approx(OFFSET, abs=2)
+    assert agreement.uncertainty_ns == pytest.approx(1.5 * MS, abs=2)
+    assert agreement.timeline == GRID
+    assert (agreement.incarnation, agreement.epoch, agreement.beats_per_bar) == ("grid", 3, 8)
+    assert agreement.last_beat == 7500
+
+
+def test_nobody_agrees_on_nothing() -> None:
+    assert agree([], NOW) is None
+
+
+def test_two_that_contradict_each_other_are_no_majority() -> None:
+    assert agree([memory("a"), memory("b", error_ns=SECOND)], NOW) is None
+
+
+def test_a_liar_changes_nothing() -> None:
+    lie = memory(
+        "c", error_ns=20 * SECOND, epoch=2**53, last_beat=2**53, timeline=CHANGED, beats_per_bar=3
+    )
+    honest = found(memory("a"), memory("b"))
+    assert found(memory("a"), memory("b"), lie) == honest
+
+
+def test_a_liar_who_tells_the_time_moves_neither_epoch_nor_beat_far() -> None:
+    lie = memory("c", epoch=2**53, last_beat=2**53)
+    agreement = found(memory("a"), memory("b"), lie)
+    assert agreement.epoch == 3
+    assert agreement.last_beat == 7501
+
+
+def test_answers_of_another_grid_do_not_count() -> None:
+    others = [memory(name, error_ns=SECOND, incarnation="other") for name in "bcd"]
+    assert found(memory("a"), *others, incarnation="grid").incarnation == "grid"
+    # Without a record the grid of most of them counts.
+    assert found(memory("a"), *others).incarnation == "other"
+    assert agree(others, NOW, incarnation="grid") is None
+    half = [memory("a"), memory("b", incarnation="other")]
+    assert agree(half, NOW) is None
+
+
+def test_what_the_wall_clock_does_not_let_expect_is_not_believed() -> None:
+    expected = NOW + OFFSET
+    late = memory("a", error_ns=-61 * SECOND)
+    assert agree([late], NOW, expected_ns=expected) is None
+    early = memory("a", error_ns=59 * SECOND)
+    assert found(early, expected_ns=expected).offset_ns == pytest.approx(OFFSET + 59e9, abs=2)
+
+
+def test_a_change_that_most_have_heard_of_counts() -> None:
+    agreement = found(
+        memory("a", timeline=CHANGED), memory("b", timeline=CHANGED), memory("c", timeline=GRID)
+    )
+    assert agreement.timeline == CHANGED.since(NOW + OFFSET)
+
+
+def test_answers_that_came_before_they_were_sent_are_none() -> None:
+    backwards = memory("a")
+    backwards = backwards._replace(ping=backwards.ping._replace(answered_ns=NOW - SECOND))
+    assert agree([backwards], NOW) is None
+
+
+honest = st.tuples(
+    st.integers(0, 300 * MS), st.integers(0, 50 * MS), st.floats(-1, 1, allow_nan=False)
+)
+lies = st.tuples(st.integers(-30, 30), st.integers(0, 300 * MS), st.integers(0, SECOND))
+
+
+@given(st.lists(honest, min_size=1, max_size=9), st.lists(lies, max_size=8))
+def test_the_time_of_an_honest_majority_is_found(
+    truths: list[tuple[int, int, float]], wrongs: list[tuple[int, int, int]]
+) -> None:
+    memories = []
+    for number, (delay, uncertainty, share) in enumerate(truths):
+        # As wrong as it says that it may be, and with as lopsided a way as there can be.
+        error = round(share * (delay // 2 + uncertainty))
+        memories.append(
+            memory(f"h{number}", error_ns=error, delay_ns=delay, uncertainty_ns=uncertainty)
+        )
+    wrongs = wrongs[: len(truths) - 1]
+    for number, (seconds, delay, uncertainty) in enumerate(wrongs):
+        memories.append(
+            memory(
+                f"l{number}",
+                error_ns=seconds * SECOND,
+                delay_ns=delay,
+                uncertainty_ns=uncertainty,
+            )
+        )
+    agreement = found(*memories)
+    # It lies where more than half agree, so within what some honest one allows for.
+    allowed = max(delay + 2 * uncertainty for delay, uncertainty, _ in truths) + 2
+    assert abs(agreement.offset_ns - OFFSET) <= allowed
