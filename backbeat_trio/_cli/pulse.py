@@ -13,6 +13,7 @@ import trio
 from .._config import PREFIX, BackbeatConfig
 from .._errors import BackbeatError, ConfigError, TransportBroken
 from .._metronome.metronome import Metronome, find_leader
+from .._transport.store import RecordRefused
 from .._wire import bucket_of
 from .connection import settings
 
@@ -73,7 +74,7 @@ async def run_pulse(options: argparse.Namespace) -> int:
 async def _open_store(
     transport: NatsTransport, config: BackbeatConfig, replicas: int | None, logger: logging.Logger
 ) -> KeyValueStore | None:
-    from .._transport.jetstream import KeyValueStore, Refused
+    from .._transport.jetstream import KeyValueStore
 
     bucket = bucket_of(config.cluster_id)
     store = KeyValueStore(transport, bucket, replicas=replicas)
@@ -86,7 +87,7 @@ async def _open_store(
                 await trio.sleep(_JETSTREAM_RETRY)
                 if not await store.open():
                     return None
-        except Refused as error:
+        except RecordRefused as error:
             raise BackbeatError(f"the record of the grid cannot be kept: {error}") from error
         except TransportBroken as error:
             if str(error) != told:

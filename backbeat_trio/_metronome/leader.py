@@ -25,7 +25,7 @@ from .._grid.steering import Steering
 from .._grid.timeline import Timeline, beat_ns, milli_bpm
 from .._time.local import local_ns, seconds_of
 from .._transport.protocol import Message, Transport
-from .._transport.store import Conflict
+from .._transport.store import Conflict, RecordRefused
 from .._wire import (
     BeatFrame,
     Probe,
@@ -71,19 +71,24 @@ def lease_ns(milli: int) -> int:
     return max(_LEASE_BEATS * beat_ns(milli), _LEASE_NS)
 
 
-async def wait_for_record(transport: Transport, find_record: Callable[[], Awaitable[bool]]) -> None:
+async def wait_for_record(
+    transport: Transport, find_record: Callable[[], Awaitable[bool]], logger: Logger
+) -> None:
     """Wait until there can be a record: ask on each connection, and every few seconds."""
-    while not await _can_be(transport, find_record):
+    reported = ""
+    while True:
+        try:
+            if await find_record():
+                return
+        except (TransportBroken, RecordRefused) as error:
+            # Whoever leads goes on, however the record is refused; that the connection went away is
+            # reported elsewhere.
+            if str(error) != reported and transport.connected:
+                reported = str(error)
+                logger.warning("still without a record: %s", error)
         with trio.move_on_after(_FIND_EVERY):
             await transport.wait_connected(False)
         await transport.wait_connected()
-
-
-async def _can_be(transport: Transport, find_record: Callable[[], Awaitable[bool]]) -> bool:
-    try:
-        return await find_record()
-    except TransportBroken:
-        return False
 
 
 class Term(Struct, frozen=True):
@@ -417,7 +422,7 @@ class Leader:
             await self._look_before_speaking()
 
     async def _look_for_record(self, find_record: Callable[[], Awaitable[bool]]) -> None:
-        await wait_for_record(self._transport, find_record)
+        await wait_for_record(self._transport, find_record, self._logger)
         self._step_down("there can be a record now")
 
     def _step_down(self, why: str) -> None:

@@ -119,6 +119,8 @@ class Metronome:
         self._logger: Logger = logger or logging.getLogger("backbeat_trio")
         self._counts = MetronomeCounts()
         self._leader: Leader | None = None
+        # Whether it was told that there is no record.
+        self._is_recordless = False
         # The present term's, or the last one's; and the highest that a record has named.
         self._epoch = 0
         self._seen = -1
@@ -249,24 +251,32 @@ class Metronome:
         return None
 
     async def _until_record(self, ledger: Ledger, scope: trio.CancelScope) -> None:
-        await wait_for_record(self._transport, ledger.open)
+        await wait_for_record(self._transport, ledger.open, self._logger)
         scope.cancel("there can be a record now")
 
     async def _find_ledger(self) -> Ledger | None:
         """Return the record; None where the server says that there can be none."""
-        warned = False
+        told = ""
         while self._ledger is not None:
             await self._transport.wait_connected()
             try:
-                if await self._ledger.open():
-                    return self._ledger
+                found = await self._ledger.open()
             except TransportBroken as error:
-                if not warned:
-                    warned = True
-                    self._logger.warning("the record of the grid cannot be kept yet: %s", error)
+                if str(error) != told and self._transport.connected:
+                    told = str(error)
+                    self._logger.warning("waiting for the record of the grid: %s", error)
                 await trio.sleep(_RETRY)
                 continue
-            self._logger.warning("alone: there is no JetStream, so nobody takes over from this one")
+            if found:
+                if told:
+                    self._logger.info("the record of the grid answers")
+                self._is_recordless = False
+                return self._ledger
+            if not self._is_recordless:
+                self._logger.warning(
+                    "the grid has no record, as there is no JetStream; it is asked for again"
+                )
+            self._is_recordless = True
             break
         return None
 

@@ -6,7 +6,7 @@ import abc
 import contextlib
 import enum
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import final
@@ -75,6 +75,7 @@ class BaseTransport(abc.ABC):
         self._mailboxes: dict[int, Mailbox] = {}
         self._numbers = itertools.count(1)
         self._received = self._dropped = self._permission_errors = 0
+        self._refused: Counter[str] = Counter()
         self._last_error: str | None = None
         self._errors: deque[tuple[int, str]] = deque(maxlen=16)
 
@@ -183,4 +184,5 @@ class BaseTransport(abc.ABC):
             permission_errors=self._permission_errors,
             last_error=self._last_error,
             recent_errors=tuple(self._errors),
+            refused=tuple(self._refused.items()),
         )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar, final
 
+import nats.errors
 import nats.js.api
 import nats.js.errors
 from nats.aio.client import Client
@@ -21,7 +22,7 @@ from .._errors import TransportBroken
 from .._wire import status_subject
 from .nats import NatsTransport
 from .protocol import matches
-from .store import Conflict, Entry
+from .store import Conflict, Entry, RecordRefused
 
 # What an answer may take. A stream whose leader was killed is back after 7 to 8 s.
 _PATIENCE: Final = 1.0
@@ -48,13 +49,23 @@ _SETTLING: Final = 5.0
 T = TypeVar("T")
 
 
-class Refused(TransportBroken):
-    """JetStream refuses what was asked of it, and would do so again."""
-
-
-def _absent(error: nats.js.errors.APIError) -> bool:
-    # Nobody answers at all, or an account without JetStream; and not one that is busy electing.
+def _may_be_absent(error: nats.js.errors.APIError) -> bool:
+    # Nobody is subscribed to the request, or the account has no JetStream; and not one that is
+    # busy electing.
+    if not isinstance(error, nats.js.errors.ServiceUnavailableError):
+        return False
     return error.err_code is None or error.err_code in _NOT_ENABLED
+
+
+async def _is_absent(js: JetStreamContext) -> bool:
+    """Tell whether the server's answer to the account request says that there is no JetStream."""
+    try:
+        await js.account_info()
+    except nats.js.errors.APIError as error:
+        if _may_be_absent(error):
+            return True
+        raise
+    return False
 
 
 def _may_pass(error: nats.js.errors.APIError) -> bool:
@@ -85,7 +96,7 @@ class _Copies:
           clustered: whether the server says that it is one of several.
 
         Raises:
-          Refused: where the server will never keep so many.
+          RecordRefused: where the server will never keep so many.
           nats.js.errors.APIError: for any other refusal; one that may pass is to be tried again.
         """
         too_few = False
@@ -107,7 +118,7 @@ class _Copies:
                 raise
             self.short = too_few
             return made, copies
-        raise Refused(f"the cluster has too few servers with JetStream for {copies} copies")
+        raise RecordRefused(f"the cluster has too few servers with JetStream for {copies} copies")
 
     def _settled(self) -> bool:
         now = time.monotonic()
@@ -117,9 +128,11 @@ class _Copies:
 
     def _check(self, error: nats.js.errors.APIError, copies: int) -> None:
         if error.err_code == _NOT_CLUSTERED:
-            raise Refused(f"the server keeps no {copies} copies: it is not in a cluster") from None
+            raise RecordRefused(
+                f"the server keeps no {copies} copies: it is not in a cluster"
+            ) from None
         if error.err_code == _INVALID:
-            raise Refused(f"the server refuses: {error.description}") from None
+            raise RecordRefused(f"the server refuses: {error.description}") from None
 
 
 @final
@@ -139,6 +152,7 @@ class KeyValueStore:
     ) -> None:
         self._transport = transport
         self._bucket = bucket
+        self._stream = f"KV_{bucket}"
         self.replicas: int | None = None
         """The copies that it has, once `open` has returned True."""
         self._copies = _Copies(replicas)
@@ -147,11 +161,25 @@ class KeyValueStore:
     async def open(self) -> bool:
         """Make the bucket where it is missing; return whether the server has JetStream.
 
+        It may be called again at any time: on a connection on which the bucket was found it asks
+        for nothing. There is no JetStream only where the server's answer to the account request
+        says so. A checkpoint.
+
         Raises:
-          TransportBroken: where JetStream does not answer, or cannot make it at present.
-          Refused: where it will never make it.
+          TransportBroken: where JetStream does not answer, or cannot make it at present, or where
+            permissions refuse the question.
+          RecordRefused: where it will never make it, or a stream that is no bucket has its name.
         """
-        return await self._transport.call(self._open)
+        before = dict(self._transport.statistics().refused)
+        try:
+            return await self._transport.call(self._open)
+        except TransportBroken:
+            stream = self._stream.lower()
+            for what, times in self._transport.statistics().refused:
+                is_own = what.startswith("publish to $js.api.") and what.endswith((stream, ".info"))
+                if is_own and times > before.get(what, 0):
+                    raise TransportBroken(f"permissions refuse to {what}") from None
+            raise
 
     @property
     def short(self) -> bool:
@@ -172,11 +200,10 @@ class KeyValueStore:
 
     async def _open(self, client: Client) -> bool:
         try:
-            bucket = await self._bucket_of(client)
-            if self.replicas is None:
-                self.replicas = (await bucket.status()).stream_info.config.num_replicas
+            await self._bucket_of(client)
         except nats.js.errors.APIError as error:
-            if _absent(error):
+            # That a request for a stream is answered by nobody may have other reasons.
+            if _may_be_absent(error) and await _is_absent(client.jetstream(timeout=_PATIENCE)):
                 return False
             raise
         return True
@@ -186,10 +213,31 @@ class KeyValueStore:
             js = client.jetstream(timeout=_PATIENCE)
             try:
                 bucket = await js.key_value(self._bucket)
+            except nats.js.errors.BadBucketError:
+                raise self._no_bucket() from None
             except nats.js.errors.NotFoundError:
                 bucket = await self._create(js)
+            else:
+                config = (await bucket.status()).stream_info.config
+                key = f"$KV.{self._bucket}.{_KEY}"
+                if not any(matches(pattern, key) for pattern in config.subjects or ()):
+                    raise self._no_bucket()
+                if self.replicas is None:
+                    self.replicas = config.num_replicas
             self._opened = client, bucket
         return self._opened[1]
+
+    def _no_bucket(self) -> RecordRefused:
+        return RecordRefused(
+            f"stream {self._stream} exists and is not the key-value bucket {self._bucket}"
+        )
+
+    async def _bucket_again(self, client: Client) -> KeyValue:
+        try:
+            return await self._bucket_of(client)
+        except RecordRefused as error:
+            # Whoever has the record open goes on without it; `open` tells for good.
+            raise TransportBroken(str(error)) from None
 
     async def _create(self, js: JetStreamContext) -> KeyValue:
         config = nats.js.api.KeyValueConfig(
@@ -205,16 +253,20 @@ class KeyValueStore:
         return bucket
 
     async def _read(self, client: Client) -> Entry:
-        bucket = await self._bucket_of(client)
+        bucket = await self._bucket_again(client)
         try:
             entry = await bucket.get(_KEY)
         except nats.js.errors.KeyNotFoundError as error:
             deleted: Any = error.entry
             return Entry(b"", 0 if deleted is None else deleted.revision or 0)
+        except (nats.errors.NoRespondersError, nats.js.errors.APIError):
+            # The bucket may be gone. Where it is found, the next look tells what is in it.
+            self._opened = None
+            raise
         return Entry(entry.value or b"", entry.revision or 0)
 
     async def _write(self, client: Client, data: bytes, revision: int) -> int:
-        bucket = await self._bucket_of(client)
+        bucket = await self._bucket_again(client)
         try:
             return await bucket.update(_KEY, data, last=revision)
         except nats.js.errors.KeyWrongLastSequenceError:
@@ -222,10 +274,11 @@ class KeyValueStore:
         except nats.js.errors.NoStreamResponseError:
             # The bucket is gone, and with it what was read: whoever wrote must look again.
             self._opened = None
-            await self._bucket_of(client)
+            await self._bucket_again(client)
             raise Conflict("the record is gone") from None
         except nats.js.errors.APIError as error:
-            raise TransportBroken(f"JetStream does not take the record: {error}") from None
+            why = error.description or error
+            raise TransportBroken(f"JetStream does not take the record: {why}") from None
 
 
 @final
@@ -254,7 +307,7 @@ class ClaimStream:
         refused = self._transport.statistics().permission_errors
         try:
             reason = await self._transport.call(self._open)
-        except Refused as error:
+        except RecordRefused as error:
             reason = str(error)
         except TransportBroken:
             if self._transport.statistics().permission_errors == refused:
@@ -273,7 +326,8 @@ class ClaimStream:
         except nats.js.errors.NotFoundError:
             return await self._find_or_create(client, js)
         except nats.js.errors.APIError as error:
-            if _absent(error):
+            # Who may ask for the stream may not be let ask for the account.
+            if _may_be_absent(error):
                 return ""
             raise
         subject = status_subject(self._config.agent_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -31,6 +32,9 @@ _BACKOFF_MAX: Final = 1.0
 _LASTING: Final = 1.0
 # How many clients whose threads have not ended there may be before no other is made.
 _UNENDED_CLIENTS: Final = 8
+# What the server says of a refusal, and how many different ones are told apart.
+_REFUSAL: Final = re.compile(r'permissions violation for (\w+) to "([^"]+)"')
+_REFUSALS: Final = 64
 _CREDENTIALS: Final = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
 
 T = TypeVar("T")
@@ -308,6 +312,11 @@ class NatsTransport(BaseTransport):
         """Keep an error that did not end the connection."""
         if "permissions violation" in error.lower():
             self._permission_errors += 1
+            refusal = _REFUSAL.search(error.lower())
+            if refusal is not None:
+                what = f"{refusal[1]} to {refusal[2]}"
+                if what in self._refused or len(self._refused) < _REFUSALS:
+                    self._refused[what] += 1
         super().note_error(error)
 
 

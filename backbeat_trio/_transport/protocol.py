@@ -48,6 +48,9 @@ class TransportStatistics(NamedTuple):
     """Why there is no connection; None while one stands."""
     recent_errors: tuple[tuple[int, str], ...]
     """The newest things that went wrong, each with when it did, in local ns."""
+    refused: tuple[tuple[str, int], ...] = ()
+    """What permissions refused, and how many times: ``publish to SUBJECT``, or ``subscription to
+    SUBJECT``, in lower case, as the client tells of it."""
 
 
 class Transport(Protocol):

@@ -16,6 +16,7 @@ import backbeat_trio as backbeat
 from backbeat_trio._grid.changes import propose
 from backbeat_trio._grid.timeline import Timeline, beat_ns
 from backbeat_trio._metronome.metronome import Metronome, find_leader
+from backbeat_trio._transport.store import Entry, MemoryStore, RecordRefused
 from backbeat_trio._wire import (
     Segment,
     SyncRequest,
@@ -231,4 +232,84 @@ async def test_an_agent_goes_on_by_frames_where_its_pings_are_too_large(
             assert any("no pings" in error for error in bb.health().errors)
             assert bb.health().leader_id == "pulse-a"
             assert bb.current_beat() == metronome.current_beat()
+        nursery.cancel_scope.cancel()
+
+
+class Answering:
+    """A store that answers as it is told."""
+
+    def __init__(self, answer: bool | Exception) -> None:
+        self.answer = answer
+        self.opened = 0
+        self.store = MemoryStore()
+
+    async def open(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        self.opened += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    async def read(self) -> Entry:
+        return await self.store.read()
+
+    async def write(self, data: bytes, revision: int) -> int:
+        return await self.store.write(data, revision)
+
+
+async def test_a_leader_without_a_record_tells_why_and_gets_one_as_soon_as_it_can(
+    autojump_clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    store = Answering(False)
+    async with leading(store=store) as (metronome, transport):
+        async with transport.open_subscription("backbeat.beat.c") as messages:
+            assert decode_frame((await anext(messages)).data).alone is True
+            await trio.sleep(20)
+            assert metronome.leads
+            refused = backbeat.TransportBroken("permissions refuse it")
+            for answer in (refused, RecordRefused("no 3 copies")):
+                opened, store.answer = store.opened, answer
+                # Asked again and again, told once, and led on.
+                await trio.sleep(20)
+                assert store.opened >= opened + 3
+                assert caplog.messages.count(f"still without a record: {answer}") == 1
+                assert metronome.leads
+            assert sum("as there is no JetStream" in text for text in caplog.messages) == 1
+            store.answer = True
+            await trio.sleep(6)
+            assert metronome.leads
+            assert store.store.read_nowait().data
+            frames = [decode_frame((await anext(messages)).data) for _ in range(120)]
+        indices = [frame.beat_index for frame in frames]
+        assert indices == list(range(1, 121))
+
+
+async def test_a_metronome_waits_for_a_store_that_does_not_answer_and_tells_why(
+    autojump_clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    store = Answering(backbeat.TransportBroken("no answer in time"))
+    async with leading(store=store) as (metronome, _):
+        await trio.sleep(30)
+        store.answer = backbeat.TransportBroken("permissions refuse it")
+        await trio.sleep(30)
+        assert not metronome.leads
+        told = [text for text in caplog.messages if "the record of the grid" in text]
+        waiting = "waiting for the record of the grid:"
+        assert told == [f"{waiting} no answer in time", f"{waiting} permissions refuse it"]
+        store.answer = True
+        await trio.sleep(5)
+        assert metronome.leads
+        assert "the record of the grid answers" in caplog.messages
+
+
+async def test_a_store_that_refuses_for_good_ends_the_metronome(autojump_clock: Clock) -> None:
+    transport = backbeat.MemoryTransport(backbeat.MemoryBus())
+    store = Answering(RecordRefused("no 3 copies"))
+    metronome = Metronome(transport, cluster_id="c", leader_id="pulse-a", store=store)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        with pytest.raises(RecordRefused, match="no 3 copies"):
+            await metronome.run()
         nursery.cancel_scope.cancel()

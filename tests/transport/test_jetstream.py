@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -16,8 +17,9 @@ from nats.js.api import DiscardPolicy, StreamConfig, StreamInfo
 import backbeat_trio as backbeat
 from backbeat_trio import BackbeatConfig, ConfigError, Session, StatusClaim
 from backbeat_trio._transport import jetstream as _jetstream
-from backbeat_trio._transport.jetstream import ClaimStream, KeyValueStore, Refused
+from backbeat_trio._transport.jetstream import ClaimStream, KeyValueStore
 from backbeat_trio._transport.nats import NatsTransport
+from backbeat_trio._transport.store import Conflict, RecordRefused
 from backbeat_trio._wire import decode_claims
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
 
@@ -332,6 +334,117 @@ async def test_an_account_without_jetstream() -> None:
             assert bb.statistics().claims_stored == 0
 
 
+@pytest.mark.parametrize("subjects", [["plain"], ["$KV.other.>"]])
+async def test_a_plain_stream_of_the_buckets_name_is_refused(subjects: list[str]) -> None:
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+
+        async def add(client: Client) -> None:
+            # One of them looks like a bucket by everything but its subjects.
+            last = 1 if subjects == ["$KV.other.>"] else -1
+            config = StreamConfig(
+                name="KV_backbeat-c", subjects=subjects, max_msgs_per_subject=last
+            )
+            await client.jetstream().add_stream(config)
+
+        await transport.call(add)
+        store = KeyValueStore(transport, "backbeat-c")
+        with pytest.raises(RecordRefused, match="KV_backbeat-c exists and is not the key-value"):
+            await store.open()
+        # Whoever has it open already finds that it does not answer.
+        for use in (store.read(), store.write(b"x", 0)):
+            with pytest.raises(backbeat.TransportBroken, match="is not the key-value bucket"):
+                await use
+
+
+@pytest.mark.parametrize(
+    ("refused", "asked"),
+    [
+        ("$JS.API.STREAM.INFO.KV_backbeat-c", True),
+        ("$JS.API.STREAM.CREATE.KV_backbeat-c", True),
+        ("$JS.API.INFO", False),
+    ],
+)
+async def test_a_refused_question_is_told_and_is_not_no_jetstream(
+    refused: str, asked: bool
+) -> None:
+    # Without JetStream only the account request may tell so.
+    config = f"""
+    authorization {{ users: [{{ user: a, password: a, permissions: {{
+        publish: {{ deny: ["{refused}", "backbeat.status.a"] }} }} }}] }}
+    """
+    arguments = ["-js"] if asked else []
+    login: dict[str, Any] = {"user": "a", "password": "a"}
+    async with NatsServer(arguments, config=config) as server:
+        transport = NatsTransport(BackbeatConfig(nats_url=server.url, agent_id="a", **login))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(transport.run)
+            await transport.wait_connected()
+            transport.publish_nowait("backbeat.status.a", b"{}")
+            store = KeyValueStore(transport, "backbeat-c")
+            for times in (1, 2):
+                with pytest.raises(backbeat.TransportBroken, match="permissions refuse") as caught:
+                    await store.open()
+                assert str(caught.value).endswith(f"publish to {refused.lower()}")
+                told = dict(transport.statistics().refused)
+                assert told[f"publish to {refused.lower()}"] == times
+                assert told["publish to backbeat.status.a"] == 1
+            nursery.cancel_scope.cancel()
+
+
+async def test_the_bucket_is_looked_for_again_on_each_connection() -> None:
+    # The same client, on a server with JetStream, on one without, and on a third with its own.
+    async with (
+        NatsServer(["-js"]) as one,
+        NatsServer() as two,
+        NatsServer(["-js"]) as three,
+    ):
+        urls = ",".join(server.url for server in (one, two, three))
+        async with admin(urls) as transport:
+            store = KeyValueStore(transport, "backbeat-c")
+            assert await store.open()
+            assert await store.write(b"first", 0) == 1
+            sent = one.log
+            for _ in range(1000):
+                assert await store.open()
+            assert one.log == sent
+            for server, has_jetstream in ((one, False), (two, True)):
+                generation = transport.generation
+                server.kill()
+                await until(lambda g=generation: transport.generation > g)  # type: ignore[misc]
+                assert await store.open() is has_jetstream
+            # What is there is another record.
+            assert (await store.read()).data == b""
+            with pytest.raises(Conflict):
+                await store.write(b"second", 1)
+            assert await store.write(b"second", 0) == 1
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_a_bucket_that_was_deleted_is_made_again_by_whoever_writes(direct: bool) -> None:
+    # The NATS command line makes buckets that are read directly.
+    async with NatsServer(["-js"]) as server, admin(server.url) as transport:
+
+        async def create(client: Client) -> None:
+            await client.jetstream().create_key_value(bucket="backbeat-c", direct=direct)
+
+        async def delete(client: Client) -> None:
+            await client.jetstream().delete_key_value("backbeat-c")
+
+        await transport.call(create)
+        store = KeyValueStore(transport, "backbeat-c")
+        assert await store.open()
+        await store.write(b"first", 0)
+        await transport.call(delete)
+        if direct:
+            with pytest.raises(backbeat.TransportBroken):
+                await store.read()
+        assert (await store.read()).data == b""
+        with contextlib.suppress(Conflict):
+            await store.write(b"second", 0)
+        revision = (await store.read()).revision
+        assert await store.write(b"second", revision) == revision + 1
+
+
 async def settled(open_it: Callable[[], Awaitable[bool]]) -> list[str]:
     """Try until there is an answer, as everybody does; return what the refusals before it said."""
     told: list[str] = []
@@ -339,7 +452,7 @@ async def settled(open_it: Callable[[], Awaitable[bool]]) -> list[str]:
         while True:
             try:
                 assert await open_it()
-            except Refused:
+            except RecordRefused:
                 raise
             except backbeat.TransportBroken as error:
                 told.append(str(error))
@@ -381,7 +494,7 @@ async def test_a_cluster_of_two_servers_keeps_two_copies(monkeypatch: pytest.Mon
         assert await again.open()
         assert (again.replicas, again.short) == (2, False)
         # Three that were asked for are not made two.
-        with pytest.raises(Refused, match="too few servers with JetStream for 3 copies"):
+        with pytest.raises(RecordRefused, match="too few servers with JetStream for 3 copies"):
             await settled(KeyValueStore(transport, "backbeat-d", replicas=3).open)
 
 
@@ -403,7 +516,7 @@ async def test_a_third_server_that_is_down_is_waited_for(monkeypatch: pytest.Mon
                 while refusals < 10:
                     with pytest.raises(backbeat.TransportBroken) as caught:
                         await store.open()
-                    assert not isinstance(caught.value, Refused)
+                    assert not isinstance(caught.value, RecordRefused)
                     refusals += "no suitable peers" in str(caught.value)
                     await trio.sleep(0.1)
             await servers[2].start()
@@ -413,9 +526,9 @@ async def test_a_third_server_that_is_down_is_waited_for(monkeypatch: pytest.Mon
 
 async def test_copies_that_a_lone_server_does_not_keep() -> None:
     async with NatsServer(["-js"]) as server, admin(server.url) as transport:
-        with pytest.raises(Refused, match="keeps no 3 copies: it is not in a cluster"):
+        with pytest.raises(RecordRefused, match="keeps no 3 copies: it is not in a cluster"):
             await KeyValueStore(transport, "backbeat-c", replicas=3).open()
-        with pytest.raises(Refused, match="maximum replicas is 5"):
+        with pytest.raises(RecordRefused, match="maximum replicas is 5"):
             await KeyValueStore(transport, "backbeat-c", replicas=9).open()
         claims = ClaimStream(transport, BackbeatConfig(agent_id="a", claims_replicas=3))
         assert not await claims.open()
