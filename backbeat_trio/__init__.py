@@ -55,7 +55,11 @@ from ._errors import (
     TransportError as TransportError,
 )
 from ._metronome.metronome import Metronome as Metronome, MetronomeStatistics as MetronomeStatistics
-from ._runtime.health import Health as Health, SessionStatistics as SessionStatistics
+from ._runtime.health import (
+    Health as Health,
+    PendingChange as PendingChange,
+    SessionStatistics as SessionStatistics,
+)
 from ._runtime.operations import Operation as Operation, Phase as Phase
 from ._session.lifecycle import session as session
 from ._session.session import Session as Session, current_session as current_session

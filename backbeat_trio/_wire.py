@@ -112,6 +112,8 @@ class SyncRequest(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1")
 
     cluster_id: str
     agent_id: str
+    role: Identity | UnsetType = UNSET
+    """What the one who asks is, a `Role`, where it is no agent. One that is unknown is no error."""
 
 
 class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
@@ -130,6 +132,8 @@ class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
     alone: bool | UnsetType = UNSET
     uncertainty_ns: Uncertainty | UnsetType = UNSET
     """What the leader's cluster time may differ by from that of the grid's first leader."""
+    standbys: Index | UnsetType = UNSET
+    """How many metronomes stand by, as far as the leader has heard of them."""
 
 
 class RecallRequest(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1"):

@@ -36,4 +36,7 @@ def _shown(name: str, value: Any) -> str:
         return f"{value * 1e3:.3g} ms"
     if name == "current_tempo":
         return f"{value:g} BPM"
+    if name == "pending":
+        changes = (f"{change['tempo_bpm']:g} BPM on beat {change['beat']}" for change in value)
+        return ", ".join(changes)
     return ", ".join(value) if isinstance(value, tuple) else str(value)

@@ -62,6 +62,10 @@ _PAUSE: Final = 0.02
 _CHANGE_TRIES: Final = 3
 # How often a leader without a record asks whether there can be one by now.
 _FIND_EVERY: Final = 5.0
+# For how long a standby counts that was heard: over two pings, which are 64 s apart at most. And
+# how many are told apart, as anybody who may ping can say that it stands by.
+_STANDBY_NS: Final = 150_000_000_000
+_STANDBYS: Final = 256
 # What is left of the time before a change when its commit is given up.
 _MARGIN_NS: Final = 50_000_000
 
@@ -161,6 +165,7 @@ class Leader:
         needs no waiting: what keeps the grid in this process.
       find_record: asked by a leader without a record, on each connection and every few seconds,
         whether there can be one by now; None where there never will be.
+      count_standbys: tells how many stand by; None counts those whose pings say so.
 
     """
 
@@ -176,6 +181,7 @@ class Leader:
         ledger: Ledger | None = None,
         keep: Callable[[Record], None] | None = None,
         find_record: Callable[[], Awaitable[bool]] | None = None,
+        count_standbys: Callable[[], int] | None = None,
     ) -> None:
         self.timeline: Timeline = term.timeline
         self.epoch: int = term.epoch
@@ -193,6 +199,8 @@ class Leader:
         self._ledger = ledger
         self._keep_now = keep
         self._find_record = find_record
+        self._count_standbys = count_standbys or self._count_heard
+        self._standbys: dict[str, int] = {}
         self._is_alone = ledger is None and keep is None
         self._committing = trio.Lock()
         self._changing = trio.Lock()
@@ -511,8 +519,26 @@ class Leader:
             return None
         return Probe(self._cluster_id, self.epoch, self._leader_id)
 
+    def _note_standby(self, agent_id: str) -> None:
+        # In the order in which they were heard last.
+        self._standbys.pop(agent_id, None)
+        if self._count_heard() < _STANDBYS:
+            self._standbys[agent_id] = local_ns()
+
+    def _count_heard(self) -> int:
+        since = local_ns() - _STANDBY_NS
+        while self._standbys:
+            first = next(iter(self._standbys))
+            if self._standbys[first] >= since:
+                break
+            del self._standbys[first]
+        return len(self._standbys)
+
     async def _answer_sync(self, request: Message) -> SyncReply | None:
-        self._own(decode_sync_request(request.data).cluster_id)
+        ping = decode_sync_request(request.data)
+        self._own(ping.cluster_id)
+        if ping.role == "standby":
+            self._note_standby(ping.agent_id)
         if not self._may_speak():
             return None
         self._counts.syncs += 1
@@ -527,6 +553,7 @@ class Leader:
             incarnation=self._term.incarnation or UNSET,
             alone=self._is_alone or UNSET,
             uncertainty_ns=self._term.uncertainty_ns,
+            standbys=self._count_standbys(),
             **self.timeline.since(self.cluster_ns()).wire_fields(),
         )
 

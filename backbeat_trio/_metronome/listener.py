@@ -90,7 +90,9 @@ class BeatListener(FollowerObserver):
         self._clock = clock
         self._transport = transport
         self._cluster_id = cluster_id
-        self._request = encode(SyncRequest(cluster_id, agent_id))
+        self._request = encode(
+            SyncRequest(cluster_id, agent_id, UNSET if role == "agent" else role)
+        )
         self._logger = logger
         self._logged_ns = -_LOG_EVERY_NS
         self._ask = AsyncBool(False)
@@ -99,6 +101,14 @@ class BeatListener(FollowerObserver):
         self._observer = observer or ListenerObserver()
         self.way_ns: int = 0
         """The round trip of the last answer."""
+        self._standbys: tuple[int, int] | None = None
+
+    @property
+    def standbys(self) -> int | None:
+        """How many stand by, as the present leader told last; None where it has not."""
+        if self._standbys is None or self._standbys[0] != self.follower.epoch:
+            return None
+        return self._standbys[1]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen and steer until cancelled."""
@@ -175,6 +185,8 @@ class BeatListener(FollowerObserver):
                 answers.append((ping, reply))
                 self.way_ns = max(0, ping.delay_ns)
                 self._observer.on_sign(alone=reply.alone is True)
+                if reply.standbys is not UNSET:
+                    self._standbys = reply.epoch, reply.standbys
         return answers
 
     async def _answer_recalls(self, recalls: AsyncIterator[Message]) -> None:

@@ -184,7 +184,11 @@ class Metronome:
             def keep(record: Record) -> None:
                 store.write_nowait(encode(record), store.read_nowait().revision)
 
-            await self._lead(self._make_leader(term, keep=keep), task_status=task_status)
+            def count_standbys() -> int:
+                return store.turn.statistics().tasks_waiting
+
+            leader = self._make_leader(term, keep=keep, count_standbys=count_standbys)
+            await self._lead(leader, task_status=task_status)
         finally:
             store.turn.release()
 
@@ -299,6 +303,7 @@ class Metronome:
         ledger: Ledger | None = None,
         *,
         keep: Callable[[Record], None] | None = None,
+        count_standbys: Callable[[], int] | None = None,
     ) -> Leader:
         return Leader(
             self._transport,
@@ -310,6 +315,7 @@ class Metronome:
             ledger=ledger,
             keep=keep,
             find_record=None if ledger or self._ledger is None else self._ledger.open,
+            count_standbys=count_standbys,
         )
 
     async def _lead(

@@ -9,6 +9,15 @@ from .._transport.protocol import TransportStatistics
 from .._wire import HEALTH_TASK_ID, StatusClaim, format_bpm
 
 
+class PendingChange(msgspec.Struct, frozen=True):
+    """A change of the tempo that was committed and is not in force yet."""
+
+    beat: int
+    """The index of the beat on which it takes effect."""
+    tempo_bpm: float
+    """Beats per minute from then on; 0 has the grid stand still on that beat."""
+
+
 class Health(msgspec.Struct, frozen=True):
     """What `Session.health` tells."""
 
@@ -48,6 +57,12 @@ class Health(msgspec.Struct, frozen=True):
     """The term of leadership that is followed; None on a local grid."""
     leader_id: str | None
     """Who leads; None on a local grid."""
+    standbys: int | None
+    """How many metronomes stand by, as the leader told last; None on a local grid, and where it has
+    not told. One that died counts for up to 150 s more."""
+    pending: tuple[PendingChange, ...]
+    """The changes to come, in the order of their beats; each step of a ramp is one. A grid that
+    stands still goes on with a change on the beat on which it stands."""
 
 
 class SessionStatistics(msgspec.Struct, frozen=True):

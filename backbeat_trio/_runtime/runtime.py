@@ -24,7 +24,7 @@ from .._transport.protocol import Transport, TransportStatistics
 from .._wire import StatusClaim, format_bpm
 from .claims import ClaimCounts
 from .emitter import ClaimEmitter, Journal
-from .health import Health, SessionStatistics, health_claim
+from .health import Health, PendingChange, SessionStatistics, health_claim
 from .operations import Operations
 from .services import ServiceGroup
 
@@ -269,6 +269,11 @@ class Runtime:
             uncertainty=None if uncertainty is None else uncertainty / 1e9,
             epoch=None if followed is None else followed.epoch,
             leader_id=None if followed is None else followed.leader_id,
+            standbys=None if followed is None or self.listener is None else self.listener.standbys,
+            pending=tuple(
+                PendingChange(segment.beat0, segment.milli_bpm / 1000)
+                for segment in clock.grid.timeline.since(clock.cluster_ns()).segments[1:]
+            ),
         )
 
     def _recent_errors(self, counters: TransportStatistics) -> tuple[str, ...]:

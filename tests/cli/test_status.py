@@ -20,7 +20,7 @@ async def test_status() -> None:
             *("enabled", "started", "connected", "current_beat", "current_tempo"),
             *("measured_bpm", "tempo_drift", "reconnect_count", "active_operations"),
             *("local_degradation", "errors", "node_id"),
-            *("paused", "uncertainty", "epoch", "leader_id"),
+            *("paused", "uncertainty", "epoch", "leader_id", "standbys", "pending"),
         ]
         assert health["connected"]
         assert health["current_tempo"] == 120.0
@@ -33,6 +33,10 @@ async def test_status() -> None:
             table = {name: value.strip() for name, _, value in rows}
             assert table["current_tempo"] == "120 BPM"
             assert table["uncertainty"].endswith(" ms")
+            assert (table["standbys"], table["pending"]) == ("0", "")
+        await backbeat("tempo", "90", "--at-beat", "5000", "-s", url)
+        done = await backbeat("status", "-s", url)
+        assert "90 BPM on beat 5000" in done.stdout.decode()
         done = await backbeat("status", "-s", url, "--cluster-id", "empty", "--timeout", "300ms")
         assert done.returncode == 1
 

@@ -598,6 +598,30 @@ async def test_a_standby_far_from_its_server_learns_who_is_gone(autojump_clock: 
         assert two.metronome.statistics().probes <= 3
 
 
+async def test_agents_are_told_how_many_stand_by(autojump_clock: Clock) -> None:
+    async with cluster(3) as (made, (one, two, three)), open_session(made.bus) as bb:
+        await trio.sleep(70)
+        assert bb.health().standbys == 2
+        # Whoever takes over stands by no more, and whoever is gone is forgotten in time.
+        one.scope.cancel()
+        await trio.sleep(70)
+        assert bb.health().standbys == 1
+        next(pulse for pulse in (two, three) if not pulse.leads).scope.cancel()
+        await trio.sleep(80)
+        assert bb.health().standbys == 1
+        await trio.sleep(150)
+        assert bb.health().standbys == 0
+        # Anybody may say that it stands by, and a role that nobody knows is no error.
+        for role, number in [("standby", 300), ("ghost", 5)]:
+            for index in range(number):
+                ping = encode(SyncRequest(CLUSTER_ID, f"{role}-{index}", role))
+                await made.transport.request(f"backbeat.sync.{CLUSTER_ID}", ping, timeout=1)
+        await trio.sleep(70)
+        assert bb.health().standbys == 256
+        await trio.sleep(250)
+        assert bb.health().standbys == 0
+
+
 async def test_a_metronome_with_a_record_outranks_one_without(autojump_clock: Clock) -> None:
     async with trio.open_nursery() as nursery:
         made = Cluster(nursery)

@@ -65,6 +65,8 @@ async def test_health_of_a_locked_session(autojump_clock: Clock) -> None:
             "uncertainty": pytest.approx(0.0, abs=1e-3),
             "epoch": 1,
             "leader_id": "test-agent",
+            "standbys": 0,
+            "pending": (),
         }
         assert (bb.current_position(), bb.current_beat(), bb.current_bar()) == (10.0, 10, 1)
         assert bb.tempo_bpm == 120.0
@@ -142,6 +144,29 @@ async def test_tempo_changes_for_everybody_on_one_beat(
         await trio.sleep_forever()
     assert bb.current_position() == 10.0
     assert trio.current_time() - start == 5.5 + 4 * 2.0
+
+
+async def test_health_tells_of_changes_to_come(backbeat_session: backbeat.Session) -> None:
+    bb, change = backbeat_session, backbeat.PendingChange
+    assert bb.health().pending == ()
+    assert await bb.set_tempo(120, at_beat=4, over=3) == 4
+    assert await bb.pause(at_beat=9) == 9
+    # The next frame tells of them.
+    await bb.sleep(1.5)
+    *steps, last = bb.health().pending
+    assert [step.beat for step in steps] == [4, 5, 6, 7]
+    assert [step.tempo_bpm for step in steps] == sorted(step.tempo_bpm for step in steps)
+    assert steps[-1].tempo_bpm == 120.0
+    assert last == change(9, 0.0)
+    await bb.sleep_until(7.5)
+    assert bb.health().pending == (change(9, 0.0),)
+    await trio.sleep(5)
+    assert (bb.health().paused, bb.health().pending) == (True, ())
+    await bb.resume()
+    await trio.sleep(0.5)
+    assert bb.health().pending == (change(9, 120.0),)
+    await trio.sleep(5)
+    assert bb.health().pending == ()
 
 
 @pytest.mark.parametrize("bpm", [0, 6001, math.nan, -3])
@@ -379,6 +404,8 @@ async def test_the_grid_goes_on_while_a_session_of_it_lives(autojump_clock: Cloc
             nats_url=url, agent_id="two", tempo_bpm=999, beats_per_bar=3
         ) as two:
             assert two.tempo_bpm == one.tempo_bpm == 60.0
+            # Each would go on with the grid.
+            assert two.health().standbys == 1
             assert two.current_position() == one.current_position() == 3.25
             with two.move_on_after(4) as scope:
                 await one.set_tempo(120, at_beat=6)
