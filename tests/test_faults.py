@@ -57,6 +57,18 @@ PROMISES: Final = {
     "lost_300": figures.Target(
         "kill -9 of the leader, 300 BPM: beats lost or repeated", "≤", 0, ""
     ),
+    "alone_120": figures.Target(
+        "a single metronome killed and restarted, 120 BPM: beats lost, repeated or moved",
+        "≤",
+        0,
+        "",
+    ),
+    "alone_300": figures.Target(
+        "a single metronome killed and restarted, 300 BPM: beats lost, repeated or moved",
+        "≤",
+        0,
+        "",
+    ),
     "cluster_lost": figures.Target(
         "kill -9 of JetStream's leader, then of another server: beats lost or repeated", "≤", 0, ""
     ),
@@ -300,6 +312,42 @@ async def test_leader_is_killed(bpm: float, thorough: bool, report: Report) -> N
                 assert not agent.bb.health().local_degradation or agent.bb._clock.loop_late
             indices = [frame.beat_index for frame, _ in first.frames]
     assert indices == list(range(indices[0], indices[-1] + 1))
+
+
+@pytest.mark.parametrize("bpm", [120.0, 300.0])
+async def test_a_single_metronome_is_killed_and_restarted(
+    bpm: float, thorough: bool, report: Report
+) -> None:
+    rounds = 100 if thorough else 2
+    with trio.fail_after(60 + 10 * rounds):
+        async with (
+            NatsServer(JETSTREAM) as server,
+            pulsing(server.url, 1, bpm=bpm) as pulses,
+            agents(server.url) as everybody,
+        ):
+            first = everybody[0]
+            await until(lambda: len(first.beats) >= 4)
+            incarnations, moved = {first.frames[-1][0].incarnation}, 0
+            for _ in range(rounds):
+                former = leader(first)
+                await pulses.kill(former)
+                await trio.sleep(random.uniform(0.0, 2.0))
+                before = [agent.bb.current_position() for agent in everybody]
+                begun = trio.current_time()
+                await pulses.start()
+                await led_anew(everybody, former)
+                passed = (trio.current_time() - begun) * bpm / 60
+                after = [agent.bb.current_position() for agent in everybody]
+                # As exact as the next leader can know the time that others have kept.
+                moved += sum(abs(b - a - passed) > 0.1 for a, b in zip(before, after, strict=True))
+                await trio.sleep(random.uniform(0.5, 0.5 + 60 / bpm))
+                incarnations.add(first.frames[-1][0].incarnation)
+            beats = sum(len(agent.beats) for agent in everybody)
+            wrong = moved + sum(agent.lost() for agent in everybody)
+            report(f"alone_{bpm:g}", wrong, f"{beats:,} beats of four agents, {rounds} rounds")
+            for agent in everybody:
+                agent.check()
+            assert len(incarnations) == 1
 
 
 # 2. A leader that stands still, and comes back with what it had in its buffers.
