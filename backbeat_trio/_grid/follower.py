@@ -13,6 +13,7 @@ grid that is steered, a wish to ask the leader, and when to do so next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple, TypeAlias, final
 
@@ -21,7 +22,7 @@ from msgspec import Struct
 from .._wire import BeatFrame, SyncReply
 from .estimate import Estimate, Ping, Verdict, best_ping
 from .grid import Grid
-from .punctuality import Drift, is_late
+from .punctuality import Drift, is_late, tolerance_ns
 from .steering import MIN_STEP_NS
 from .timeline import Timeline, beat_ns
 
@@ -37,6 +38,9 @@ _JOINING_NS: Final = 1_000_000_000
 _PINGS_WORSE_NS: Final = 10_000_000
 # How many bursts in a row must contradict what frames have told.
 _CONTRADICTED: Final = 3
+# How far behind the position another incarnation of the grid may lie for the position to be held
+# there, in bars of that grid.
+_HELD_BARS: Final = 2
 
 Answer: TypeAlias = tuple[Ping, SyncReply]
 
@@ -150,6 +154,20 @@ class Follower:
         steering = self.grid.steering
         slewing = abs(now_ns + steering.target_at(now_ns) - steering.cluster_at(now_ns))
         return self._estimate.uncertainty_at(now_ns) + slewing
+
+    def error_text(self, now_ns: int) -> str | None:
+        """Say by how much the position is off; None while it is off by no more than it may be."""
+        grid = self.grid
+        beat, error = beat_ns(grid.segment_at(now_ns).milli_bpm), grid.error_ns(now_ns)
+        if not self.locked or abs(error) <= tolerance_ns(beat):
+            return None
+        where = "ahead of" if error > 0 else "behind"
+        how = (
+            "the position holds until the grid reaches it"
+            if grid.hold_ns(now_ns)
+            else "the position is steered to it"
+        )
+        return f"{where} the cluster by {abs(error) / beat:.3g} beats; {how}"
 
     # Frames.
 
@@ -353,7 +371,7 @@ class Follower:
             self._observer.on_odd("the leader knows nothing of what frames in its name have told")
             if same:
                 grid.adopt(timeline, now_ns)
-                self._next_index = min(self._next_index, grid.index_at(now_ns) + 1)
+                self._next_index = min(self._next_index, self._index_at(now_ns) + 1)
             else:
                 self._lock(reply, timeline, estimate.offset_at(now_ns), now_ns, estimate.frequency)
         if verdict is Verdict.OUTLYING or not timeline.continues(grid.timeline, apart):
@@ -399,7 +417,11 @@ class Follower:
         now_ns: int,
         frequency: int = 0,
     ) -> None:
-        grid = self.grid
+        grid, hold_beats = self.grid, 0.0
+        if self.locked:
+            # On one incarnation no beat comes twice, however far off the position was.
+            same = self.incarnation and message.incarnation == self.incarnation
+            hold_beats = math.inf if same else _HELD_BARS * message.beats_per_bar
         self._note_leader(message)
         self.locked = True
         self.drift.clear()
@@ -410,12 +432,17 @@ class Follower:
             now_ns,
             beats_per_bar=message.beats_per_bar,
             frequency=frequency,
+            hold_beats=hold_beats,
         )
-        self._next_index = grid.index_at(now_ns)
+        self._next_index = self._index_at(now_ns)
         self.last_due_ns, self._last_heard_ns = timeline.last_beat(grid.cluster_at(now_ns)), now_ns
         self.counts.locks += 1
         self._observer.on_lock()
         self._observer.on_followed()
+
+    def _index_at(self, now_ns: int) -> int:
+        # Of the leader's beat, which lies behind the position while that is held.
+        return self.grid.timeline.index_at(self.grid.cluster_at(now_ns))
 
 
 def _rank(message: BeatFrame | SyncReply) -> tuple[bool, int]:

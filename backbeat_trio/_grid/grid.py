@@ -53,8 +53,9 @@ class Grid:
         self.steering: Steering = steering
         self.beats_per_bar: int = beats_per_bar
         self.floor: float = -math.inf
-        """Where the grid turned out to stand still behind this agent, the agent stands still, too:
-        on this position."""
+        """The position that was reached before the grid was last corrected. Where the grid turned
+        out to lie behind it, the agent holds it until the grid comes there."""
+        self._floor_ns = 0
         self._observer = observer
 
     def cluster_at(self, local_ns: int) -> int:
@@ -75,36 +76,66 @@ class Grid:
         return self.timeline.segment_at(self.steering.cluster_at(local_ns))
 
     def local_at(self, position: float) -> int:
-        """Return when a position will be reached, in local time; `NEVER` where it will not be."""
+        """Return when a position is reached, in local time; `NEVER` where it will not be."""
+        local_ns = self._local_at(position)
+        return min(self._floor_ns, local_ns) if position <= self.floor else local_ns
+
+    def _local_at(self, position: float) -> int:
         cluster_ns = self.timeline.time_of(position)
         return NEVER if cluster_ns == NEVER else self.steering.local_at(cluster_ns)
+
+    def held_until(self) -> int:
+        """Return when the grid reaches the position that is held; `NEVER` where it does not.
+
+        To be asked only after a correction.
+        """
+        return self._local_at(self.floor)
+
+    def hold_ns(self, local_ns: int) -> int:
+        """Return how far the grid lies behind the position that is held, at its present tempo.
+
+        It is 0 where nothing is held.
+        """
+        cluster = self.steering.cluster_at(local_ns)
+        behind = max(0.0, self.floor - self.timeline.position_at(cluster))
+        return round(behind * beat_ns(self.timeline.segment_at(cluster).milli_bpm))
+
+    def error_ns(self, local_ns: int) -> int:
+        """Return how far the position is ahead of where it is steered to, at its present tempo.
+
+        It is negative where the position is behind.
+        """
+        steering = self.steering
+        slew = steering.cluster_at(local_ns) - local_ns - steering.target_at(local_ns)
+        return slew + self.hold_ns(local_ns)
 
     def adopt(self, timeline: Timeline, local_ns: int) -> None:
         """Follow another course of the same grid, without a jump of the position.
 
         A change that was announced ahead leaves no difference. Where the difference is found
-        afterwards, cluster time starts from the present position and is steered to where it
-        belongs: it never runs back.
+        afterwards, the position goes on from where it is, and is corrected as `steer` does.
         """
-        cluster = self.steering.cluster_at(local_ns)
-        before, after = self.position_at(local_ns), timeline.position_at(cluster)
-        present = timeline.segment_at(cluster)
+        cluster, former = self.steering.cluster_at(local_ns), self.timeline
+        self._hold(local_ns)
         self.timeline = timeline
-        self.floor = -math.inf
-        if abs(after - before) * beat_ns(present.milli_bpm) <= 1:
+        milli, reached = timeline.segment_at(cluster).milli_bpm, timeline.time_of(self.floor)
+        before, after = former.position_at(cluster), timeline.position_at(cluster)
+        same = abs(after - before) * beat_ns(milli) <= 1
+        # Who holds a position already goes on doing so as long as the grid lies behind it.
+        holds = before < self.floor and after < self.floor
+        if same or holds or not milli or reached == NEVER:
             self._changed()
-        elif present.milli_bpm and (reached := timeline.time_of(before)) != NEVER:
+        else:
             target, frequency = self.steering.target_at(local_ns), self.steering.frequency
             self.steering.step(reached - local_ns, at_ns=local_ns)
             self.steer(target, local_ns, frequency)
-        else:
-            # Cluster time cannot be moved to where this grid has another position: it stands still,
-            # or will before it gets there.
-            self.floor = max(before, after)
-            self._changed()
 
     def steer(self, offset_ns: int, local_ns: int, frequency: int = 0) -> None:
-        """Move cluster time towards a measured offset and frequency (see `Steering.correct`)."""
+        """Move cluster time towards a measured offset and frequency (see `Steering.correct`).
+
+        The position does not go back with it: it is held until the grid comes there.
+        """
+        self._hold(local_ns)
         beat = beat_ns(self.segment_at(local_ns).milli_bpm)
         self.steering.correct(local_ns, offset_ns, beat_ns=beat, frequency=frequency)
         self._changed()
@@ -117,17 +148,34 @@ class Grid:
         *,
         beats_per_bar: int,
         frequency: int = 0,
+        hold_beats: float = 0.0,
     ) -> None:
-        """Move to another grid, with what is known of its time."""
+        """Move to another grid, with what is known of its time.
+
+        Args:
+          timeline: the segments of the other grid.
+          offset_ns: its cluster time minus local time, now.
+          local_ns: now.
+          beats_per_bar: the length of its bars.
+          frequency: how much faster its cluster time runs, in parts in 10**12.
+          hold_beats: where the other grid lies behind the position by no more beats than these, the
+            position does not move, but is held until the other grid comes there.
+
+        """
         position, index = self.position_at(local_ns), self.index_at(local_ns)
         self.timeline = timeline
         self.floor = -math.inf
         self.steering.step(offset_ns, at_ns=local_ns, frequency=frequency)
         self.beats_per_bar = beats_per_bar
+        if 0 < position - self.position_at(local_ns) <= hold_beats:
+            self.floor, self._floor_ns = position, local_ns
         if self._observer is not None:
             beats = self.position_at(local_ns) - position
             self._observer.rebased(beats, self.index_at(local_ns) - index)
         self._changed()
+
+    def _hold(self, local_ns: int) -> None:
+        self.floor, self._floor_ns = self.position_at(local_ns), local_ns
 
     def _changed(self) -> None:
         if self._observer is not None:

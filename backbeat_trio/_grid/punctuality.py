@@ -31,6 +31,11 @@ def is_late(late_ns: int, beat_ns: int) -> bool:
     return late_ns > max(_LATE_NS, _LATE * beat_ns)
 
 
+def tolerance_ns(beat_ns: int) -> float:
+    """Return what a frame, or a position, may be off by: max(2 ms, 1 % of a beat)."""
+    return max(_PHASE_NS, _PHASE * beat_ns)
+
+
 @final
 class Drift:
     """How far the frames are from the grid that they announce.
@@ -92,7 +97,7 @@ class Drift:
         if len(points) >= 2 and received_ns - points[-2][1] < _LEAST_NS / _FRAMES:
             points.pop()
         points.append((due_ns, received_ns, late_ns))
-        tolerance = max(_PHASE_NS, _PHASE * beat_ns)
+        tolerance = tolerance_ns(beat_ns)
         excess = abs(late_ns) / tolerance
         rate = self.rate
         if rate is not None:

@@ -1,4 +1,4 @@
-"""The slewed clock: how local time becomes cluster time, without ever running back.
+"""The slewed clock: how local time becomes cluster time.
 
 Pure: times are passed in, as integers of nanoseconds; frequencies are integers of parts in 10**12.
 """
@@ -17,10 +17,12 @@ MIN_STEP_NS: Final = 50_000_000
 
 @final
 class Steering:
-    """The mapping of local time to cluster time, corrected by slewing so that it never runs back.
+    """The mapping of local time to cluster time, corrected by slewing small errors.
 
     It is a line, of the offset and the frequency that were measured, and before it a straight way
     that leads from where cluster time was when they were, at no more than 8 % beside its rate.
+    Cluster time runs back only where a large error is stepped; whoever reads positions by it holds
+    them meanwhile (see `Grid`).
     """
 
     __slots__ = ("_base_ns", "_base_offset", "_from_cluster", "_from_ns", "frequency", "settled_ns")
@@ -94,20 +96,21 @@ class Steering:
         self._from_cluster = at_ns + offset_ns
 
     def correct(self, local_ns: int, offset_ns: int, *, beat_ns: int, frequency: int = 0) -> None:
-        """Move towards a measured offset: slewed, or stepped where far behind.
+        """Move towards a measured offset: slewed, or stepped where far off.
 
         Args:
           local_ns: now.
           offset_ns: what was measured, cluster time minus local time.
-          beat_ns: the length of a beat. An error forward of more than max(50 ms, 1/4 beat) is
-            stepped; others are slewed, over an eighth of a beat or as long as 8 % of rate takes.
+          beat_ns: the length of a beat. An error of more than max(50 ms, 1/4 beat), forward or
+            back, is stepped; others are slewed, over an eighth of a beat or as long as 8 % of rate
+            takes.
           frequency: what was measured, in parts in 10**12.
 
         """
         cluster_ns = self.cluster_at(local_ns)
         error = local_ns + offset_ns - cluster_ns
         self.step(offset_ns, at_ns=local_ns, frequency=frequency)
-        if error > max(MIN_STEP_NS, beat_ns // 4):
+        if abs(error) > max(MIN_STEP_NS, beat_ns // 4):
             return
         self._from_cluster = cluster_ns
         self.settled_ns += max(beat_ns // 8, math.ceil(abs(error) / MAX_SLEW))

@@ -43,9 +43,11 @@ class Health(msgspec.Struct, frozen=True):
     """How many operations live."""
     local_degradation: bool
     """Whether the grid is a local one or in holdover (no connection, no lock, two frames missing),
-    or this process's own loop was late for one of its last eight beats by more than a tenth."""
+    or the position is off the cluster's by more than max(2 ms, 1 % of a beat), or this process's
+    own loop was late for one of its last eight beats by more than a tenth."""
     errors: tuple[str, ...]
-    """What went wrong recently, newest last; it never holds a secret."""
+    """What went wrong recently, newest last; at the end, by how much the position is off, while it
+    is off by more than it may be. It never holds a secret."""
     node_id: str
     """The name of the node."""
     paused: bool

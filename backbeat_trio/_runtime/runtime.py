@@ -241,15 +241,19 @@ class Runtime:
         config, clock, transport, now = self.config, self.clock, self.transport, local_ns()
         follower = None if self.listener is None else self.listener.follower
         connected = transport is not None and transport.connected and not clock.closed
+        off = None if follower is None else follower.error_text(now)
         degraded = config.enabled and (
             not connected
             or follower is None
             or not follower.locked
             or follower.in_holdover(now)
+            or off is not None
             or clock.loop_late
         )
         followed = follower if follower is not None and follower.locked else None
         uncertainty = None if followed is None else followed.uncertainty_ns(now)
+        if uncertainty is not None:
+            uncertainty += clock.grid.hold_ns(now)
         counters = None if transport is None else transport.statistics()
         segment = clock.segment()
         return Health(
@@ -263,7 +267,7 @@ class Runtime:
             reconnect_count=0 if counters is None else max(0, counters.connects - 1),
             active_operations=len(self.operations),
             local_degradation=degraded,
-            errors=() if counters is None else self._recent_errors(counters),
+            errors=() if counters is None else self._recent_errors(counters, off),
             node_id=config.node_id,
             paused=not segment.milli_bpm,
             uncertainty=None if uncertainty is None else uncertainty / 1e9,
@@ -276,7 +280,7 @@ class Runtime:
             ),
         )
 
-    def _recent_errors(self, counters: TransportStatistics) -> tuple[str, ...]:
+    def _recent_errors(self, counters: TransportStatistics, off: str | None) -> tuple[str, ...]:
         beats = 2 * self.config.health_beats
         since = local_ns() - max(_ERRORS_NS, beats * beat_ns(self.clock.segment().milli_bpm))
         errors = counters.recent_errors
@@ -287,6 +291,8 @@ class Runtime:
         recent = [text for when, text in errors if when >= since]
         if counters.last_error is not None and counters.last_error not in recent:
             recent.append(counters.last_error)
+        if off is not None:
+            recent.append(off)
         return tuple(recent)
 
     def statistics(self) -> SessionStatistics:

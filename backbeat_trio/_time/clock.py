@@ -140,7 +140,8 @@ class BeatClock:
         """Take in that the position has moved to another grid (see `GridObserver`)."""
         self.deadlines.rebase(beats)
         self.index_shift += index
-        self._next_index = self.index() + 1
+        # A beat that is due, and was not struck yet, still is.
+        self._next_index += index
         if self._on_rebase is not None:
             self._on_rebase(index)
 

@@ -507,7 +507,7 @@ class Deadlines:
         if now < steering.settled_ns:
             until.append(steering.settled_ns)
         behind = position < grid.floor
-        if behind and (reached := grid.local_at(grid.floor)) != NEVER:
+        if behind and (reached := grid.held_until()) != NEVER:
             until.append(reached)
         if behind or not segment.milli_bpm:
             self._line_base, self._line_beat_s = 0.0, math.inf

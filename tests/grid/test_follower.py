@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from msgspec.structs import replace
 
 from backbeat_trio._grid.estimate import Ping
 from backbeat_trio._grid.follower import (
@@ -227,23 +228,78 @@ def test_a_frame_that_explains_itself_alone_is_asked_about(agent: Agent) -> None
     assert agent.follower.counts.frames == 1
 
 
-def test_who_is_steered_back_for_long_hears_the_leader_all_the_same(agent: Agent) -> None:
+def test_who_is_held_for_long_hears_the_leader_all_the_same(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.hear()
-    # Three seconds, six beats, ahead: it takes half a minute to slew that.
+    assert agent.follower.error_text(agent.now) is None
+    # Three seconds, six beats, ahead: so long the position is held.
     agent.grid.steering.step(AHEAD + 3 * SECOND, at_ns=agent.now)
+    position = agent.grid.position_at(agent.now)
     for _ in range(4):
         agent.now += SECOND // 2
         agent.answer(agent.answered())
         agent.hear()
         assert not agent.follower.in_holdover(agent.now + SECOND // 2)
     assert agent.error_ns == pytest.approx(0, abs=MS)
-    assert agent.grid.cluster_at(agent.now) > agent.now + AHEAD + 2 * SECOND
+    assert agent.grid.position_at(agent.now) == pytest.approx(position + 1)
+    assert agent.follower.error_text(agent.now) == (
+        "ahead of the cluster by 3 beats; the position holds until the grid reaches it"
+    )
+    assert agent.follower.counts.frames == 5
     # So nobody else is believed.
     assert not agent.hear(epoch=0)
     assert agent.stale == [0]
     agent.now += 2 * SECOND
+    assert agent.follower.error_text(agent.now) is None
     assert agent.follower.in_holdover(agent.now)
+
+
+@pytest.mark.parametrize(("apart", "where"), [(100 * MS, "ahead of"), (-100 * MS, "behind")])
+def test_what_is_steered_slowly_is_told_of(apart: int, where: str, agent: Agent) -> None:
+    agent.answer(agent.answered())
+    agent.now += SECOND
+    agent.grid.steering.step(AHEAD + apart, at_ns=agent.now)
+    agent.answer(agent.answered())
+    text = agent.follower.error_text(agent.now)
+    assert text == f"{where} the cluster by 0.2 beats; the position is steered to it"
+    agent.now += 2 * SECOND
+    assert agent.follower.error_text(agent.now) is None
+
+
+@pytest.mark.parametrize(
+    ("behind", "named", "held"),
+    [(7, "another", True), (9, "another", False), (-3, "another", False), (900, "one", True)],
+)
+def test_a_grid_that_lies_behind_holds_the_position(
+    behind: int, named: str, held: bool, agent: Agent
+) -> None:
+    ping, reply = agent.answered()
+    agent.answer((ping, replace(reply, incarnation="one")))
+    agent.now += 1000 * SECOND
+    before = agent.grid.index_at(agent.now)
+    # Of four beats a bar, it begins at another instant of cluster time.
+    other = Timeline((Segment(2, 0, before - behind, 7 * 10**15, 120_000),))
+    lie = 7 * 10**15 - agent.now - AHEAD + 2 * MS
+    for _ in range(3):
+        ping, reply = agent.answered(epoch=2, timeline=other, lie_ns=lie)
+        agent.answer((ping, replace(reply, incarnation=named)))
+    assert agent.follower.counts.locks == 2
+    assert agent.grid.index_at(agent.now) == (before if held else before - behind)
+    # The leader's frames are followed from the first one on.
+    offset = other.segments[0].t0_ns - agent.now
+    for number in range(1, 3):
+        agent.now += SECOND // 2
+        told, index = other.wire_fields(), before - behind + number
+        frame = BeatFrame(
+            *("c", index, index % 4 == 0, beat_phase(index, 4), 120.0, 4, window_id(index, 4)),
+            *(2, "pulse-2"),
+            incarnation=named,
+            **told,
+        )
+        assert not agent.follower.hear(frame, other, agent.now, agent.now)
+    assert agent.follower.counts.frames == 2
+    assert agent.grid.cluster_at(agent.now) == pytest.approx(agent.now + offset, abs=10 * MS)
+    assert (agent.follower.error_text(agent.now) is not None) == (held and behind > 2)
 
 
 def test_a_new_grid_of_the_same_epoch_is_followed_after_three_bursts(agent: Agent) -> None:

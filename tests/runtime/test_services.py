@@ -625,6 +625,43 @@ async def test_a_frame_that_was_not_the_leaders_is_not_followed_for_ever(
         assert bb.statistics().locks == (1 if ahead else 2)
 
 
+async def test_an_agent_that_missed_a_slow_down_waits_for_its_cluster(
+    autojump_clock: Clock,
+) -> None:
+    async with leading() as (leader, bb):
+        await leader.beat(2)
+        leader.answering = False
+        # Two thirds of the beats are missing that the agent counts for itself.
+        slow = leader.index() + 1
+        leader.segment = Segment(5, 1, slow, slow * SECOND, 20_000)
+        await trio.sleep(30.2)
+        ahead = bb.current_position() - (leader.cluster_ns() - leader.segment.t0_ns) / 3e9 - slow
+        position, begun = bb.current_position(), trio.current_time()
+        beats = bb.beats()
+        leader.answering = True
+        leader.send(beat_index=leader.index())
+        await trio.testing.wait_all_tasks_blocked()
+        health = bb.health()
+        assert health.local_degradation
+        assert health.errors[-1] == (
+            f"ahead of the cluster by {ahead:.3g} beats; "
+            "the position holds until the grid reaches it"
+        )
+        assert health.uncertainty is not None
+        assert health.uncertainty > 3 * ahead - 1
+        with bb.move_on_after(2) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(leader.beat, 25)
+                beat = await anext(beats)
+                assert trio.current_time() - begun < 1.2 * 3 * ahead
+                nursery.cancel_scope.cancel()
+        assert not scope.cancel_called
+        assert (beat.index, beat.skipped) == (int(position) + 1, 0)
+        assert beat.index == leader.index()
+        assert bb.health().errors == ()
+        assert bb.statistics().locks == 1
+
+
 async def test_an_agent_ahead_of_a_pause_that_it_missed(autojump_clock: Clock) -> None:
     async with leading() as (leader, bb):
         await leader.beat(2)
