@@ -90,6 +90,9 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """True makes a failed first connection an error, instead of a degraded session."""
     health_beats: int = 8
     """Every how many beats a health claim is emitted; 0 is never, for those who only look on."""
+    answer_recalls: bool = True
+    """Whether this session tells a metronome that finds no leader what it remembers of the grid;
+    False is for those who only look on."""
     store_claims: bool = True
     """Whether terminal claims go into a stream of JetStream, where the server has it."""
     claims_stream: str = "BACKBEAT_STATUS"

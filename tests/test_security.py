@@ -35,7 +35,17 @@ from backbeat_trio._cli import main as cli
 from backbeat_trio._cli.connection import settings
 from backbeat_trio._transport.jetstream import ClaimStream, KeyValueStore
 from backbeat_trio._transport.nats import NatsTransport
-from backbeat_trio._wire import BeatFrame, Segment, StatusClaim, SyncRequest, TempoRequest, encode
+from backbeat_trio._wire import (
+    BeatFrame,
+    RecallReply,
+    RecallRequest,
+    Segment,
+    StatusClaim,
+    SyncRequest,
+    TempoRequest,
+    decode_recall_reply,
+    encode,
+)
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
 
 CONFIG: Final = (Path(__file__).parent.parent / "examples" / "nats-server.conf").read_text()
@@ -44,6 +54,7 @@ BEATS: Final = f"backbeat.beat.{CLUSTER}"
 SYNC: Final = f"backbeat.sync.{CLUSTER}"
 TEMPO: Final = f"backbeat.tempo.{CLUSTER}"
 LEAD: Final = f"backbeat.lead.{CLUSTER}.7"
+RECALL: Final = f"backbeat.recall.{CLUSTER}"
 BUCKET: Final = f"KV_backbeat-{CLUSTER}"
 KEY: Final = f"$KV.backbeat-{CLUSTER}.metronome"
 ROLES: Final = ("pulse-a", "pulse-b", "agent-1", "agent-2", "operator", "observer")
@@ -108,6 +119,7 @@ def login(server: NatsServer, files: Files, role: str) -> dict[str, Any]:
         "inbox_prefix": inbox_of(role),
         "tls_ca": files.ca,
         "health_beats": 8 if role.startswith("agent") else 0,
+        "answer_recalls": role.startswith("agent"),
     }
 
 
@@ -343,7 +355,9 @@ JETSTREAM: Final = (
     "$JS.API.CONSUMER.CREATE.BACKBEAT_STATUS",
     "$JS.API.STREAM.CREATE.FORGED",
 )
-OTHERS: Final = ("_INBOX_metronome", "_INBOX_agent-2", "_INBOX", "*")
+OTHERS: Final = ("_INBOX_metronome.>", "_INBOX_agent-2.>", "_INBOX.>", "*.>", ">")
+# Where the server has an agent answer a metronome, and what else such an answer could be sent to.
+ANSWERS: Final = ("_R_.x.1", "_INBOX_metronome.x.1", *JETSTREAM)
 INBOXES: Final = ("_INBOX_metronome.x.1", "_INBOX_agent-2.x.1")
 
 
@@ -352,12 +366,15 @@ INBOXES: Final = ("_INBOX_metronome.x.1", "_INBOX_agent-2.x.1")
     [
         (
             "agent-1",
-            (BEATS, TEMPO, LEAD, "backbeat.status.agent-2", *JETSTREAM, *INBOXES),
+            (BEATS, TEMPO, LEAD, RECALL, "backbeat.status.agent-2", *JETSTREAM, *INBOXES),
         ),
-        ("operator", (BEATS, "backbeat.status.agent-1", "backbeat.status.operator", *JETSTREAM)),
+        (
+            "operator",
+            (BEATS, RECALL, "backbeat.status.agent-1", "backbeat.status.operator", *ANSWERS),
+        ),
         (
             "observer",
-            (BEATS, TEMPO, LEAD, "backbeat.status.agent-1", *JETSTREAM),
+            (BEATS, TEMPO, LEAD, RECALL, "backbeat.status.agent-1", *ANSWERS),
         ),
         ("pulse-b", ("backbeat.status.agent-1", "backbeat.beat.another", TEMPO, *INBOXES)),
     ],
@@ -407,10 +424,10 @@ async def test_publications_that_are_refused(
     [
         (
             "agent-1",
-            (SYNC, TEMPO, LEAD, "backbeat.>", KEY, *(f"{inbox}.>" for inbox in OTHERS), ">"),
+            (SYNC, TEMPO, LEAD, "_R_.>", "backbeat.>", KEY, *OTHERS),
         ),
-        ("observer", (SYNC, TEMPO, "_INBOX_agent-1.>", "backbeat.>", ">")),
-        ("operator", (SYNC, TEMPO, "_INBOX_agent-1.>", ">")),
+        ("observer", (SYNC, TEMPO, RECALL, "_INBOX_agent-1.>", "_R_.>", "backbeat.>", ">")),
+        ("operator", (SYNC, TEMPO, RECALL, "_INBOX_agent-1.>", "_R_.>", ">")),
         ("pulse-b", ("_INBOX_agent-1.>", ">")),
     ],
 )
@@ -427,12 +444,88 @@ async def test_subscriptions_that_are_refused(
                 assert transport.statistics().permission_errors == number, subject
 
 
+async def recalled(transport: NatsTransport) -> dict[str, RecallReply]:
+    """Ask for the grid as a metronome does, and return the answers by the name of who gave it."""
+    found: dict[str, RecallReply] = {}
+    request = encode(RecallRequest(CLUSTER, "pulse-b"))
+    async with transport.open_request(RECALL, request) as answers:
+        with trio.move_on_after(1.0):
+            async for answer in answers:
+                reply = decode_recall_reply(answer.data)
+                found[reply.agent_id] = reply
+    return found
+
+
+@guarded
+async def test_metronomes_ask_for_the_grid_and_those_who_follow_it_answer(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as transport,
+        leading(transport, cluster_id=CLUSTER) as metronome,
+        connection(server, files, "pulse-b") as other,
+        open_session(**login(server, files, "agent-1"), lock_timeout=30.0) as one,
+        open_session(**login(server, files, "agent-2"), lock_timeout=30.0) as two,
+        open_session(**login(server, files, "observer"), lock_timeout=30.0) as observer,
+        open_session(**login(server, files, "operator"), lock_timeout=30.0) as operator,
+    ):
+        found = await recalled(other)
+        assert {name: reply.role for name, reply in found.items()} == {
+            "pulse-a": "leader",
+            "agent-1": "agent",
+            "agent-2": "agent",
+        }
+        assert {reply.epoch for reply in found.values()} == {metronome.epoch}
+        for bb in (one, two, observer, operator):
+            assert bb.health().errors == ()
+        for each in (transport, other):
+            assert each.statistics().permission_errors == 0
+
+
+@guarded
+async def test_agents_carry_the_grid_from_one_metronome_to_the_next(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as one,
+        connection(server, files, "pulse-b") as two,
+        open_session(**login(server, files, "agent-1"), lock_timeout=0.0) as bb,
+    ):
+        for name, transport in (("pulse-1", one), ("pulse-2", two), ("pulse-3", one)):
+            store = KeyValueStore(transport, f"backbeat-{CLUSTER}")
+            async with leading(transport, cluster_id=CLUSTER, store=store, leader_id=name):
+                await until(lambda n=name: bb.health().leader_id == n)  # type: ignore[misc]
+                await trio.sleep(0.5)
+        assert bb.statistics().locks == 1
+        for each in (one, two):
+            assert each.statistics().permission_errors == 0
+        assert "Violation" not in server.log
+
+
+@guarded
+async def test_who_hears_claims_cannot_allow_itself_to_publish_frames(files: Files) -> None:
+    # As `open_claims` needs it: what it hears may name any subject for an answer.
+    own = '            "backbeat.recall.chorus-production"\n            "_INBOX_agent-1.>"'
+    assert CONFIG.count(own) == 1
+    config = CONFIG.replace(own, f'            "backbeat.status.*"\n{own}')
+    async with (
+        NatsServer(config=config) as server,
+        connection(server, files, "agent-1") as agent,
+        agent.open_subscription("backbeat.status.*") as claims,
+    ):
+        agent.publish_nowait("backbeat.status.agent-1", claim_of("agent-1"), reply=BEATS)
+        assert (await anext(aiter(claims))).reply == BEATS
+        agent.publish_nowait(BEATS, forged_frame())
+        await agent.flush()
+        assert dict(agent.statistics().refused) == {f"publish to {BEATS}": 1}
+
+
 @guarded
 async def test_agent_cannot_publish_frames(files: Files) -> None:
     async with (
         NatsServer(config=CONFIG) as server,
         connection(server, files, "pulse-a") as transport,
-        leading(transport, cluster_id=CLUSTER) as metronome,
+        leading(
+            transport, cluster_id=CLUSTER, store=KeyValueStore(transport, f"backbeat-{CLUSTER}")
+        ) as metronome,
         connection(server, files, "agent-2") as forger,
         open_session(**login(server, files, "agent-1"), lock_timeout=30.0) as bb,
     ):

@@ -148,7 +148,7 @@ def settings(options: argparse.Namespace, env: Mapping[str, str] | None = None) 
     if seconds is not None:
         found |= {"connect_timeout": seconds, "lock_timeout": seconds}
     if options.command != "exec":
-        found["health_beats"] = 0
+        found |= {"health_beats": 0, "answer_recalls": False}
     # A name of its own for each run: several may look at one cluster from one host.
     if not env.get(f"{PREFIX}AGENT_ID"):
         found["agent_id"] = f"backbeat-{options.command}-{os.getpid()}-{os.urandom(3).hex()}"

@@ -66,6 +66,7 @@ class BeatListener(FollowerObserver):
       agent_id: the name that goes into pings.
       logger: where it says what it notices.
       role: what it says it is, when it answers a recall.
+      answers_recalls: whether it answers them, and subscribes to them at all.
       observer: is called when something has happened.
 
     """
@@ -79,6 +80,7 @@ class BeatListener(FollowerObserver):
         agent_id: str,
         logger: Logger,
         role: Role = "agent",
+        answers_recalls: bool = True,
         observer: ListenerObserver | None = None,
     ) -> None:
         self.follower: Follower = Follower(clock.grid, cluster_id=cluster_id, observer=self)
@@ -98,6 +100,7 @@ class BeatListener(FollowerObserver):
         self._ask = AsyncBool(False)
         self._agent_id = agent_id
         self._role: Role = role
+        self._answers_recalls = answers_recalls
         self._observer = observer or ListenerObserver()
         self.way_ns: int = 0
         """The round trip of the last answer."""
@@ -114,12 +117,12 @@ class BeatListener(FollowerObserver):
         """Listen and steer until cancelled."""
         async with (
             self._transport.open_subscription(beat_subject(self._cluster_id)) as messages,
-            self._transport.open_subscription(recall_subject(self._cluster_id)) as recalls,
             trio.open_nursery() as nursery,
         ):
+            if self._answers_recalls:
+                await nursery.start(self._hear_recalls)
             nursery.start_soon(self._sync)
             nursery.start_soon(self._ask_again)
-            nursery.start_soon(self._answer_recalls, recalls)
             task_status.started()
             async for message in messages:
                 try:
@@ -188,6 +191,12 @@ class BeatListener(FollowerObserver):
                 if reply.standbys is not UNSET:
                     self._standbys = reply.epoch, reply.standbys
         return answers
+
+    async def _hear_recalls(self, *, task_status: trio.TaskStatus[None]) -> None:
+        subject = recall_subject(self._cluster_id)
+        async with self._transport.open_subscription(subject) as recalls:
+            task_status.started()
+            await self._answer_recalls(recalls)
 
     async def _answer_recalls(self, recalls: AsyncIterator[Message]) -> None:
         async for request in recalls:

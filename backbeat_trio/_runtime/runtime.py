@@ -79,6 +79,7 @@ class Runtime:
                 cluster_id=config.cluster_id,
                 agent_id=config.agent_id,
                 logger=logger,
+                answers_recalls=config.answer_recalls,
             )
             self.emitter = ClaimEmitter(
                 self.clock,

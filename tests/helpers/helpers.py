@@ -23,6 +23,7 @@ import trio
 
 from backbeat_trio import BackbeatConfig, Metronome, Session
 from backbeat_trio._transport.nats import NatsTransport
+from backbeat_trio._transport.store import Store
 from backbeat_trio.testing import CLUSTER_ID, NatsServer
 
 P = ParamSpec("P")
@@ -163,10 +164,11 @@ async def leading(
     cluster_id: str = CLUSTER_ID,
     leader_id: str = "pulse-a",
     tempo_bpm: float = 600.0,
+    store: Store | None = None,
 ) -> AsyncGenerator[Metronome, None]:
     """Run a metronome over a connection that somebody else runs."""
     metronome = Metronome(
-        transport, cluster_id=cluster_id, leader_id=leader_id, tempo_bpm=tempo_bpm
+        transport, cluster_id=cluster_id, leader_id=leader_id, tempo_bpm=tempo_bpm, store=store
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(metronome.run)

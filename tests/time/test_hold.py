@@ -56,7 +56,11 @@ async def test_whatever_waits_for_a_position_waits_longer(autojump_clock: Clock)
             if name == "sleep":
                 await clock.sleep(beats)
             else:
-                scope = clock.scope_at(beats) if name == "at" else clock.scope_after(beats)
+                scope = (
+                    clock.deadlines.scope_at(beats)
+                    if name == "at"
+                    else clock.deadlines.scope_after(beats)
+                )
                 with scope:
                     await trio.sleep_forever()
                 assert scope.cancelled_caught
@@ -66,14 +70,14 @@ async def test_whatever_waits_for_a_position_waits_longer(autojump_clock: Clock)
         for name, beats in (("after", 10), ("at", 12), ("sleep", 11)):
             nursery.start_soon(wait, name, beats)
         await trio.sleep(5.25)
-        with clock.scope_after(3) as before:
+        with clock.deadlines.scope_after(3) as before:
             steer(clock, 4)
             assert before.beats_left == 3
-            with clock.scope_after(1) as inside:
+            with clock.deadlines.scope_after(1) as inside:
                 await trio.sleep(2)
                 assert inside.beats_left == 1
                 # A position that was reached is past, and the next one is not.
-                past, next_one = clock.scope_at(5.2), clock.scope_at(5.3)
+                past, next_one = clock.deadlines.scope_at(5.2), clock.deadlines.scope_at(5.3)
                 assert past.cancel_called
                 assert not next_one.cancel_called
                 assert clock.deadline_of(5.2) <= trio.current_time()
@@ -117,7 +121,7 @@ async def test_the_next_incarnation_is_waited_for(autojump_clock: Clock) -> None
         await nursery.start(clock.run)
         await trio.sleep(20)
         start, beats = trio.current_time(), Beats(clock, bars=False)
-        with clock.scope_after(5) as relative, clock.scope_at(40) as absolute:
+        with clock.deadlines.scope_after(5) as relative, clock.deadlines.scope_at(40) as absolute:
             rebase(clock, 7)
             assert (clock.position(), clock.index()) == (20, 20)
             assert (relative.beats_left, relative.deadline) == (5, 25)
@@ -129,7 +133,7 @@ async def test_the_next_incarnation_is_waited_for(autojump_clock: Clock) -> None
         assert trio.current_time() - start == pytest.approx(12)
         # Too far behind to be waited for: the position moves, and what counts beats along with it.
         beats = Beats(clock, bars=False)
-        with clock.scope_after(5) as relative:
+        with clock.deadlines.scope_after(5) as relative:
             rebase(clock, 17)
             assert (clock.position(), relative.deadline) == (8, 13)
             assert (await anext(beats)).index == 9
@@ -159,7 +163,7 @@ def test_no_beat_comes_twice_and_timers_fire(
         async def budget(clock: BeatClock) -> None:
             while True:
                 begin = clock.position() - clock.deadlines._shift
-                with clock.scope_after(0.75) as scope:
+                with clock.deadlines.scope_after(0.75) as scope:
                     await trio.sleep_forever()
                 assert scope.cancelled_caught
                 budgets.append(clock.position() - clock.deadlines._shift - begin)
