@@ -12,9 +12,9 @@ import trio
 
 from .._config import PREFIX, BackbeatConfig
 from .._errors import BackbeatError, ConfigError, TransportBroken
-from .._metronome.metronome import Metronome, find_leader
+from .._metronome.metronome import Metronome
 from .._transport.store import RecordRefused
-from .._wire import bucket_of
+from .._wire import beat_subject, bucket_of, recall_subject, sync_subject, tempo_subject
 from .connection import settings
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .._transport.nats import NatsTransport
 
 _JETSTREAM_RETRY: Final = 1.0
+# How often it is looked at what permissions refused.
+_REFUSALS_EVERY: Final = 0.5
 # Limits of the stream of terminal claims: field of the settings, name on the server, unit.
 _LIMITS: Final = (
     ("claims_max_age", "max_age", " s"),
@@ -32,6 +34,7 @@ _LIMITS: Final = (
 
 async def run_pulse(options: argparse.Namespace) -> int:
     """Run a metronome, until it is terminated."""
+    from .._transport.jetstream import KeyValueStore
     from .._transport.nats import NatsTransport
 
     config = settings(options)
@@ -46,10 +49,7 @@ async def run_pulse(options: argparse.Namespace) -> int:
             await transport.first_attempt()
         except BackbeatError as error:
             logger.warning("%s; trying on", error)
-        store = await _open_store(transport, config, options.replicas, logger)
-        if store is not None and config.store_claims:
-            # The beats need it for nothing.
-            nursery.start_soon(_make_stream, transport, config, logger)
+        store = KeyValueStore(transport, bucket_of(config.cluster_id), replicas=options.replicas)
         metronome = Metronome(
             transport,
             cluster_id=config.cluster_id,
@@ -60,56 +60,98 @@ async def run_pulse(options: argparse.Namespace) -> int:
             ),
             store=store,
         )
-        if store is None:
-            leader = await find_leader(transport, config.cluster_id, config.agent_id)
-            if leader is not None:
-                raise BackbeatError(
-                    f"cluster {config.cluster_id} has a metronome already: {leader.leader_id}"
-                )
-            logger.warning("alone: the server has no JetStream, so nobody takes over from this one")
-        await metronome.run()
+        nursery.start_soon(_tell_outages, transport, metronome, logger)
+        nursery.start_soon(_tell_copies, store, options.replicas, config, logger)
+        if config.store_claims:
+            # The beats need it for nothing.
+            nursery.start_soon(_make_stream, transport, store, config, logger)
+        nursery.start_soon(_tell_refusals, transport, metronome, config.cluster_id, logger)
+        try:
+            await metronome.run()
+        except RecordRefused as error:
+            raise BackbeatError(f"the record of the grid cannot be kept: {error}") from error
     return 0
 
 
-async def _open_store(
-    transport: NatsTransport, config: BackbeatConfig, replicas: int | None, logger: logging.Logger
-) -> KeyValueStore | None:
-    from .._transport.jetstream import KeyValueStore
+async def _tell_copies(
+    store: KeyValueStore, replicas: int | None, config: BackbeatConfig, logger: logging.Logger
+) -> None:
+    await store.opened.wait()
+    stream = f"KV_{bucket_of(config.cluster_id)}"
+    if store.short:
+        _tell_short(stream, store.replicas, logger)
+    elif replicas not in (None, store.replicas):
+        logger.warning(
+            "stream %s exists with num_replicas %s, not %s: it is left as it is",
+            *(stream, store.replicas, replicas),
+        )
 
-    bucket = bucket_of(config.cluster_id)
-    store = KeyValueStore(transport, bucket, replicas=replicas)
-    told = ""
+
+async def _tell_outages(
+    transport: NatsTransport, metronome: Metronome, logger: logging.Logger
+) -> None:
     while True:
         await transport.wait_connected()
-        try:
-            if not await store.open():
-                # It may be that the server has not found the rest of its cluster yet.
-                await trio.sleep(_JETSTREAM_RETRY)
-                if not await store.open():
-                    return None
-        except RecordRefused as error:
-            raise BackbeatError(f"the record of the grid cannot be kept: {error}") from error
-        except TransportBroken as error:
-            if str(error) != told:
-                told = str(error)
-                logger.warning("the record of the grid cannot be kept yet; trying on: %s", error)
-            await trio.sleep(_JETSTREAM_RETRY)
-            continue
-        if store.short:
-            _tell_short(f"KV_{bucket}", store.replicas, logger)
-        elif replicas not in (None, store.replicas):
-            logger.warning(
-                "stream KV_%s exists with num_replicas %s, not %s: it is left as it is",
-                *(bucket, store.replicas, replicas),
-            )
-        return store
+        await transport.wait_connected(False)
+        lost, unsent = trio.current_time(), metronome.statistics().frames_unsent
+        errors = transport.statistics().recent_errors
+        logger.warning("connection lost: %s", errors[-1][1] if errors else "closed")
+        await transport.wait_connected()
+        seconds, unsent = trio.current_time() - lost, metronome.statistics().frames_unsent - unsent
+        logger.info("connected again after %.1f s; %d frames were not sent", seconds, unsent)
+
+
+async def _tell_refusals(
+    transport: NatsTransport, metronome: Metronome, cluster_id: str, logger: logging.Logger
+) -> None:
+    """Say once of each thing that permissions refuse it, and when frames are taken again."""
+    own = [
+        f"{verb} to {subject}".lower()
+        for subject, verbs in _subjects_of(cluster_id).items()
+        for verb in verbs
+    ]
+    beats = f"publish to {beat_subject(cluster_id)}".lower()
+    told: set[str] = set()
+    refused = sent = 0
+    while True:
+        await trio.sleep(_REFUSALS_EVERY)
+        counts, frames = dict(transport.statistics().refused), metronome.statistics().frames
+        for what in own:
+            if what in counts and what not in told:
+                told.add(what)
+                logger.warning(
+                    "%s: permissions refuse to %s",
+                    "nobody hears this metronome"
+                    if what == beats
+                    else "this metronome is hampered",
+                    what,
+                )
+        if counts.get(beats, 0) > refused:
+            refused, sent = counts[beats], frames
+        elif beats in told and frames > sent + 1:
+            # Two that were not refused: the answer to the first one would have come by now.
+            told.discard(beats)
+            logger.info("frames are taken again")
+
+
+def _subjects_of(cluster_id: str) -> dict[str, tuple[str, ...]]:
+    publish, subscribe = ("publish",), ("subscription",)
+    return {
+        beat_subject(cluster_id): publish + subscribe,
+        sync_subject(cluster_id): publish + subscribe,
+        recall_subject(cluster_id): publish + subscribe,
+        tempo_subject(cluster_id): subscribe,
+        f"$KV.{bucket_of(cluster_id)}.metronome": publish,
+    }
 
 
 async def _make_stream(
-    transport: NatsTransport, config: BackbeatConfig, logger: logging.Logger
+    transport: NatsTransport, store: KeyValueStore, config: BackbeatConfig, logger: logging.Logger
 ) -> None:
     from .._transport.jetstream import ClaimStream
 
+    # Where there is no JetStream yet there can be no stream either.
+    await store.opened.wait()
     # Agents make it where they may, which is not everywhere.
     stream, told = ClaimStream(transport, config), ""
     while True:

@@ -205,7 +205,8 @@ class Leader:
         self._committing = trio.Lock()
         self._changing = trio.Lock()
         self._look = AsyncBool(False)
-        self._reachable = True
+        # Why the record could not be written since it was written last; each is told once.
+        self._uncommitted: set[str] = set()
         self._last_ns = self.cluster_ns()
         # The connection on which the record was read, and when another leader was heard last.
         self._looked = transport.generation
@@ -437,11 +438,14 @@ class Leader:
         self._why = why
         self._scope.cancel(why)
 
-    def _cannot_commit(self, error: Exception) -> None:
+    def _cannot_commit(self, error: Exception) -> str:
+        """Take note that the record was not written, and return why."""
         self._counts.commits_failed += 1
-        if self._reachable:
-            self._logger.warning("beating on without the record, tempo changes refused: %s", error)
-        self._reachable = False
+        why = "no answer in time" if isinstance(error, trio.TooSlowError) else str(error)
+        if why not in self._uncommitted:
+            self._logger.warning("beating on without the record, tempo changes refused: %s", why)
+            self._uncommitted.add(why)
+        return why
 
     async def _save(self, proposed: Timeline | None = None) -> None:
         ledger = self._ledger
@@ -463,8 +467,8 @@ class Leader:
                 else:
                     break
         self._counts.commits += 1
-        if not self._reachable:
-            self._reachable = True
+        if self._uncommitted:
+            self._uncommitted.clear()
             self._logger.info("the record can be written again")
 
     def _is_deposed(self, other: Record | None) -> bool:
@@ -673,8 +677,7 @@ class Leader:
             with trio.fail_after(min(_COMMIT_PATIENCE, max(0.0, seconds))):
                 await self._save(timeline)
         except (TransportBroken, trio.TooSlowError) as error:
-            self._cannot_commit(error)
+            why = self._cannot_commit(error)
             # It may have been written after all: what holds is written over it.
             self._look.value = True
-            why = "no answer in time" if isinstance(error, trio.TooSlowError) else error
             raise TempoRefused(f"the change could not be committed: {why}") from None

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Final, NamedTuple, final
 
-import msgspec
 import trio
 
 from .._checks import check_integer
@@ -28,12 +27,8 @@ from .._wire import (
     MAX_BEATS_PER_BAR,
     Record,
     Segment,
-    SyncReply,
-    SyncRequest,
     decode_record,
-    decode_sync_reply,
     encode,
-    sync_subject,
 )
 from .leader import Leader, MetronomeCounts, Term, wait_for_record
 from .ledger import Ledger
@@ -378,13 +373,3 @@ class Metronome:
           ValueError: where ``bpm`` is out of range or NaN.
         """
         return await self._present().change(bpm, at_beat=at_beat, over=over)
-
-
-async def find_leader(transport: Transport, cluster_id: str, agent_id: str) -> SyncReply | None:
-    """Ask who leads the cluster; None where nobody answers. A checkpoint."""
-    request = encode(SyncRequest(cluster_id, agent_id))
-    try:
-        reply = await transport.request(sync_subject(cluster_id), request, timeout=1.0)
-        return decode_sync_reply(reply.data)
-    except (TransportBroken, msgspec.DecodeError):
-        return None

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar, final
 import nats.errors
 import nats.js.api
 import nats.js.errors
+import trio
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
@@ -155,8 +156,10 @@ class KeyValueStore:
         self._stream = f"KV_{bucket}"
         self.replicas: int | None = None
         """The copies that it has, once `open` has returned True."""
+        self.opened = trio.Event()
+        """Set once `open` has returned True."""
         self._copies = _Copies(replicas)
-        self._opened: tuple[Client, KeyValue] | None = None
+        self._found: tuple[Client, KeyValue] | None = None
 
     async def open(self) -> bool:
         """Make the bucket where it is missing; return whether the server has JetStream.
@@ -172,7 +175,7 @@ class KeyValueStore:
         """
         before = dict(self._transport.statistics().refused)
         try:
-            return await self._transport.call(self._open)
+            found = await self._transport.call(self._open)
         except TransportBroken:
             stream = self._stream.lower()
             for what, times in self._transport.statistics().refused:
@@ -180,6 +183,9 @@ class KeyValueStore:
                 if is_own and times > before.get(what, 0):
                     raise TransportBroken(f"permissions refuse to {what}") from None
             raise
+        if found:
+            self.opened.set()
+        return found
 
     @property
     def short(self) -> bool:
@@ -209,7 +215,7 @@ class KeyValueStore:
         return True
 
     async def _bucket_of(self, client: Client) -> KeyValue:
-        if self._opened is None or self._opened[0] is not client:
+        if self._found is None or self._found[0] is not client:
             js = client.jetstream(timeout=_PATIENCE)
             try:
                 bucket = await js.key_value(self._bucket)
@@ -224,8 +230,8 @@ class KeyValueStore:
                     raise self._no_bucket()
                 if self.replicas is None:
                     self.replicas = config.num_replicas
-            self._opened = client, bucket
-        return self._opened[1]
+            self._found = client, bucket
+        return self._found[1]
 
     def _no_bucket(self) -> RecordRefused:
         return RecordRefused(
@@ -261,7 +267,7 @@ class KeyValueStore:
             return Entry(b"", 0 if deleted is None else deleted.revision or 0)
         except (nats.errors.NoRespondersError, nats.js.errors.APIError):
             # The bucket may be gone. Where it is found, the next look tells what is in it.
-            self._opened = None
+            self._found = None
             raise
         return Entry(entry.value or b"", entry.revision or 0)
 
@@ -273,7 +279,7 @@ class KeyValueStore:
             raise Conflict("the record was written by somebody else") from None
         except nats.js.errors.NoStreamResponseError:
             # The bucket is gone, and with it what was read: whoever wrote must look again.
-            self._opened = None
+            self._found = None
             await self._bucket_again(client)
             raise Conflict("the record is gone") from None
         except nats.js.errors.APIError as error:

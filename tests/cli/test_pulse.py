@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import signal
 from typing import Any
 
+import nats.js.errors
+import trio
 from helpers import backbeat, connected
+from nats.aio.client import Client
 
 from backbeat_trio import BackbeatConfig
 from backbeat_trio._transport.jetstream import ClaimStream
@@ -13,14 +18,132 @@ from backbeat_trio.testing import NatsServer, open_session
 
 from .programs import cluster, line_with, program
 
+LOGIN = {"CHORUS_BACKBEAT_USER": "p", "CHORUS_BACKBEAT_PASSWORD": "p"}
 
-async def test_a_second_metronome_refuses() -> None:
+
+async def test_a_second_metronome_stands_by_also_without_jetstream() -> None:
     async with cluster() as url:
-        done = await backbeat("pulse", "-s", url, "--bpm", "60")
-        assert done.returncode == 1
-        assert "has a metronome already: pulse-a" in done.stderr.decode()
+        async with program("pulse", "-s", url, "--bpm", "60", "--id", "pulse-b") as pulse:
+            told = await line_with(pulse.stderr, "stands by - leader=pulse-a")
+            assert "the grid has no record, as there is no JetStream" in told
+            async with open_session(
+                nats_url=url, cluster_id="chorus-production", lock_timeout=30.0
+            ) as bb:
+                await bb.sleep(3)
+                assert (bb.tempo_bpm, bb.health().leader_id) == (600.0, "pulse-a")
+                assert bb.health().standbys == 1
         done = await backbeat("pulse", "-s", "memory://x")
         assert done.returncode == 1
+
+
+async def test_an_outage_is_told_with_how_long_it_was() -> None:
+    async with (
+        NatsServer(["-js"]) as server,
+        program("pulse", "-s", server.url, "--bpm", "600") as pulse,
+    ):
+        await line_with(pulse.stderr, "metronome leads")
+        server.kill()
+        await line_with(pulse.stderr, "connection lost: ")
+        await trio.sleep(1.5)
+        await server.start()
+        told = await line_with(pulse.stderr, "frames were not sent")
+        outage = re.search(r"connected again after (\d+\.\d) s; (\d+) frames", told)
+        assert outage is not None
+        assert float(outage[1]) >= 1.4
+        assert int(outage[2]) >= 10
+
+
+RESTRICTED = """
+jetstream {{ }}
+authorization {{ users: [{{
+    user: p, password: p, permissions: {{ publish: {{ deny: [{}] }} }}
+}}] }}
+"""
+
+
+async def test_frames_that_are_refused_are_told_once_and_so_is_the_end_of_it() -> None:
+    beats = "backbeat.beat.chorus-production"
+    async with (
+        NatsServer(config=RESTRICTED.format(f'"{beats}"')) as server,
+        program("pulse", "-s", server.url, "--bpm", "600", env=LOGIN) as pulse,
+    ):
+        told = await line_with(pulse.stderr, "nobody hears this metronome")
+        assert told.splitlines()[-1].endswith(f"permissions refuse to publish to {beats}")
+        await trio.sleep(2)
+        server.reload(RESTRICTED.format('"nothing"'))
+        told = await line_with(pulse.stderr, "frames are taken again")
+        assert "nobody hears" not in told
+        async with open_session(
+            nats_url=server.url, cluster_id="chorus-production", user="p", password="p"
+        ) as bb:
+            await bb.sleep(3)
+            assert bb.health().leader_id
+
+
+async def test_a_refused_question_for_the_record_is_told_once_and_waited_for() -> None:
+    stream = "$JS.API.STREAM.INFO.KV_backbeat-chorus-production"
+    async with (
+        NatsServer(config=RESTRICTED.format(f'"{stream}"')) as server,
+        program("pulse", "-s", server.url, "--bpm", "600", env=LOGIN) as pulse,
+    ):
+        waiting = "waiting for the record of the grid: permissions refuse to publish to"
+        assert stream.lower() in await line_with(pulse.stderr, waiting)
+        await trio.sleep(3)
+        server.reload(RESTRICTED.format('"nothing"'))
+        told = await line_with(pulse.stderr, "metronome leads")
+        assert waiting not in told
+        assert "the record of the grid answers" in told
+
+
+async def test_a_full_store_is_told_once_and_so_is_the_end_of_it() -> None:
+    # The record's bucket, and a stream that somebody else fills the account with.
+    config = """
+    accounts { A { jetstream: { max_file: 64KB }, users: [{ user: p, password: p }] } }
+    """
+    async with (
+        NatsServer(["-js"], config=config) as server,
+        connected(nats_url=server.url, user="p", password="p") as transport,
+    ):
+
+        async def fill(client: Client) -> None:
+            js = client.jetstream()
+            await js.add_stream(name="other", subjects=["other"])
+            for size in (1000, 100, 1):
+                with contextlib.suppress(nats.js.errors.APIError):
+                    while True:
+                        await js.publish("other", b"x" * size)
+
+        async def empty(client: Client) -> None:
+            await client.jetstream().delete_stream("other")
+
+        env = LOGIN | {"CHORUS_BACKBEAT_STORE_CLAIMS": "false"}
+        async with program("pulse", "-s", server.url, "--bpm", "1200", env=env) as pulse:
+            await line_with(pulse.stderr, "metronome leads")
+            await transport.call(fill)
+            full = "beating on without the record, tempo changes refused: JetStream does not take"
+            told = await line_with(pulse.stderr, full)
+            assert "resource limits exceeded for account" in told
+            await trio.sleep(3)
+            await transport.call(empty)
+            told = await line_with(pulse.stderr, "the record can be written again")
+            assert full not in told
+
+
+async def test_a_plain_stream_in_the_records_place_ends_it() -> None:
+    async with NatsServer(["-js"]) as server, connected(nats_url=server.url) as transport:
+
+        async def add(client: Client) -> None:
+            await client.jetstream().add_stream(
+                name="KV_backbeat-chorus-production", subjects=["mine"]
+            )
+
+        await transport.call(add)
+        done = await backbeat("pulse", "-s", server.url)
+        assert done.returncode == 1
+        assert done.stderr.decode() == (
+            "backbeat: the record of the grid cannot be kept: stream KV_backbeat-chorus-production "
+            "exists and is not the key-value bucket backbeat-chorus-production\n"
+        )
 
 
 async def test_a_metronome_waits_for_its_server_and_ends_in_order() -> None:
