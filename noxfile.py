@@ -1,4 +1,4 @@
-"""What is run on the project: ``nox -s tests faults lint types bench simulate``."""
+"""What is run on the project: ``nox -s tests faults lint types bench simulate schedules``."""
 
 from __future__ import annotations
 
@@ -87,3 +87,10 @@ def simulate(session: nox.Session) -> None:
     """Simulate many agents, and print how well they agree beside the targets."""
     session.install(".", *group("simulate"))
     session.run("python", os.path.join("simulation", "simulate.py"), *session.posargs)
+
+
+@nox.session(python=DEFAULT)
+def schedules(session: nox.Session) -> None:
+    """Run random schedules of faults in virtual time: ``nox -s schedules -- --count 10000``."""
+    session.install(".")
+    session.run("python", os.path.join("simulation", "schedules.py"), *session.posargs)

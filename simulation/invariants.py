@@ -293,15 +293,16 @@ class Watch:
         """Check that another grid begins only where nobody remembers the last one.
 
         Whoever is locked to it remembers it and would have said so when asked. It does not count
-        where its connection, or that of the metronome that begins, was not whole for as long as
-        one waits for an answer, where its way is long, or where its process stood still.
+        where its connection, or the way of the metronome that begins, was not whole for as long as
+        one waits for an answer, where a way is long, or where its process stood still.
         """
         now, line = process.world.now, self.line
+        link = self._links[process.machine.name]
         assert line is not None
         if frame.segment.epoch != frame.epoch:
             # A leader of a grid that began before, and was not heard meanwhile.
             return
-        if not self._was_well(process, now):
+        if link.troubles or link.changed_ns > now - ABSENT_NS or link.way_ns > FAST_WAY_NS:
             return
         for agent in agents:
             if agent.locked and self._was_well(agent.process, now):
@@ -443,6 +444,14 @@ class Watch:
                 f"{process!r} has {there[0].tempo:g} BPM on beat {answer.beat},"
                 f" for which {wanted:g} was granted at {answer.answered_ns / SECOND:.3f} s",
             )
+        early = [s for s in of_grid if s.beat == answer.beat - 1 and s.at_ns > answer.asked_ns]
+        if early and early[0].tempo == wanted != before[-1].tempo:
+            self.tell(
+                "granted",
+                early[0].at_ns,
+                f"{process!r} has {wanted:g} BPM on beat {answer.beat - 1} already, one beat before"
+                " what was granted",
+            )
         if not there and later:
             self.tell(
                 "granted",
@@ -525,6 +534,8 @@ class Watch:
         if now - self.epochs_changed_ns < 5 * SECOND:
             self.tell("calm", now, "somebody has taken over in the last five seconds")
         tempos = {agent.present()[1] for agent in agents}
+        if not agents:
+            return
         if not all(tempos):
             refused = [a.text for a in self.answered if isinstance(a.command, Resume)]
             self.tell("resume", now, f"the grid stands still: {'; '.join(refused[-3:])}")

@@ -18,6 +18,7 @@ Whole metronomes and sessions run in virtual time, each in a Trio run of its own
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -58,15 +59,18 @@ def try_seed(seed: int) -> Outcome:
     """Run the schedule of a seed."""
     begun = time.process_time()
     result = clusters.run(faults.draw(seed))
+    gc.collect()
     return Outcome(seed, result.violations, time.process_time() - begun)
 
 
 def run_many(seeds: Sequence[int], jobs: int) -> Iterator[Outcome]:
     """Run the schedules of many seeds, and yield what comes of each as it comes."""
     if jobs == 1:
+        gc.freeze()
         yield from map(try_seed, seeds)
         return
-    with get_context("spawn").Pool(jobs) as pool:
+    # What was imported needs no looking through after each schedule.
+    with get_context("spawn").Pool(jobs, initializer=gc.freeze) as pool:
         yield from pool.imap_unordered(try_seed, seeds, chunksize=4)
 
 

@@ -1,0 +1,687 @@
+"""Random schedules of faults: that they find what is wrong, and can be run again."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+import backbeat_trio as backbeat
+from backbeat_trio._grid.grid import Grid
+from backbeat_trio._runtime.runtime import Runtime
+from backbeat_trio._time.beats import Beats
+from backbeat_trio._transport import jetstream as _jetstream, nats as _nats
+from backbeat_trio._transport.store import Conflict
+from backbeat_trio._wire import Record, Segment, decode_frame, decode_record, encode
+
+FOLDER = Path(__file__).parent.parent.parent / "simulation"
+
+
+def load(*names: str) -> list[Any]:
+    # As for a program that is run: its folder comes first.
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+clients, clusters, faults, invariants, processes, schedules, server = load(
+    "clients", "clusters", "faults", "invariants", "processes", "schedules", "server"
+)
+
+SECOND = processes.SECOND
+FRAMES = "backbeat.beat.simulated"
+Main = Callable[[Any, Any], Awaitable[None]]
+
+
+def make(
+    *happening: Any, pulses: int = 1, agents: int = 2, seconds: float = 20.0, apart: float = 0.5
+) -> Any:
+    """Make a schedule in which nothing happens but what is named."""
+    names = [f"pulse-{n}" for n in range(pulses)] + [f"agent-{n}" for n in range(agents)]
+    return faults.Schedule(
+        seed=1,
+        bpm=120.0,
+        beats_per_bar=4,
+        nodes=tuple(faults.Node(name, at=apart * n) for n, name in enumerate(names)),
+        faults=tuple(happening),
+        seconds=seconds,
+    )
+
+
+def broken(schedule: Any, **options: Any) -> set[str]:
+    """Run a schedule, and return the rules that broke."""
+    return {found.rule for found in clusters.run(schedule, **options).violations}
+
+
+# What is run here, and what is not kept yet.
+
+
+def test_random_schedules_of_what_is_kept_break_no_rule() -> None:
+    found = {}
+    for seed in range(1, 201):
+        result = clusters.run(faults.draw(seed, faults.NOT_YET_KEPT))
+        if result.violations:
+            found[seed] = result.violations
+    assert not found
+
+
+def test_nothing_breaks_where_nothing_happens() -> None:
+    result = clusters.run(make(pulses=2, agents=3), keep=True)
+    assert not result.violations
+    # From the first second or so on, two a second.
+    assert 90 < result.frames < 110
+    assert any("agent-2: beat 30 0 120" in line for line in result.trace)
+
+
+def test_the_dead_are_replaced_and_no_beat_is_lost() -> None:
+    result = clusters.run(make(faults.Kill(10.1, "pulse-0", 2.0), pulses=2), keep=True)
+    assert not result.violations
+    assert any("pulse-0: takes over" in line for line in result.trace)
+    assert any("pulse-1: takes over from pulse-0: its process is gone" in x for x in result.trace)
+    assert any("pulse-0#1: stands by" in line for line in result.trace)
+
+
+# The same again.
+
+
+@pytest.mark.parametrize("seed", [13, 19])
+def test_the_same_seed_gives_the_same_trace(seed: int) -> None:
+    one, two = (clusters.run(faults.draw(seed), keep=True) for _ in range(2))
+    assert one == two
+    assert len(one.trace) > 100
+    assert one.digest != clusters.run(faults.draw(seed + 1)).digest
+
+
+def test_two_interpreters_give_the_same_trace() -> None:
+    told = [
+        subprocess.run(
+            [sys.executable, str(FOLDER / "schedules.py"), "--seed", "7", "--trace", "--no-shrink"],
+            env=os.environ | {"PYTHONHASHSEED": hashing},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        for hashing in ("1", "2")
+    ]
+    assert told[0] == told[1]
+    assert "metronome leads" in told[0]
+
+
+def test_a_schedule_is_plain_data() -> None:
+    for seed in range(100):
+        schedule = faults.draw(seed)
+        assert faults.decode(faults.encode(schedule)) == schedule
+        names = {kind.__name__: kind for kind in (*faults.KINDS, faults.Schedule, faults.Node)}
+        assert eval(repr(schedule), names) == schedule
+    drawn = {type(fault) for seed in range(100) for fault in faults.draw(seed).faults}
+    assert drawn == set(faults.KINDS)
+
+
+def test_what_is_left_out_is_not_drawn() -> None:
+    without = {"Kill", "Cut", faults.FAR, faults.LATE_JOINERS}
+    for seed in range(50):
+        schedule = faults.draw(seed, without)
+        assert not without & {type(fault).__name__ for fault in schedule.faults}
+        assert all(node.up_ms <= 1 and node.at <= 1 for node in schedule.nodes)
+
+
+# Processes.
+
+
+def run_processes(seconds: float, *mains: Callable[[Any], Awaitable[None]]) -> list[Any]:
+    world = processes.World(1)
+    with world.patched():
+        made = [
+            processes.Process(world, processes.Machine(world, f"m{n}", ppm=200 * n), f"p{n}", main)
+            for n, main in enumerate(mains)
+        ]
+        world.run(round(seconds * SECOND))
+        for process in made:
+            process.kill()
+    return made
+
+
+def test_each_process_has_a_clock_of_its_own() -> None:
+    woken: dict[str, list[int]] = {"p0": [], "p1": []}
+
+    async def main(process: Any) -> None:
+        begun = trio.current_time()
+        for second in range(1, 101):
+            await trio.sleep_until(begun + second)
+            woken[process.name].append(process.world.now)
+
+    run_processes(101, main, main)
+    # A clock that is 200 ppm too fast is 20 ms ahead by then; timers are late by 1 ms at most.
+    assert 100 * SECOND < woken["p0"][-1] < 100.001 * SECOND
+    assert 99.979 * SECOND < woken["p1"][-1] < 99.982 * SECOND
+
+
+def test_a_stopped_process_fires_its_timers_late_and_all_at_once() -> None:
+    woken = []
+
+    async def main(process: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            for second in range(1, 6):
+
+                async def wait(second: int = second) -> None:
+                    await trio.sleep(second)
+                    woken.append(process.world.now / SECOND)
+
+                nursery.start_soon(wait)
+
+    world = processes.World(1)
+    with world.patched():
+        process = processes.Process(world, processes.Machine(world, "m"), "p", main)
+        world.at(round(1.5 * SECOND), process.stop)
+        world.at(round(4.5 * SECOND), process.go_on)
+        world.run(10 * SECOND)
+    assert process.ended
+    assert [round(second, 2) for second in sorted(woken)] == [1.0, 4.5, 4.5, 4.5, 5.0]
+
+
+def test_who_is_killed_unwinds_at_once_and_unseen() -> None:
+    unwound = []
+
+    async def main(process: Any) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(30)
+            unwound.append((process.dead, process.world.now))
+
+    assert all(process.ended for process in run_processes(3, main))
+    assert unwound == [(True, 3 * SECOND)]
+
+
+def test_who_never_unwinds_is_found() -> None:
+    async def main(process: Any) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep_forever()
+
+    with pytest.raises(processes.StuckError, match="does not unwind"):
+        run_processes(1, main)
+
+
+# The server.
+
+
+def talk(*happening: Callable[[Any], None], asks: Main) -> Any:
+    """Run a process that asks, beside one that answers on the subject ``there``."""
+
+    async def answer(cluster: Any, process: Any) -> None:
+        transport = cluster.transport(process)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(transport.run)
+            async with transport.open_subscription("there") as messages:
+                async for message in messages:
+                    transport.publish_nowait(message.reply, message.data)
+
+    schedule = make(agents=1, seconds=10.0)
+    cluster = clusters.Cluster(schedule, mains={"pulse-0": answer, "agent-0": asks})
+    cluster.server.jetstream.on_write = lambda *args: None
+    with cluster.world.patched():
+        cluster._plan()
+        for event in happening:
+            event(cluster)
+        cluster.world.run(30 * SECOND)
+        for process in cluster._all:
+            if process.error is not None:
+                raise process.error
+            process.kill()
+    return cluster
+
+
+async def open_client(cluster: Any, process: Any, nursery: trio.Nursery) -> Any:
+    transport = cluster.transport(process)
+    await nursery.start(transport.run)
+    await transport.wait_connected()
+    await trio.sleep(0.1)
+    return transport
+
+
+def test_requests_are_answered_or_told_that_nobody_is_there() -> None:
+    told = []
+
+    async def ask(cluster: Any, process: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            transport = await open_client(cluster, process, nursery)
+            reply = await transport.request("there", b"hello", timeout=1)
+            told.append(reply.data)
+            # Four ways of 0.2 ms each, and some jitter.
+            told.append(0.7e6 < reply.received_ns - reply.sent_ns < 2e6)
+            with pytest.raises(backbeat.TransportBroken) as caught:
+                await transport.request("nowhere", b"", timeout=1)
+            told.append(type(caught.value).__name__)
+            nursery.cancel_scope.cancel()
+
+    talk(asks=ask)
+    assert told == [b"hello", True, "NoResponders"]
+
+
+@pytest.mark.parametrize("way", ["both", "up", "down"])
+def test_half_open_connections_are_noticed_after_seconds(way: str) -> None:
+    times = []
+
+    async def ask(cluster: Any, process: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            transport = await open_client(cluster, process, nursery)
+            await trio.sleep_until(trio.current_time() + 1)
+            with pytest.raises(backbeat.TransportBroken, match="no answer on there"):
+                await transport.request("there", b"", timeout=0.5)
+            assert transport.connected
+            await transport.wait_connected(False)
+            times.append(process.world.now / SECOND)
+            await transport.wait_connected()
+            times.append(process.world.now / SECOND)
+            await trio.sleep(1)
+            assert (await transport.request("there", b"2", timeout=1)).data == b"2"
+            nursery.cancel_scope.cancel()
+
+    def tear(cluster: Any) -> None:
+        cluster._at(1.0, cluster._begin, faults.HalfOpen(1.0, "agent-0", 6.0, way))
+
+    talk(tear, asks=ask)
+    assert 3 <= times[0] <= 4
+    assert 7 <= times[1] < 11
+
+
+def test_an_answer_that_is_lost_leaves_what_was_written() -> None:
+    told = []
+
+    async def ask(cluster: Any, process: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            transport = await open_client(cluster, process, nursery)
+            store = clients.SimulatedStore(transport)
+            told.append(await store.write(b"one", 0))
+            cluster.server.jetstream.begin("losing answers", 0.0)
+            with pytest.raises(backbeat.TransportBroken):
+                await store.write(b"two", 1)
+            cluster.server.jetstream.end("losing answers", 0.0)
+            with pytest.raises(Conflict):
+                await store.write(b"three", 1)
+            told.append(await store.read())
+            nursery.cancel_scope.cancel()
+
+    talk(asks=ask)
+    assert told == [1, (b"two", 2)]
+
+
+def test_clients_are_as_patient_as_the_real_ones() -> None:
+    assert clients.BACKOFF_MIN == _nats._BACKOFF_MIN
+    assert clients.BACKOFF_MAX == _nats._BACKOFF_MAX
+    assert clients.PATIENCE == _jetstream._PATIENCE
+    assert backbeat.BackbeatConfig().connect_timeout == clients.CONNECT_TIMEOUT
+    assert server._DUPLICATES_NS == _jetstream._DUPLICATE_WINDOW * SECOND
+
+
+# Each rule finds what was planted for it.
+
+
+async def hear_frames(cluster: Any, process: Any, answer: Callable[[Any, int], Any]) -> None:
+    """Publish what a function makes of each frame that is heard, and of its number."""
+    transport = cluster.transport(process)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await transport.wait_connected()
+        async with transport.open_subscription(FRAMES) as messages:
+            number = 0
+            async for message in messages:
+                frame = decode_frame(message.data)
+                if frame.leader_id == "rogue":
+                    continue
+                number += 1
+                made = answer(frame, number)
+                if made is not None:
+                    made = msgspec.structs.replace(made, leader_id="rogue")
+                    transport.publish_nowait(FRAMES, encode(made))
+
+
+def rogue(answer: Callable[[Any, int], Any]) -> dict[str, Main]:
+    async def main(cluster: Any, process: Any) -> None:
+        await hear_frames(cluster, process, answer)
+
+    return {"pulse-1": main}
+
+
+def with_rogue(answer: Callable[[Any, int], Any]) -> set[str]:
+    schedule = make(pulses=2, agents=1)
+    nodes = tuple(
+        msgspec.structs.replace(node, at=5.0) if node.name == "pulse-1" else node
+        for node in schedule.nodes
+    )
+    return broken(msgspec.structs.replace(schedule, nodes=nodes), mains=rogue(answer))
+
+
+def plant_epochs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    def write(self: Any, connection: Any, data: bytes, revision: int) -> int:
+        self.entry = type(self.entry)(data, self.entry.revision + 1)
+        self.on_write(connection.process, data, self.life)
+        return int(self.entry.revision)
+
+    # A store that compares nothing.
+    monkeypatch.setattr(server.JetStream, "_write", write)
+    return broken(make(pulses=3, apart=0.0))
+
+
+def plant_two_leaders(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    return with_rogue(lambda frame, number: frame)
+
+
+def plant_frames(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    def answer(frame: Any, number: int) -> Any:
+        return msgspec.structs.replace(frame, epoch=900, beat_index=1000 - number)
+
+    return with_rogue(answer)
+
+
+def plant_look(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    return with_rogue(lambda frame, number: msgspec.structs.replace(frame, epoch=0))
+
+
+def plant_beginning(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    def answer(frame: Any, number: int) -> Any:
+        if number < 10:
+            return None
+        segment = Segment(900, 0, frame.beat_index, 10**15, 120_000)
+        return msgspec.structs.replace(frame, epoch=900, segment=segment)
+
+    return with_rogue(answer)
+
+
+def plant_repeated_beat(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    real, calls = Beats.__anext__, dict[Beats, list[Any]]()
+
+    async def again(self: Beats) -> Any:
+        got = calls.setdefault(self, [])
+        got.append(got[-1] if len(got) == 20 else await real(self))
+        return got[-1]
+
+    monkeypatch.setattr(Beats, "__anext__", again)
+    return broken(make(agents=1))
+
+
+def plant_lost_beat(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    real, calls = Beats.__anext__, Counter[Beats]()
+
+    async def less(self: Beats) -> Any:
+        calls[self] += 1
+        if calls[self] == 20:
+            await real(self)
+        return await real(self)
+
+    monkeypatch.setattr(Beats, "__anext__", less)
+    return broken(make(agents=1))
+
+
+def plant_back(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    real, calls = Grid.position_at, itertools.count()
+
+    def position_at(self: Grid, local_ns: int) -> float:
+        return float(real(self, local_ns) - (next(calls) > 200))
+
+    monkeypatch.setattr(Grid, "position_at", position_at)
+    return broken(make(agents=1))
+
+
+def plant_granted_too_soon(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    real = backbeat.Session.set_tempo
+
+    async def set_tempo(self: Any, bpm: float, **options: Any) -> int:
+        return await real(self, bpm, **options) - 1
+
+    monkeypatch.setattr(backbeat.Session, "set_tempo", set_tempo)
+    return broken(make(faults.Change(15.0, "agent-0", 90.0), seconds=25.0))
+
+
+def plant_granted_too_late(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    real = backbeat.Session.set_tempo
+
+    async def set_tempo(self: Any, bpm: float, **options: Any) -> int:
+        return await real(self, bpm, **options) + 1
+
+    monkeypatch.setattr(backbeat.Session, "set_tempo", set_tempo)
+    return broken(make(faults.Change(15.0, "agent-0", 90.0), seconds=25.0))
+
+
+def plant_granted_and_not_done(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def set_tempo(self: Any, bpm: float, **options: Any) -> int:
+        await trio.lowlevel.checkpoint()
+        return int(self.current_beat()) + 5
+
+    monkeypatch.setattr(backbeat.Session, "set_tempo", set_tempo)
+    # Only the end tells: others may have replaced it.
+    return broken(make(*(faults.Change(15.0 + n, "agent-0", 90.0 + n) for n in range(2))))
+
+
+def plant_resumed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def resume(self: Any) -> int:
+        await trio.lowlevel.checkpoint()
+        return int(self.current_beat())
+
+    monkeypatch.setattr(backbeat.Session, "resume", resume)
+    return broken(make(faults.Pause(5.0, "agent-0"), faults.Resume(10.0, "agent-0")))
+
+
+def plant_resume(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def resume(self: Any) -> int:
+        await trio.lowlevel.checkpoint()
+        raise backbeat.TempoRefused("it may not go on")
+
+    monkeypatch.setattr(backbeat.Session, "resume", resume)
+    return broken(make(faults.Pause(5.0, "agent-0")))
+
+
+async def idle(cluster: Any, process: Any) -> None:
+    await process.leaving.wait()
+
+
+def plant_no_leader(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    return broken(make(agents=1), mains={"pulse-0": idle})
+
+
+def plant_tempo(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    def tempo(self: Any) -> float:
+        return 120.0 if self.config.agent_id == "agent-0" else 121.0
+
+    monkeypatch.setattr(backbeat.Session, "tempo_bpm", property(tempo))
+    return broken(make())
+
+
+def plant_position(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    real = backbeat.Session.current_position
+    # 10 ms.
+    monkeypatch.setattr(backbeat.Session, "current_position", lambda self: real(self) + 0.02)
+    return broken(make())
+
+
+def plant_unrest(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def main(cluster: Any, process: Any) -> None:
+        transport = cluster.transport(process)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(transport.run)
+            await transport.wait_connected()
+            end = cluster.schedule.seconds + cluster.schedule.quiet
+            await trio.sleep(end - process.world.now / SECOND - 3)
+            store = clients.SimulatedStore(transport)
+            entry = await store.read()
+            record: Record = decode_record(entry.data)
+            record = msgspec.structs.replace(record, epoch=record.epoch + 1, nonce="rogue")
+            await store.write(encode(record), entry.revision)
+            nursery.cancel_scope.cancel()
+        await process.leaving.wait()
+
+    return broken(make(pulses=2), mains={"pulse-1": main})
+
+
+def plant_claim_twice(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    # A stream that does not know again what it has stored.
+    monkeypatch.setattr(server, "_DUPLICATES_NS", 0)
+    return broken(make(faults.StoreTrouble(5.0, 8.0, "losing answers")))
+
+
+def plant_claim_lost(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def store(self: Any, subject: str, claims: Any) -> list[bool]:
+        await trio.lowlevel.checkpoint()
+        return [True] * len(claims)
+
+    monkeypatch.setattr(clients.SimulatedJournal, "store", store)
+    return broken(make())
+
+
+def plant_hang_on_entering(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def start(self: Any, services: Any) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Runtime, "start", start)
+    return broken(make())
+
+
+def plant_hang_on_leaving(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def main(cluster: Any, process: Any) -> None:
+        await trio.sleep_forever()
+
+    return broken(make(pulses=2), mains={"pulse-1": main})
+
+
+def plant_exception(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def main(cluster: Any, process: Any) -> None:
+        await trio.sleep(5)
+        raise LookupError("this came out")
+
+    return broken(make(pulses=2), mains={"pulse-1": main})
+
+
+def plant_end(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def main(cluster: Any, process: Any) -> None:
+        await trio.sleep(5)
+
+    return broken(make(pulses=2), mains={"pulse-1": main})
+
+
+def plant_endless_turns(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def main(cluster: Any, process: Any) -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+
+    return broken(make(pulses=2), mains={"pulse-1": main})
+
+
+def plant_many_turns(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    async def main(cluster: Any, process: Any) -> None:
+        while process.world.now < 3 * SECOND:
+            await trio.sleep(0.001)
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+        await process.leaving.wait()
+
+    return broken(make(pulses=2, seconds=3.0), mains={"pulse-1": main})
+
+
+PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], set[str]], ...]] = {
+    "epochs": (plant_epochs, plant_two_leaders),
+    "frames": (plant_frames,),
+    "look": (plant_look,),
+    "beginning": (plant_beginning,),
+    "beats": (plant_repeated_beat, plant_lost_beat),
+    "back": (plant_back,),
+    "granted": (plant_granted_too_soon, plant_granted_too_late, plant_granted_and_not_done),
+    "resumed": (plant_resumed,),
+    "resume": (plant_resume,),
+    "one leader": (plant_no_leader,),
+    "one tempo": (plant_tempo,),
+    "one position": (plant_position,),
+    "calm": (plant_unrest,),
+    "claims": (plant_claim_twice, plant_claim_lost),
+    "hangs": (plant_hang_on_entering, plant_hang_on_leaving),
+    "exceptions": (plant_exception, plant_end),
+    "busy": (plant_endless_turns, plant_many_turns),
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "plant"), [(rule, plant) for rule, plants in PLANTED.items() for plant in plants]
+)
+def test_a_rule_finds_what_was_planted(
+    rule: str, plant: Callable[[pytest.MonkeyPatch], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rule in plant(monkeypatch)
+
+
+def test_each_rule_has_something_planted() -> None:
+    assert set(PLANTED) == set(invariants.RULES)
+
+
+# Shrinking, and the program.
+
+
+def test_a_schedule_is_shrunk_to_what_it_takes() -> None:
+    schedule = next(
+        drawn
+        for drawn in map(faults.draw, range(1000))
+        if len(drawn.faults) > 8
+        and any(isinstance(fault, faults.Cut) for fault in drawn.faults)
+        and any(isinstance(fault, faults.Pause) for fault in drawn.faults)
+    )
+
+    def breaks(candidate: Any) -> bool:
+        kinds = {type(fault) for fault in candidate.faults}
+        return {faults.Cut, faults.Pause} <= kinds
+
+    shrunk = schedules.shrink(schedule, breaks)
+    assert [type(fault) for fault in shrunk.faults].count(faults.Cut) == 1
+    assert len(shrunk.faults) == 2
+    assert {node.leads for node in shrunk.nodes} == {True, False}
+    assert all(node == faults.Node(node.name) for node in shrunk.nodes)
+    assert shrunk.seconds < schedule.seconds
+
+
+def test_a_schedule_that_was_shrunk_breaks_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backbeat.Session.current_position
+    monkeypatch.setattr(backbeat.Session, "current_position", lambda self: real(self) + 0.02)
+    schedule = make(faults.Cut(3.0, "agent-0", 1.0), pulses=2)
+    shrunk = schedules.shrink(schedule, schedules.breaks("one position"), runs=30)
+    assert not shrunk.faults
+    assert len(shrunk.nodes) == 2
+    assert "one position" in broken(shrunk)
+
+
+def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(FOLDER / "schedules.py"), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_program_prints_a_figure_and_fails_where_a_rule_breaks(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    program = run_program("--count", "4", "--seed", "4", "--jobs", "2", "--json", str(results))
+    assert "random schedules without a violation" in program.stdout
+    assert "schedules a minute" in program.stdout
+    told = msgspec.json.decode(results.read_bytes())
+    assert program.returncode == int(bool(told["seeds"]))
+
+
+def test_the_program_runs_a_stored_schedule_again(tmp_path: Path) -> None:
+    stored = tmp_path / "schedule.json"
+    stored.write_bytes(faults.encode(make(faults.Kill(10.1, "pulse-0", 2.0), pulses=2)))
+    program = run_program("--replay", str(stored), "--trace")
+    assert program.returncode == 0, program.stdout[-2000:]
+    assert "takes over from pulse-0" in program.stdout
+    assert "nothing was violated" in program.stdout
