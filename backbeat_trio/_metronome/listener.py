@@ -12,7 +12,7 @@ import trio
 from msgspec import UNSET
 from trio_util import AsyncBool
 
-from .._errors import Logger, TransportBroken
+from .._errors import Logger, NoResponders, TransportBroken
 from .._grid.estimate import Ping
 from .._grid.follower import Answer, Follower, FollowerObserver
 from .._grid.steering import MIN_STEP_NS
@@ -34,7 +34,11 @@ from .._wire import (
     sync_subject,
 )
 
+# How long the answer to a ping is waited for: at least so long, and ever longer where nobody answers,
+# as the way may be longer than that.
 _PING_TIMEOUT: Final = 0.5
+_PING_TIMEOUT_MAX: Final = 4.0
+_PING_WAYS: Final = 4
 # However much there is to ask about, there is a limit to asking.
 _ASK_EVERY: Final = 0.02
 _LOG_EVERY_NS: Final = 1_000_000_000
@@ -102,6 +106,7 @@ class BeatListener(FollowerObserver):
         self._role: Role = role
         self._answers_recalls = answers_recalls
         self._observer = observer or ListenerObserver()
+        self._patience = _PING_TIMEOUT
         self.way_ns: int = 0
         """The round trip of the last answer."""
         self._standbys: tuple[int, int] | None = None
@@ -167,12 +172,16 @@ class BeatListener(FollowerObserver):
             counts.pings += 1
             try:
                 answer = await self._transport.request(
-                    sync_subject(self._cluster_id), self._request, timeout=_PING_TIMEOUT
+                    sync_subject(self._cluster_id), self._request, timeout=self._patience
                 )
                 reply = decode_sync_reply(answer.data)
+            except NoResponders:
+                counts.pings_failed += 1
+                break
             except TransportBroken:
                 # Whoever does not answer one ping will hardly answer the next ones of the burst.
                 counts.pings_failed += 1
+                self._patience = min(2 * self._patience, _PING_TIMEOUT_MAX)
                 break
             except msgspec.DecodeError:
                 counts.pings_failed += 1
@@ -187,6 +196,8 @@ class BeatListener(FollowerObserver):
                 ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)
                 answers.append((ping, reply))
                 self.way_ns = max(0, ping.delay_ns)
+                way = _PING_WAYS * self.way_ns / 1e9
+                self._patience = min(max(way, _PING_TIMEOUT), _PING_TIMEOUT_MAX)
                 self._observer.on_sign(alone=reply.alone is True)
                 if reply.standbys is not UNSET:
                     self._standbys = reply.epoch, reply.standbys
