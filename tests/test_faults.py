@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import signal
 import statistics
 import threading
@@ -22,7 +23,7 @@ import pytest
 import report as figures
 import trio
 import trio.abc
-from helpers import clustered, connected, guarded, pulsing, until
+from helpers import clustered, connected, free_ports, guarded, linked, pulsing, until
 from nats.aio.client import Client
 
 import backbeat_trio as backbeat
@@ -1203,3 +1204,152 @@ async def test_server_is_killed_and_restarted_at_once(thorough: bool, report: Re
         wrong = len(wanted.difference(found)) + len(found) - len(set(found))
         report("restart_claims", wrong, f"{len(wanted)} claims")
         assert sorted(claim.task_id for claim in claims) == sorted(wanted)
+
+
+# 15. Metronomes that could believe that nobody is there.
+
+
+def leaders(agent: Agent) -> list[str]:
+    """Return who has led, in turn, as an agent has heard it."""
+    names = [frame.leader_id for frame, _ in agent.frames]
+    return [name for name, before in zip(names, ["", *names], strict=False) if name != before]
+
+
+def grids(agent: Agent) -> set[object]:
+    return {frame.incarnation for frame, _ in agent.frames}
+
+
+@guarded(60)
+async def test_a_newcomer_at_two_beats_a_minute_begins_no_other_grid() -> None:
+    async with NatsServer(JETSTREAM) as server, pulsing(server.url, 1, bpm=2.0) as pulses:
+        await until(lambda: "metronome leads" in pulses.log("pulse-1"))
+        await pulses.start()
+        await until(lambda: "stands by - leader=pulse-1" in pulses.log("pulse-2"))
+        async with agents(server.url, 2) as everybody:
+            first = everybody[0]
+            epoch, position = first.bb.health().epoch, first.bb.current_position()
+            begun = trio.current_time()
+            await pulses.kill("pulse-1")
+            await trio.sleep(1.6)
+            newcomer = await pulses.start()
+            # The standby looks as soon as it is asked, and not when the next frame is due.
+            await until(lambda: leader(first) != "pulse-1")
+            await until(lambda: "stands by" in pulses.log(newcomer), within=10)
+            assert leader(first) == "pulse-2"
+            assert first.bb.health().epoch != epoch
+            assert "nobody is left" not in pulses.log(newcomer) + pulses.log("pulse-2")
+            assert "metronome leads" not in pulses.log(newcomer)
+            passed = (trio.current_time() - begun) * 2 / 60
+            assert abs(first.bb.current_position() - position - passed) < 0.001
+            for agent in everybody:
+                assert agent.bb.statistics().locks == 1
+
+
+@guarded(60)
+async def test_a_distant_metronome_leaves_the_lead_to_a_healthy_one() -> None:
+    async with (
+        NatsServer(JETSTREAM) as server,
+        linked(server, delay=0.053) as link,
+        pulsing(server.url, 1) as near,
+        agents(server.url, 1) as (agent,),
+        pulsing(link.url, 0) as far,
+    ):
+        distant = await far.start("--id", "distant")
+        await until(lambda: "stands by - leader=pulse-1" in far.log(distant))
+        await trio.sleep(6)
+        assert leaders(agent) == ["pulse-1"]
+        assert "metronome leads" not in far.log(distant)
+        # It would take over if it had to.
+        await near.kill("pulse-1")
+        await until(lambda: leader(agent) == "distant")
+        await agent.bb.sleep(4)
+        agent.check()
+        assert leaders(agent) == ["pulse-1", "distant"]
+        assert len(grids(agent)) == 1
+
+
+@guarded(90)
+async def test_a_leaf_that_was_alone_yields_to_the_record() -> None:
+    (port,) = free_ports(1)
+    hub = NatsServer(JETSTREAM, config=f"leafnodes {{ listen: 127.0.0.1:{port} }}")
+    remote = f'leafnodes {{ reconnect: 1, remotes: [{{ url: "nats-leaf://127.0.0.1:{port}" }}] }}'
+    async with NatsServer(config=remote) as leaf, pulsing(leaf.url, 1) as outer:
+        await until(lambda: "metronome leads" in outer.log("pulse-1"))
+        assert "no JetStream" in outer.log("pulse-1")
+        async with AsyncExitStack() as stack:
+            (far,) = await stack.enter_async_context(agents(leaf.url, 1))
+            await stack.enter_async_context(hub)
+            inner = await stack.enter_async_context(pulsing(hub.url, 0))
+            await inner.start("--id", "hub", "--bpm", "240")
+            (near,) = await stack.enter_async_context(agents(hub.url, 1))
+            # One leads, with the record, and everybody follows that one.
+            await until(lambda: leader(near) == leader(far))
+            await until(lambda: far.frames[-1][0].alone is not True)
+            await trio.sleep(8)
+            led, heard = len(leaders(near)), len(near.frames)
+            await trio.sleep(3)
+            assert leader(near) == leader(far)
+            assert (len(leaders(near)), len(near.frames) > heard) == (led, True)
+            assert near.bb.health().epoch == far.bb.health().epoch
+            assert not any(agent.frames[-1][0].alone is True for agent in (near, far))
+            assert abs(near.bb.current_position() - far.bb.current_position()) < 0.05
+            transport = await stack.enter_async_context(connected(nats_url=hub.url))
+            assert decode_record(await kept(transport)).leader_id == leader(near)
+
+
+@guarded(60)
+async def test_a_newcomer_on_an_empty_store_repeats_no_beat() -> None:
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        link = await stack.enter_async_context(linked(server))
+        one, _ = await stack.enter_async_context(metronome(link.url, "pulse-1"))
+        await until(lambda: one.leads)
+        everybody = await stack.enter_async_context(agents(server.url, 2))
+        first = everybody[0]
+        await until(lambda: len(first.beats) >= 8)
+        (before,) = grids(first)
+        link.cut()
+        server.kill()
+        shutil.rmtree(Path(server._folder.name, "js"))
+        await server.start()
+        # The living leader comes back only when the newcomer has looked around.
+        two, _ = await stack.enter_async_context(metronome(server.url, "pulse-2"))
+        await until(lambda: two.leads)
+        await trio.sleep(1.0)
+        link.mend()
+        await until(lambda: not one.leads or not two.leads)
+        await first.bb.sleep(8)
+        assert one.leads is not two.leads
+        # Agents remembered the grid, and so it went on.
+        assert grids(first) == {before}
+        for agent in everybody:
+            agent.check()
+
+
+@guarded(60)
+async def test_a_leader_that_was_cut_off_looks_before_it_speaks() -> None:
+    async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
+        link = await stack.enter_async_context(linked(server))
+        one, _ = await stack.enter_async_context(metronome(link.url, "pulse-1"))
+        await until(lambda: one.leads)
+        two, stop = await stack.enter_async_context(metronome(server.url, "pulse-2"))
+        everybody = await stack.enter_async_context(agents(server.url, 2))
+        first = everybody[0]
+        await until(lambda: len(first.beats) >= 8)
+        epoch = one.epoch
+        link.cut()
+        await until(lambda: two.leads)
+        await first.bb.sleep(3)
+        stop.cancel()
+        await until(lambda: not two.leads)
+        await trio.sleep(2.0)
+        heard = len(first.frames)
+        link.mend()
+        await until(lambda: len(first.frames) > heard + 8)
+        # It says nothing in its old term, which somebody else has ended.
+        assert {frame.leader_id for frame, _ in first.frames[heard:]} == {"pulse-1"}
+        assert all(frame.epoch > two.epoch > epoch for frame, _ in first.frames[heard:])
+        assert len(grids(first)) == 1
+        indices = [frame.beat_index for frame, _ in first.frames]
+        assert indices == sorted(set(indices))
+        for agent in everybody:
+            agent.check()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import signal
 import socket
@@ -259,6 +260,82 @@ async def fake_server(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, serve, listeners)
         yield listeners[0].socket.getsockname()[1], told
+        nursery.cancel_scope.cancel()
+
+
+class Link:
+    """A TCP proxy before a server: a way that takes some time, and that can be cut and mended.
+
+    Args:
+      delay: seconds that each way takes.
+
+    """
+
+    def __init__(self, server: NatsServer, port: int, delay: float) -> None:
+        self.url = f"nats://127.0.0.1:{port}"
+        self._server = server
+        self._delay = delay
+        self._whole = True
+        self._scopes: set[trio.CancelScope] = set()
+
+    def cut(self) -> None:
+        """Hang up on everybody, and let nobody through any more."""
+        self._whole = False
+        for scope in self._scopes:
+            scope.cancel()
+
+    def mend(self) -> None:
+        """Let everybody through again."""
+        self._whole = True
+
+    async def serve(self, client: trio.SocketStream) -> None:
+        with trio.CancelScope() as scope:
+            if not self._whole:
+                return
+            self._scopes.add(scope)
+            try:
+                async with (
+                    await trio.open_tcp_stream("127.0.0.1", self._server.port) as server,
+                    trio.open_nursery() as nursery,
+                ):
+                    nursery.start_soon(self._pass, client, server, scope)
+                    nursery.start_soon(self._pass, server, client, scope)
+            except OSError:
+                # The server is away, and whoever asks for it is told so by hanging up.
+                pass
+            finally:
+                self._scopes.discard(scope)
+
+    async def _pass(
+        self, source: trio.SocketStream, sink: trio.SocketStream, scope: trio.CancelScope
+    ) -> None:
+        send, receive = trio.open_memory_channel[tuple[float, bytes]](math.inf)
+
+        async def deliver() -> None:
+            async for due, chunk in receive:
+                await trio.sleep_until(due)
+                await sink.send_all(chunk)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(deliver)
+                async for chunk in source:
+                    send.send_nowait((trio.current_time() + self._delay, bytes(chunk)))
+                send.close()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        # One of the two has hung up, which the other learns now.
+        scope.cancel()
+
+
+@asynccontextmanager
+async def linked(server: NatsServer, *, delay: float = 0.0) -> AsyncGenerator[Link, None]:
+    """Run a proxy before a server."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    link = Link(server, listeners[0].socket.getsockname()[1], delay)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, link.serve, listeners)
+        yield link
         nursery.cancel_scope.cancel()
 
 
