@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NoReturn, final
 
@@ -11,10 +12,11 @@ from .._errors import SessionClosed
 from .._grid.grid import Grid
 from .._grid.punctuality import Punctuality, is_late
 from .._grid.steering import Steering
-from .._grid.timeline import Timeline, beat_ns
+from .._grid.timeline import NEVER, Timeline, beat_ns
 from .._wire import Segment
 from .local import local_ns
 from .scopes import BeatScope, Deadlines, seconds_at
+from .timer import Alarm
 
 
 @final
@@ -49,9 +51,13 @@ class BeatClock:
         self._enforcing = enforcing
         self._on_rebase = on_rebase
         self._timer: trio.CancelScope | None = None
+        self._alarm = Alarm()
         self._lot = trio.lowlevel.ParkingLot()
         self._closed = trio.Event()
         self._next_index = self.index() + 1
+        # When that beat is due, as of the last arming, and when those who wait for it were woken.
+        self._edge_ns = NEVER
+        self._struck_ns: int | None = None
 
     @classmethod
     def local(
@@ -160,44 +166,73 @@ class BeatClock:
 
     def _arm(self) -> None:
         if self._timer is not None:
-            self._timer.deadline = self.deadlines.arm(self._next_index)
+            self._edge_ns = edge = self.grid.local_at(self._next_index)
+            self._timer.deadline = due = self.deadlines.arm(self._next_index, edge)
+            self._alarm.wake_at(due)
 
-    def _timer_fired(self, _: object) -> trio.lowlevel.Abort:
-        # Trio calls this while it expires its deadlines, before any task of that turn runs: a beat
-        # scope is cancelled, and who waits for a beat is woken, at the same point of the loop at
-        # which a scope of Trio's would be.
-        self.deadlines.expire(local_ns())
-        self._strike()
-        return trio.lowlevel.Abort.SUCCEEDED
+    def _fire(self) -> None:
+        # Trio has this called while it expires its deadlines, before any task of that turn runs: a
+        # beat scope is cancelled, and who waits for a beat is woken, at the same point of the loop
+        # at which a scope of Trio's would be.
+        now = local_ns()
+        if now >= self._edge_ns:
+            self._struck_ns, self._edge_ns = now, NEVER
+            self._lot.unpark_all()
+        self.deadlines.expire(now)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Cancel scopes as they fall due and wake whoever waits for a beat, until cancelled."""
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._alarm.run)
+            task_status.started()
+            await self._keep_time()
+
+    async def _keep_time(self) -> None:
+        task = trio.lowlevel.current_task()
+
+        def timer_fired(_: object) -> trio.lowlevel.Abort:
+            self._fire()
+            # Making and catching a `trio.Cancelled` would only keep others waiting.
+            trio.lowlevel.reschedule(task)
+            return trio.lowlevel.Abort.FAILED
+
+        def turn_began(_: object) -> trio.lowlevel.Abort:
+            self._fire()
+            return trio.lowlevel.Abort.SUCCEEDED
+
         while True:
             with trio.CancelScope() as self._timer:
                 self._arm()
-                await trio.lowlevel.wait_task_rescheduled(self._timer_fired)
+                await trio.lowlevel.wait_task_rescheduled(timer_fired)
             self._timer = None
+            # Whoever was woken comes first, and all that is to be done here has time until the next
+            # turn. It is waited for by a deadline, for what is due by then.
+            with trio.CancelScope() as turn:
+                turn.deadline = -math.inf
+                await trio.lowlevel.wait_task_rescheduled(turn_began)
             while self.deadlines.expire(local_ns()):
                 await trio.lowlevel.checkpoint()
             self._strike()
 
     def _strike(self) -> None:
-        index = self.index()
+        now = local_ns()
+        index = self.grid.index_at(now)
         if index >= self._next_index:
-            self.punctuality.add(self._overdue_ns(), beat_ns(self.segment().milli_bpm))
+            struck = self._struck_ns
+            if struck is None:
+                self._lot.unpark_all()
+            overdue = self._overdue_ns(now if struck is None else struck)
+            self.punctuality.add(overdue, beat_ns(self.grid.segment_at(now).milli_bpm))
             self._next_index = index + 1
-            self._lot.unpark_all()
+        self._struck_ns = None
 
-    def _overdue_ns(self) -> int:
+    def _overdue_ns(self, now: int) -> int:
         # A beat that a step has passed over was not missed by the loop.
-        return local_ns() - max(
-            self.grid.local_at(self._next_index), self.grid.steering.corrected_ns
-        )
+        return now - max(self.grid.local_at(self._next_index), self.grid.steering.corrected_ns)
 
     @property
     def loop_late(self) -> bool:
         """Whether this task's own loop is late with its beats, or was lately."""
         if self.punctuality.late:
             return True
-        return is_late(self._overdue_ns(), beat_ns(self.segment().milli_bpm))
+        return is_late(self._overdue_ns(local_ns()), beat_ns(self.segment().milli_bpm))

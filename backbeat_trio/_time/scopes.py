@@ -376,13 +376,14 @@ class Deadlines:
 
     # Ending.
 
-    def arm(self, index: int) -> float:
+    def arm(self, index: int, due: int) -> float:
         """Return when a beat or the first deadline is due, whichever comes first.
 
         Until `rearm` is called no deadline comes before that.
 
         Args:
           index: the beat's index.
+          due: when it begins, in local time.
 
         Returns:
           Seconds of Trio's clock.
@@ -393,13 +394,14 @@ class Deadlines:
         if first <= self._axis_now():
             # However long ago that was: Trio's clock may have no number for it.
             return -math.inf
-        due = self._grid.local_at(index)
         if first < edge:
             due = min(due, self._due_ns(first))
         return seconds_of(due)
 
     def expire(self, now_ns: int) -> bool:
         """Cancel scopes that are due at an instant of local time, and tell whether some remain."""
+        if self._first() == math.inf:
+            return False
         limit = self._grid.position_at(now_ns) - self._shift
         for _ in range(_AT_ONCE):
             key = self._first()

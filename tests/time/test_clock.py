@@ -637,3 +637,37 @@ async def test_deadlines_that_no_clock_can_tell(
         with after(clock, abs(far)), after(clock, 2) as scope:
             await trio.sleep_forever()
         assert scope.cancelled_caught
+
+
+async def test_what_is_due_in_the_turn_after_a_beat_ends_when_trios_own_does(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    ended: list[tuple[str, int]] = []
+    turns = 0
+
+    class Turns(trio.abc.Instrument):
+        def before_io_wait(self, timeout: float) -> None:
+            nonlocal turns
+            turns += 1
+
+    async def end_by_beat(clock: BeatClock) -> None:
+        with at(clock, 1.5):
+            await trio.sleep_forever()
+        ended.append(("beat", turns))
+
+    async def end_by_second(clock: BeatClock) -> None:
+        with trio.move_on_at(clock.deadline_of(1.5)):
+            await trio.sleep_forever()
+        ended.append(("second", turns))
+
+    async with running(bpm=60) as clock, trio.open_nursery() as nursery:
+        nursery.start_soon(end_by_beat, clock)
+        nursery.start_soon(end_by_second, clock)
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.add_instrument(Turns())
+        beats = Beats(clock, bars=False)
+        mock_clock.jump(1)
+        assert (await anext(beats)).index == 1
+        # Both are due by the next turn, in which the clock still has to take in the beat.
+        mock_clock.jump(0.75)
+    assert [turn for _, turn in ended] == [ended[0][1]] * 2
