@@ -24,6 +24,7 @@ from .._grid.changes import ASKED_NS, LEAD_NS, propose
 from .._grid.steering import Steering
 from .._grid.timeline import Timeline, beat_ns, milli_bpm
 from .._time.local import local_ns, seconds_of
+from .._time.timer import Alarm
 from .._transport.protocol import Message, Transport
 from .._transport.store import Conflict, RecordRefused
 from .._wire import (
@@ -213,6 +214,7 @@ class Leader:
         self._others_ns: int | None = None
         self._why = "another metronome leads"
         self._scope = trio.CancelScope()
+        self._alarm = Alarm()
 
     # The grid.
 
@@ -299,6 +301,7 @@ class Leader:
             nursery.start_soon(self._answer, tempos, self._answer_tempo)
             nursery.start_soon(self._answer, frames, self._hear)
             nursery.start_soon(self._answer, recalls, self._answer_recall)
+            nursery.start_soon(self._alarm.run)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._answer, asked, self._answer_probe)
             if self._ledger is not None:
@@ -313,7 +316,7 @@ class Leader:
     @trio.lowlevel.enable_ki_protection
     async def _beat(self) -> None:
         while True:
-            await trio.sleep_until(self.next_beat_time())
+            await self._alarm.sleep_until(self.next_beat_time())
             if not self._may_speak():
                 await self._look_before_speaking()
             self.strike()

@@ -28,6 +28,7 @@ from .._grid.steering import Steering
 from .._grid.timeline import NEVER, Timeline
 from .._time.clock import BeatClock
 from .._time.local import local_ns, seconds_of
+from .._time.timer import Alarm
 from .._transport.protocol import Message, Reply, Transport
 from .._transport.store import Conflict
 from .._wire import (
@@ -122,6 +123,7 @@ class Standby(ListenerObserver):
         )
         # Where to wait for whatever may change a decision.
         self._news = trio.lowlevel.ParkingLot()
+        self._alarm = Alarm()
         self._stands_by = False
         self._troubled = False
         # The beat that a leader which lives owes a frame of, and when the next one is late.
@@ -139,6 +141,7 @@ class Standby(ListenerObserver):
         async with trio.open_nursery() as nursery:
             await nursery.start(self._clock.run)
             await nursery.start(self._listener.run)
+            nursery.start_soon(self._alarm.run)
             nursery.start_soon(self._watch_connection)
             task_status.started()
 
@@ -229,6 +232,7 @@ class Standby(ListenerObserver):
 
     async def _wait(self, until_ns: int) -> None:
         deadline = math.inf if until_ns == NEVER else seconds_of(until_ns)
+        self._alarm.wake_at(deadline)
         with trio.move_on_at(deadline) as scope:
             await self._news.park()
         if scope.cancelled_caught:
@@ -274,7 +278,7 @@ class Standby(ListenerObserver):
             self._presence.led(local_ns())
             if local_ns() >= self._late_ns:
                 self._excused_ns = self._due_ns
-        await trio.sleep_until(begun + PROBE_EVERY_NS / 1e9)
+        await self._alarm.sleep_until(begun + PROBE_EVERY_NS / 1e9)
 
     def _note_way(self, answer: Reply) -> None:
         self._way_ns = max(0, answer.received_ns - answer.sent_ns)
