@@ -34,7 +34,7 @@ from .._wire import (
     sync_subject,
 )
 
-# How long the answer to a ping is waited for: at least so long, and ever longer where nobody answers,
+# How long an answer to a ping is waited for: so long at least, and ever longer where none comes,
 # as the way may be longer than that.
 _PING_TIMEOUT: Final = 0.5
 _PING_TIMEOUT_MAX: Final = 4.0

@@ -53,10 +53,12 @@ from .listener import BeatListener, ListenerObserver
 # again that did not answer.
 _GRACE: Final = 0.05
 _RETRY: Final = 0.2
-# How long a probe is waited for, at least and at most, beside what the way takes; and a recall.
+# How long a probe is waited for, at least and at most, beside what the way takes; a recall that
+# nobody has answered yet, and one that somebody has.
 _PROBE_MIN: Final = 0.005
 _PROBE_MAX: Final = 0.1
-_RECALL_WAIT: Final = 0.1
+_RECALL_WAIT: Final = 1.0
+_RECALL_MORE: Final = 0.1
 _WAYS: Final = 3
 # For how long an answer to a recall counts.
 _MEMORY_NS: Final = 10_000_000_000
@@ -133,6 +135,7 @@ class Standby(ListenerObserver):
         self._patience = _PROBE_MIN
         self._way_ns = 0
         self._memories: dict[str, Memory] = {}
+        self._recalling = trio.CancelScope()
 
     async def follow(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -167,6 +170,7 @@ class Standby(ListenerObserver):
         """Take note that somebody leads; one without a record is outranked by one who has it."""
         if not self._follower.locked and not (alone and self._ledger is not None):
             self._presence.led(local_ns())
+            self._recalling.cancel("somebody leads")
         self._news.unpark_all()
 
     def on_recall(self) -> None:
@@ -296,13 +300,17 @@ class Standby(ListenerObserver):
             if memory.ping.answered_ns >= since
         }
         request = encode(RecallRequest(self._cluster_id, self._leader_id))
-        patience = max(_RECALL_WAIT, _WAYS * self._way_ns / 1e9)
+        way = _WAYS * self._way_ns / 1e9
+        self._recalling = trio.move_on_after(max(_RECALL_WAIT, way))
         async with self._transport.open_request(
             recall_subject(self._cluster_id), request
         ) as replies:
-            with trio.move_on_after(patience), contextlib.suppress(NoResponders):
+            with self._recalling as scope, contextlib.suppress(NoResponders):
                 async for answer in replies:
                     self._hear_memory(answer)
+                    # Where one has answered the others are not far.
+                    soon = trio.current_time() + max(_RECALL_MORE, _WAYS * self._way_ns / 1e9)
+                    scope.deadline = min(scope.deadline, soon)
 
     def _hear_memory(self, answer: Reply) -> None:
         try:

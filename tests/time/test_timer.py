@@ -134,7 +134,7 @@ async def test_a_beat_clock_is_closer_to_its_instants_than_a_sleep(kind: str) ->
                 beat = await anext(Beats(clock, bars=False))
                 position = beat.index
             elif kind == "budget":
-                with clock.scope_at(position):
+                with clock.deadlines.scope_at(position):
                     await trio.sleep_forever()
             else:
                 await clock.sleep_until(position)
@@ -189,7 +189,7 @@ async def test_a_budget_ends_in_the_turn_in_which_trios_own_does() -> None:
     earlier: list[int] = []
 
     async def end_by_beat(clock: BeatClock, position: float, turns: Turns) -> None:
-        with clock.scope_at(position):
+        with clock.deadlines.scope_at(position):
             await trio.sleep_forever()
         ended["beat"] = turns.all
 
