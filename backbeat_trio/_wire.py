@@ -29,6 +29,7 @@ Milliseconds: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_INDEX)]
 MilliBPM: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_MILLI_BPM)]
 BeatsPerBar: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_BEATS_PER_BAR)]
 Uncertainty: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_NS)]
+Wait: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_NS)]
 Identity: TypeAlias = Annotated[str, Meta(max_length=128)]
 
 ClaimState: TypeAlias = Literal["executing", "done", "failed", "waiting"]
@@ -134,6 +135,8 @@ class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
     """What the leader's cluster time may differ by from that of the grid's first leader."""
     standbys: Index | UnsetType = UNSET
     """How many metronomes stand by, as far as the leader has heard of them."""
+    wait_ns: Wait | UnsetType = UNSET
+    """How long to wait before the next ping, where the leader is asked too often."""
 
 
 class RecallRequest(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1"):

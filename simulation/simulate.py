@@ -77,7 +77,10 @@ TARGETS: Final = {
     "honest": Target("errors within the uncertainty told", "≥", 99.9, "%"),
     "holdover": Target("60 s without a leader, at ±200 ppm, largest error", "≤", 5.0, "ms"),
     "drift": Target("verdicts on the tempo that are acceptable", "≥", 99.0, "%"),
+    "pings": Target("pings a second of 10,000 settled agents at 120 BPM", "≤", 4000, "/s"),
 }
+# After so many seconds the estimates of agents that nothing disturbs are as good as they get.
+REST_S: Final = 400.0
 
 
 def in_tempo(outcome: Outcome, tempos: dict[int, int]) -> bool:
@@ -161,6 +164,9 @@ def simulate(agents: int, seconds: float, seed: int, jobs: int) -> Report:
     stalling = [outcome for outcome in outcomes if outcome.stalls]
     stalled = sum(outcome.lost for outcome in stalling)
     held = hold_over(max(40, agents // 20), seed, jobs)
+    resting = rest(max(40, agents // 100), seed, jobs)
+    pings = [outcome.pings_a_second for outcome in resting]
+    rested = differences([outcome.errors for outcome in resting], round(0.75 * REST_S))
     locks = sorted(outcome.lock_s for outcome in outcomes)
     changes = sum(a != b for a, b in itertools.pairwise(history.tempos.values()))
     figures = [
@@ -201,6 +207,12 @@ def simulate(agents: int, seconds: float, seed: int, jobs: int) -> Report:
             100 * verdicts["acceptable"] / max(1, judged),
             f"{sum(outcome.flaps for outcome in outcomes):,} times lost",
         ),
+        Figure(
+            "pings",
+            10_000 * sum(pings) / len(pings),
+            f"by {len(resting):,} agents of ±200 ppm after {0.75 * REST_S:g} s; two of them at "
+            f"one instant: {in_ms(rested)}",
+        ),
     ]
     return Report(
         figures,
@@ -233,6 +245,13 @@ def hold_over(agents: int, seed: int, jobs: int) -> list[float]:
     outcomes = populate(world, agents, jobs)
     sample = (cut + HOLDOVER_NS) // SAMPLE_NS
     return numbers(abs(outcome.errors[sample]) for outcome in outcomes)
+
+
+def rest(agents: int, seed: int, jobs: int) -> list[Outcome]:
+    """Return what became of agents with bad clocks that nothing disturbed for long."""
+    story = tell((), REST_S, random.Random(f"{seed}:rest"), standbys=0, milli=120_000)
+    world = World(story.history, REST_S, f"{seed}:rested", rates=(-200, 200), stalls=False)
+    return populate(world, agents, jobs)
 
 
 # What is shown.

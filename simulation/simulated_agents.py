@@ -223,7 +223,9 @@ class Agent(FollowerObserver):
         self.stalls = self._make_stalls(seconds) if stalls else []
         timeline = Timeline((Segment(0, 0, 0, 0, MILLI),))
         self.grid = Grid(timeline, Steering(-clock.local(join_ns)), BEATS_PER_BAR, self)
-        self.follower = Follower(self.grid, cluster_id=CLUSTER_ID, observer=self)
+        self.follower = Follower(
+            self.grid, cluster_id=CLUSTER_ID, observer=self, chance=chance.random
+        )
         # A metronome that follows leads its own region with what it knows.
         self.leads: tuple[Reign, History] | None = None
         # When what happens next happens, in true time.
@@ -292,6 +294,14 @@ class Agent(FollowerObserver):
             else:
                 self._sync()
 
+    def run_and_count(self, seconds: float) -> float:
+        """Live for so long, and return how often it pinged the leader in the last quarter of it."""
+        counts = self.follower.counts
+        self.run(round(0.75 * seconds * SECOND))
+        before = counts.pings
+        self.run(round(seconds * SECOND))
+        return (counts.pings - before) / (0.25 * seconds)
+
     def _await_frame(self) -> None:
         frames, chance = self.history.frames, self.chance
         self.frame, self.frame_ns = None, FOREVER
@@ -314,8 +324,8 @@ class Agent(FollowerObserver):
         received = self.clock.local(self.arrival_ns)
         if self.follower.hear(frame, timeline, received, self.local_ns):
             self.ask = True
-            if self.burst is None:
-                self.burst_ns = max(self.now, self.begun_ns + ASK_EVERY_NS)
+        if self.burst is None:
+            self.burst_ns = self._next_burst()
 
     def _sync(self) -> None:
         follower = self.follower
@@ -325,14 +335,18 @@ class Agent(FollowerObserver):
             self.burst_ns = self._awake(end)
             return
         answers, self.burst = self.burst, None
-        well = follower.answer(answers, self.asked, self.local_ns)
-        pause = 0 if self.ask else follower.pause_ns(self.local_ns, well=well)
-        self.burst_ns = self._awake(max(self.now + pause, self.begun_ns + ASK_EVERY_NS))
+        follower.answer(answers, self.asked, self.local_ns)
+        self.burst_ns = self._next_burst()
+
+    def _next_burst(self) -> int:
+        planned = self.now if self.ask else self.clock.true(self.follower.next_burst_ns)
+        return self._awake(max(self.now, planned, self.begun_ns + ASK_EVERY_NS))
 
     def _ping(self, pings: int) -> tuple[list[Answer], int]:
         answers: list[Answer] = []
         now, chance, local = self.now, self.chance, self.clock.local
         for _ in range(pings):
+            self.follower.counts.pings += 1
             came = now + self.up.draw(chance)
             reign = self.history.reign_at(came)
             if chance.random() < 2 * LOSS or came >= self.cut_ns:
@@ -460,6 +474,8 @@ class Outcome(NamedTuple):
     locks: int
     outlying: int
     """Bursts of pings that contradicted what it knew."""
+    pings_a_second: float
+    """How often it pinged the leader in the last quarter of the time."""
     verdicts: Counter[TempoDrift]
     flaps: int
     lock_s: float
@@ -502,7 +518,7 @@ def make_agent(world: World, number: int) -> Agent:
 def live(world: World, number: int) -> Outcome:
     """Have an agent live, and return what became of it."""
     agent = make_agent(world, number)
-    agent.run(round(world.seconds * SECOND))
+    pings_a_second = agent.run_and_count(world.seconds)
     samples = range(int(world.seconds))
     last = max(world.history.tempos, default=0)
     ends = {end for _, end in agent.stalls}
@@ -519,6 +535,7 @@ def live(world: World, number: int) -> Outcome:
         back=agent.back,
         locks=agent.follower.counts.locks,
         outlying=agent.follower.counts.pings_outlying,
+        pings_a_second=pings_a_second,
         verdicts=agent.verdicts,
         flaps=agent.flaps,
         lock_s=(agent.locked_ns - agent.join_ns) / SECOND,

@@ -32,8 +32,21 @@ _ANYTHING: Final = 0.1
 _WANDER: Final = 1e-6
 # What the best of pings errs by, in nanoseconds: the stamps' own part of it.
 _STAMP_NS: Final = 20_000.0
+# An estimate is good while a standard deviation of its line is no more than this, and what the
+# frequency may have wandered by no more than that: in nanoseconds, or as a part of the shortest way
+# of a ping, by half of which the offset may be wrong anyhow.
+_GOOD_NS: Final = 35_000.0
+_WANDERED_NS: Final = 40_000.0
+_GOOD_PART: Final = 1 / 128
 # What a burst may be off by, beside what its own way and the estimate allow for.
 _SLACK_NS: Final = 100_000.0
+
+# A leader asks for patience when it is pinged more often than so for a second on end. It can answer
+# several times as many, and ten thousand agents whose estimates are good ping less often.
+_PINGS_A_SECOND: Final = 4000
+_PATIENCE_NS: Final = 1_000_000_000
+# Nobody is put off for longer than this.
+REST_NS: Final = 64_000_000_000
 
 
 class Ping(NamedTuple):
@@ -148,6 +161,21 @@ class Estimate:
         """
         return self._best_ns // 2 + math.ceil(2 * self._deviation(local_ns))
 
+    def is_good_at(self, local_ns: int) -> bool:
+        """Tell whether another ping would hardly make the offset any better until an instant."""
+        part = self._best_ns * _GOOD_PART
+        return (
+            self.known
+            and self._line_deviation(local_ns) <= max(_GOOD_NS, part)
+            and self._wandered(local_ns) <= max(_WANDERED_NS, part)
+        )
+
+    def expects(self, ping: Ping) -> bool:
+        """Tell whether a ping is no more off the line than its own way and chance explain."""
+        local = ping.local_ns
+        allowed = (ping.delay_ns - self._best_ns) / 2 + 2 * (self._deviation(local) + _STAMP_NS)
+        return abs(ping.offset_ns - self.offset_at(local)) <= allowed
+
     def add(self, burst: Sequence[Ping]) -> Verdict:
         """Take in a burst of pings."""
         best = best_ping(burst)
@@ -215,9 +243,14 @@ class Estimate:
     def _deviation(self, local_ns: int) -> float:
         if not self._points:
             return math.inf
+        return self._line_deviation(local_ns) + self._wandered(local_ns)
+
+    def _line_deviation(self, local_ns: int) -> float:
         away = local_ns - self._mean_local
-        age = max(0, local_ns - self._points[-1].local_ns)
-        return math.sqrt(1 / self._weight + (away * self._frequency_sd) ** 2) + _WANDER * age
+        return math.sqrt(1 / self._weight + (away * self._frequency_sd) ** 2)
+
+    def _wandered(self, local_ns: int) -> float:
+        return _WANDER * max(0, local_ns - self._points[-1].local_ns)
 
     def _fit(self) -> None:
         points, newest = self._points, self._points[-1].local_ns
@@ -244,3 +277,24 @@ class Estimate:
         self._frequency_sd = 1 / math.sqrt(spread)
         self._mean_local = newest + round(mean_x)
         self._mean_offset = offset0 + round(mean_y + self._frequency * (round(mean_x) - mean_x))
+
+
+@final
+class PingRate:
+    """How often a leader is pinged, and how long whoever pings it too often is to wait.
+
+    Each ping takes its share of a second. Those that come faster are put off one after the other,
+    so that the next ones come evenly.
+    """
+
+    __slots__ = ("_taken_ns",)
+
+    def __init__(self) -> None:
+        self._taken_ns = 0
+
+    def add(self, now_ns: int) -> int:
+        """Take in a ping; return how long who sent it is to wait, in nanoseconds, 0 for not."""
+        taken = max(self._taken_ns, now_ns) + 1_000_000_000 // _PINGS_A_SECOND
+        self._taken_ns = taken = min(taken, now_ns + REST_NS)
+        ahead = taken - now_ns
+        return ahead if ahead > _PATIENCE_NS else 0

@@ -14,13 +14,14 @@ grid that is steered, a wish to ask the leader, and when to do so next.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeAlias, final
 
 from msgspec import Struct
 
 from .._wire import BeatFrame, SyncReply
-from .estimate import Estimate, Ping, Verdict, best_ping
+from .estimate import REST_NS, Estimate, Ping, Verdict, best_ping
 from .grid import Grid
 from .punctuality import Drift, is_late, tolerance_ns
 from .steering import MIN_STEP_NS
@@ -33,6 +34,15 @@ STEADY_PINGS: Final = 4
 BURST_MIN_NS: Final = 250_000_000
 _BURST_MAX_NS: Final = 5_000_000_000
 _JOINING_NS: Final = 1_000_000_000
+# Agents that began together do not ping in step: each interval is longer by up to this part of it.
+# Once the estimate is good the interval doubles from burst to burst, up to `REST_NS` with it.
+_JITTER: Final = 0.25
+# Within so long whoever has heard of a change by a frame asks the leader about it.
+_CHECK_NS: Final = 4_000_000_000
+# So many frames in a row that are early or late mean that a clock has jumped, and so does a loop
+# that did not get round to a frame for so long.
+_SURPRISING: Final = 3
+_STALLED_NS: Final = 1_000_000_000
 # Pings that err by more than their way and this, having been long ago, are worse than the arrival
 # of frames, which errs by its own way.
 _PINGS_WORSE_NS: Final = 10_000_000
@@ -95,11 +105,17 @@ class Follower:
       grid: moved and steered from here only, but for what its owner does.
       cluster_id: frames and answers of other clusters are none.
       observer: is called when something has happened.
+      chance: draws a number from 0 to 1, by which agents that began together come out of step.
 
     """
 
     def __init__(
-        self, grid: Grid, *, cluster_id: str, observer: FollowerObserver | None = None
+        self,
+        grid: Grid,
+        *,
+        cluster_id: str,
+        observer: FollowerObserver | None = None,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self.grid: Grid = grid
         self.locked: bool = False
@@ -125,6 +141,13 @@ class Follower:
         self._judged_epoch = -1
         self._behind = 0
         self._answered = False
+        self.next_burst_ns: int = 0
+        """When to ping the leader again, in local time, where nothing is asked sooner."""
+        self._chance = chance
+        # How far bursts are apart once all is well, when the leader may be asked again, and how
+        # many frames in a row have surprised.
+        self._interval_ns = self._not_before_ns = 0
+        self._surprising = 0
 
     # What is to be told.
 
@@ -240,11 +263,24 @@ class Follower:
         # grid that stands still, nor the first one of a leader that had to take over: it is late
         # for a reason.
         waited = is_late(now_ns - received_ns, beat)
+        if now_ns - received_ns > _STALLED_NS:
+            self.hurry(now_ns)
         taken_over = self._judged_epoch not in (-1, frame.epoch)
         self._judged_epoch = frame.epoch
         if moves and not waited and not taken_over:
             self.drift.add(due, received_ns, late - due, beat)
+            self._watch_arrival(late - due, beat, now_ns)
         self._observer.on_followed()
+
+    def _watch_arrival(self, late_ns: int, beat: int, now_ns: int) -> None:
+        # It may have been on its way for as long as a ping there and back.
+        tolerance = tolerance_ns(beat)
+        if -tolerance <= late_ns <= tolerance + self._estimate.way_ns:
+            self._surprising = 0
+            return
+        self._surprising += 1
+        if self._surprising == _SURPRISING:
+            self.hurry(now_ns)
 
     def _is_better_than_pings(self, received_ns: int) -> bool:
         estimate = self._estimate
@@ -272,10 +308,14 @@ class Follower:
             newer = True
         # A reply may have been on its way for longer than the frame that told of a change.
         if newer and timeline.segments != present.segments:
+            if isinstance(message, BeatFrame) and timeline.segments[-1] != present.segments[-1]:
+                # What a frame alone has told is to be borne out.
+                self._ping_within(_CHECK_NS, now_ns)
             self.grid.adopt(timeline, now_ns)
 
     def _note_leader(self, message: BeatFrame | SyncReply) -> None:
         self.epoch, self.leader_id = message.epoch, message.leader_id
+        self._interval_ns = 0
         self.is_alone = message.alone is True
         self.incarnation = message.incarnation or ""
 
@@ -288,24 +328,60 @@ class Follower:
 
     @property
     def pings(self) -> int:
-        """How many pings the next burst is of."""
+        """How many pings the next burst is of, at most."""
         return STEADY_PINGS if self.locked else JOINING_PINGS
 
-    def pause_ns(self, now_ns: int, *, well: bool) -> int:
-        """Return how long to wait before the next burst, where nothing is asked sooner.
+    def is_enough(self, answers: Sequence[Answer]) -> bool:
+        """Tell whether a burst is to end after these answers: the leader is asked too often."""
+        if not answers[-1][1].wait_ns:
+            return False
+        return self.locked or len(answers) >= STEADY_PINGS
 
-        Args:
-          now_ns: now.
-          well: what `answer` has said of the last one.
+    def hurry(self, now_ns: int) -> None:
+        """Ping the leader once a beat again, as there was a surprise."""
+        self._interval_ns = 0
+        self._ping_within(self._beat_ns(now_ns), now_ns)
 
-        """
-        pause = beat_ns(self.grid.segment_at(now_ns).milli_bpm) if well else BURST_MIN_NS
-        if not self.locked:
-            pause = min(pause, _JOINING_NS)
-        return min(max(pause, BURST_MIN_NS), _BURST_MAX_NS)
+    def _ping_within(self, within_ns: int, now_ns: int) -> None:
+        soon = max(now_ns + round(self._chance() * within_ns), self._not_before_ns)
+        self.next_burst_ns = min(self.next_burst_ns, soon)
+
+    def _beat_ns(self, now_ns: int) -> int:
+        beat = beat_ns(self.grid.segment_at(now_ns).milli_bpm)
+        return min(max(beat, BURST_MIN_NS), _BURST_MAX_NS)
+
+    def _plan(self, answers: Sequence[Answer], now_ns: int, *, well: bool, expected: bool) -> None:
+        beat = self._beat_ns(now_ns)
+        if not well:
+            self._interval_ns, pause = 0, BURST_MIN_NS
+        elif not self.locked:
+            pause = min(beat, _JOINING_NS)
+        elif not self._answered or self._behind or self.question is not None:
+            pause = beat
+        else:
+            interval = max(beat, self._interval_ns)
+            interval = self._next_interval(interval, now_ns) if expected else interval // 2
+            pause = self._interval_ns = max(beat, interval)
+        wait = max((reply.wait_ns or 0 for _, reply in answers), default=0)
+        self._not_before_ns = now_ns + self._jittered(min(wait, REST_NS))
+        if well:
+            pause = self._jittered(pause)
+        self.next_burst_ns = max(now_ns + pause, self._not_before_ns)
+
+    def _next_interval(self, interval: int, now_ns: int) -> int:
+        # Twice as long where the estimate stays good for it, and shorter where it does not.
+        estimate = self._estimate
+        longer = min(2 * interval, round(REST_NS / (1 + _JITTER)))
+        for pause in (longer, interval):
+            if estimate.is_good_at(now_ns + round((1 + _JITTER) * pause)):
+                return pause
+        return interval // 2
+
+    def _jittered(self, pause_ns: int) -> int:
+        return pause_ns + round(_JITTER * self._chance() * pause_ns)
 
     def answer(self, answers: Sequence[Answer], asked: Heard | None, now_ns: int) -> bool:
-        """Take in the answers to a burst; return whether all is well, so that the next has time.
+        """Take in the answers to a burst, and plan the next one (see `next_burst_ns`).
 
         Args:
           answers: in the order in which they came.
@@ -313,7 +389,17 @@ class Follower:
             question: the leader may have died with its last answer.
           now_ns: now.
 
+        Returns:
+          Whether all is well, so that the next burst has time.
+
         """
+        best = best_ping([ping for ping, _ in answers])
+        expected = best is None or not self._estimate.known or self._estimate.expects(best)
+        well = self._take(answers, asked, now_ns)
+        self._plan(answers, now_ns, well=well, expected=expected)
+        return well
+
+    def _take(self, answers: Sequence[Answer], asked: Heard | None, now_ns: int) -> bool:
         rank = max((_rank(reply) for _, reply in answers), default=(False, -1))
         if any(_rank(reply) != rank for _, reply in answers):
             self._observer.on_odd(f"pings are answered in several epochs, up to {rank[1]}")
@@ -366,6 +452,7 @@ class Follower:
         if verdict is Verdict.OVERRULED:
             # Cluster time has jumped: frames from before and after it make no line.
             self.drift.clear()
+            self._interval_ns = 0
         if self._is_mistaken(timeline, same=same, epoch=reply.epoch):
             self.counts.frames_unexplained += 1
             self._observer.on_odd("the leader knows nothing of what frames in its name have told")

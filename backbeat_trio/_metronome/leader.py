@@ -21,6 +21,7 @@ from trio_util import AsyncBool
 from .._checks import check_integer
 from .._errors import Logger, MetronomeUnavailable, TempoRefused, TransportBroken
 from .._grid.changes import ASKED_NS, LEAD_NS, propose
+from .._grid.estimate import PingRate
 from .._grid.steering import Steering
 from .._grid.timeline import Timeline, beat_ns, milli_bpm
 from .._time.local import local_ns, seconds_of
@@ -208,6 +209,7 @@ class Leader:
         self._look = AsyncBool(False)
         # Why the record could not be written since it was written last; each is told once.
         self._uncommitted: set[str] = set()
+        self._ping_rate = PingRate()
         self._last_ns = self.cluster_ns()
         # The connection on which the record was read, and when another leader was heard last.
         self._looked = transport.generation
@@ -561,6 +563,7 @@ class Leader:
             alone=self._is_alone or UNSET,
             uncertainty_ns=self._term.uncertainty_ns,
             standbys=self._count_standbys(),
+            wait_ns=self._ping_rate.add(local_ns()) or UNSET,
             **self.timeline.since(self.cluster_ns()).wire_fields(),
         )
 

@@ -18,7 +18,7 @@ from .._grid.follower import Answer, Follower, FollowerObserver
 from .._grid.steering import MIN_STEP_NS
 from .._grid.timeline import NEVER, Timeline
 from .._time.clock import BeatClock
-from .._time.local import local_ns
+from .._time.local import local_ns, seconds_of
 from .._transport.protocol import Message, Transport
 from .._wire import (
     RecallReply,
@@ -102,6 +102,8 @@ class BeatListener(FollowerObserver):
         self._logger = logger
         self._logged_ns = -_LOG_EVERY_NS
         self._ask = AsyncBool(False)
+        # The time until the next burst.
+        self._pause = trio.CancelScope()
         self._agent_id = agent_id
         self._role: Role = role
         self._answers_recalls = answers_recalls
@@ -143,6 +145,8 @@ class BeatListener(FollowerObserver):
                     self._observer.on_sign(alone=frame.alone is True)
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
+                # It may have come to be sooner.
+                self._pause.deadline = seconds_of(self.follower.next_burst_ns)
 
     @trio.lowlevel.enable_ki_protection
     async def _sync(self) -> None:
@@ -152,8 +156,9 @@ class BeatListener(FollowerObserver):
             self._ask.value = False
             begun, asked = trio.current_time(), follower.question
             answers = await self._burst(follower.pings)
-            well = follower.answer(answers, asked, local_ns())
-            with trio.move_on_after(follower.pause_ns(local_ns(), well=well) / 1e9):
+            follower.answer(answers, asked, local_ns())
+            self._pause = trio.CancelScope(deadline=seconds_of(follower.next_burst_ns))
+            with self._pause:
                 await self._ask.wait_value(True)
             await trio.sleep_until(begun + _ASK_EVERY)
 
@@ -163,6 +168,7 @@ class BeatListener(FollowerObserver):
         while True:
             await self._transport.wait_connected(False)
             await self._transport.wait_connected()
+            self.follower.hurry(local_ns())
             self._ask.value = True
 
     async def _burst(self, pings: int) -> list[Answer]:
@@ -201,6 +207,8 @@ class BeatListener(FollowerObserver):
                 self._observer.on_sign(alone=reply.alone is True)
                 if reply.standbys is not UNSET:
                     self._standbys = reply.epoch, reply.standbys
+                if self.follower.is_enough(answers):
+                    break
         return answers
 
     async def _hear_recalls(self, *, task_status: trio.TaskStatus[None]) -> None:

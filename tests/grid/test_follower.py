@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from backbeat_trio._grid.estimate import Ping
@@ -18,7 +21,7 @@ from backbeat_trio._grid.follower import (
     FollowerObserver,
 )
 from backbeat_trio._grid.grid import Grid
-from backbeat_trio._grid.steering import MAX_SLEW, MIN_STEP_NS, Steering
+from backbeat_trio._grid.steering import MAX_SLEW, Steering
 from backbeat_trio._grid.timeline import Timeline
 from backbeat_trio._wire import BeatFrame, Segment, SyncReply, beat_phase, window_id
 
@@ -38,7 +41,10 @@ class Agent(FollowerObserver):
     def __init__(self) -> None:
         self.now = SECOND
         self.grid = Grid(Timeline((Segment(0, 0, 0, 0, 30_000),)), Steering(-self.now), 8)
-        self.follower = Follower(self.grid, cluster_id="c", observer=self)
+        self.chance = 0.0
+        self.follower = Follower(
+            self.grid, cluster_id="c", observer=self, chance=lambda: self.chance
+        )
         self.odd: list[str] = []
         self.stale: list[int] = []
         self.calls: list[str] = []
@@ -77,13 +83,29 @@ class Agent(FollowerObserver):
         timeline = timeline.since(self.now + AHEAD)
         if index is None:
             index = timeline.index_at(self.now + AHEAD)
-        frame = BeatFrame(
+        frame = self.frame(index, epoch=epoch, timeline=timeline, cluster_id=cluster_id)
+        return self.follower.hear(frame, timeline, self.now, self.now)
+
+    def frame(
+        self,
+        index: int,
+        *,
+        epoch: int = 1,
+        timeline: Timeline = TIMELINE,
+        cluster_id: str = "c",
+        incarnation: str | UnsetType = UNSET,
+    ) -> BeatFrame:
+        return BeatFrame(
             *(cluster_id, index, index % 4 == 0, beat_phase(index, 4)),
             *(timeline.segments[0].milli_bpm / 1000, 4, window_id(index, 4), epoch),
             f"pulse-{epoch}",
+            incarnation=incarnation,
             **timeline.wire_fields(),
         )
-        return self.follower.hear(frame, timeline, self.now, self.now)
+
+    @property
+    def pause(self) -> int:
+        return self.follower.next_burst_ns - self.now
 
     @property
     def error_ns(self) -> int:
@@ -110,13 +132,148 @@ def test_the_first_burst_locks(agent: Agent) -> None:
 @pytest.mark.parametrize(
     ("milli", "seconds"), [(120_000, 0.5), (2_000, 5.0), (6_000_000, 0.25), (0, 1.0)]
 )
-def test_bursts_come_once_a_beat_but_not_at_any_tempo(
+def test_bursts_come_once_a_beat_at_first_but_not_at_any_tempo(
     milli: int, seconds: float, agent: Agent
 ) -> None:
-    assert agent.follower.pause_ns(agent.now, well=True) == SECOND
-    agent.answer(agent.answered(timeline=Timeline((Segment(1, 0, 8, 0, milli),))))
-    assert agent.follower.pause_ns(agent.now, well=True) == seconds * SECOND
-    assert agent.follower.pause_ns(agent.now, well=False) == SECOND // 4
+    assert agent.answer()
+    assert agent.pause == SECOND
+    timeline = Timeline((Segment(1, 0, 8, 0, milli),))
+    agent.answer(agent.answered(timeline=timeline))
+    assert agent.pause == seconds * SECOND
+    for _ in range(8):
+        agent.answer(agent.answered(timeline=timeline))
+    assert not agent.answer(agent.answered(timeline=timeline, lie_ns=SECOND))
+    assert agent.pause == SECOND // 4
+
+
+def settle(agent: Agent, bursts: int = 40) -> list[float]:
+    """Answer so many bursts when they are due, and return how long each was waited for."""
+    pauses = []
+    for _ in range(bursts):
+        assert agent.answer(agent.answered())
+        pauses.append(agent.pause / SECOND)
+        agent.now = agent.follower.next_burst_ns
+    return pauses
+
+
+def test_bursts_back_off_once_the_estimate_is_good(agent: Agent) -> None:
+    pauses = settle(agent)
+    assert pauses[0] == 0.5
+    # The rate of the clock must be known before it can be relied upon for long.
+    assert max(pauses[:5]) <= 1.0
+    assert all(later in (pause, 2 * pause, pause / 2) for pause, later in pairwise(pauses))
+    assert 16 <= pauses[-1] <= 64
+    uncertainty = agent.follower.uncertainty_ns(agent.now)
+    assert uncertainty is not None
+    assert uncertainty <= MS
+    # Whether frames are missing has nothing to do with pings.
+    agent.hear()
+    assert not agent.follower.in_holdover(agent.now + SECOND)
+    assert agent.follower.in_holdover(agent.now + 2 * SECOND)
+
+
+def surprise_by_another_leader(agent: Agent) -> None:
+    assert agent.hear(epoch=2)
+    assert agent.answer(agent.answered(epoch=2))
+
+
+def surprise_by_an_outlier(agent: Agent) -> None:
+    assert not agent.answer(agent.answered(lie_ns=10 * MS))
+
+
+def surprise_by_frames(agent: Agent) -> None:
+    for number in range(3):
+        assert agent.pause > 10 * SECOND
+        due = TIMELINE.time_of(TIMELINE.index_at(agent.now + AHEAD) + 1) - AHEAD
+        agent.now = due + (12 + number) * MS
+        assert not agent.hear()
+
+
+def surprise_by_a_stall(agent: Agent) -> None:
+    told = TIMELINE.index_at(agent.now + AHEAD)
+    frame = agent.frame(told)
+    agent.now += 3 * SECOND
+    assert not agent.follower.hear(frame, TIMELINE, agent.now - 2 * SECOND, agent.now)
+
+
+def surprise_by_a_reconnection(agent: Agent) -> None:
+    agent.follower.hurry(agent.now)
+
+
+@pytest.mark.parametrize(
+    "surprise",
+    [
+        surprise_by_another_leader,
+        surprise_by_an_outlier,
+        surprise_by_frames,
+        surprise_by_a_stall,
+        surprise_by_a_reconnection,
+    ],
+)
+def test_bursts_come_sooner_after_a_surprise(
+    surprise: Callable[[Agent], None], agent: Agent
+) -> None:
+    settle(agent)
+    agent.answer(agent.answered())
+    assert agent.pause >= 16 * SECOND
+    surprise(agent)
+    assert agent.pause <= SECOND
+
+
+def test_a_burst_that_is_off_a_little_halves_the_interval(agent: Agent) -> None:
+    before = settle(agent)[-1]
+    assert agent.answer(agent.answered(lie_ns=300_000))
+    assert agent.pause == before / 2 * SECOND
+
+
+def test_a_change_that_a_frame_told_is_asked_about_soon(agent: Agent) -> None:
+    settle(agent)
+    agent.answer(agent.answered())
+    agent.chance = 0.5
+    ahead = TIMELINE.index_at(agent.now + AHEAD) + 8
+    changed = TIMELINE.change(60_000, ahead, epoch=1)
+    assert not agent.hear(timeline=changed)
+    assert agent.pause == 2 * SECOND
+    # Where the leader does not know of it, it is asked again and again.
+    for _ in range(3):
+        assert agent.grid.timeline.segments == changed.segments
+        assert agent.pause <= 2 * SECOND
+        agent.now = agent.follower.next_burst_ns
+        agent.answer(agent.answered())
+    assert agent.grid.timeline.segments == TIMELINE.segments
+
+
+def test_a_leader_that_is_asked_too_often_is_left_alone(agent: Agent) -> None:
+    def told(wait: float) -> Answer:
+        ping, reply = agent.answered()
+        return ping, replace(reply, wait_ns=round(wait * SECOND))
+
+    burst = [told(20.0) for _ in range(STEADY_PINGS)]
+    # Who does not know the time at all yet asks a few times more.
+    assert [agent.follower.is_enough(burst[:n]) for n in (1, 3, 4)] == [False, False, True]
+    agent.answer(*burst)
+    assert agent.pause == 20 * SECOND
+    assert agent.follower.is_enough(burst[:1])
+    agent.now += SECOND
+    agent.follower.hurry(agent.now)
+    assert agent.pause == 19 * SECOND
+    # A question does not wait.
+    assert agent.hear(epoch=7)
+    agent.answer(agent.answered(epoch=7))
+    assert agent.pause == SECOND // 2
+    # Nobody is put off for longer than a minute or so.
+    ping, reply = agent.answered(epoch=7)
+    agent.answer((ping, replace(reply, wait_ns=10**18)))
+    assert agent.pause == 64 * SECOND
+
+
+def test_agents_that_began_together_do_not_ping_in_step() -> None:
+    one, other = Agent(), Agent()
+    one.chance = 1.0
+    for agent in (one, other):
+        settle(agent)
+    assert max(settle(one, 8)) <= 64
+    assert settle(other, 1)[0] * 1.25 == settle(one, 1)[0]
 
 
 @pytest.mark.parametrize("delay", [MS, 80 * MS])
@@ -289,13 +446,8 @@ def test_a_grid_that_lies_behind_holds_the_position(
     offset = other.segments[0].t0_ns - agent.now
     for number in range(1, 3):
         agent.now += SECOND // 2
-        told, index = other.wire_fields(), before - behind + number
-        frame = BeatFrame(
-            *("c", index, index % 4 == 0, beat_phase(index, 4), 120.0, 4, window_id(index, 4)),
-            *(2, "pulse-2"),
-            incarnation=named,
-            **told,
-        )
+        index = before - behind + number
+        frame = agent.frame(index, epoch=2, timeline=other, incarnation=named)
         assert not agent.follower.hear(frame, other, agent.now, agent.now)
     assert agent.follower.counts.frames == 2
     assert agent.grid.cluster_at(agent.now) == pytest.approx(agent.now + offset, abs=10 * MS)
@@ -392,7 +544,7 @@ class AnybodySaysAnything(RuleBasedStateMachine):
         assert later >= 100 * MS * (0.9 - MAX_SLEW) - 1
         uncertainty = agent.follower.uncertainty_ns(agent.now)
         assert uncertainty is None or uncertainty >= 0
-        assert MIN_STEP_NS < agent.follower.pause_ns(agent.now, well=True) <= 5 * SECOND
+        assert agent.pause <= 64 * SECOND
 
 
 AnybodySaysAnything.TestCase.settings = settings(stateful_step_count=40, deadline=None)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 import pytest
 from hypothesis import assume, given, strategies as st
 
-from backbeat_trio._grid.estimate import Estimate, Ping, Verdict, best_ping
+from backbeat_trio._grid.estimate import (
+    REST_NS,
+    Estimate,
+    Ping,
+    PingRate,
+    Verdict,
+    best_ping,
+)
 from backbeat_trio._grid.steering import MAX_SLEW, MIN_STEP_NS, PARTS, Steering
 from backbeat_trio._grid.timeline import beat_ns
 from backbeat_trio._wire import MAX_MILLI_BPM, MIN_MILLI_BPM
@@ -303,3 +311,38 @@ def test_nothing_comes_of_no_pings() -> None:
     assert estimate.add([]) is Verdict.NOTHING
     assert estimate.add([Ping(0, 0, 100, 50)]) is Verdict.NOTHING
     assert not estimate.known
+
+
+# How often a leader is asked.
+
+
+def test_a_leader_that_is_asked_now_and_then_asks_for_no_patience() -> None:
+    rate, now = PingRate(), 0
+    for _ in range(20_000):
+        assert rate.add(now) == 0
+        now += SECOND // 3000
+    # Nor for a crowd that comes once.
+    assert {rate.add(now) for _ in range(3000)} == {0}
+
+
+def test_agents_that_ask_too_often_are_spread() -> None:
+    rate = PingRate()
+    # Each would ask four times a second: five times as much as there is time for.
+    due = [(number * SECOND // 20_000, number) for number in range(5000)]
+    asked = [0] * 60
+    longest = 0
+    while due[0][0] < 60 * SECOND:
+        now, number = heappop(due)
+        asked[now // SECOND] += 1
+        wait = rate.add(now)
+        longest = max(longest, wait)
+        heappush(due, (now + max(wait, SECOND // 4), number))
+    assert asked[0] >= 9_000
+    assert all(3600 <= count <= 4400 for count in asked[20:])
+    assert longest <= REST_NS
+
+
+def test_nobody_is_put_off_for_long() -> None:
+    rate = PingRate()
+    assert max(rate.add(0) for _ in range(10**6)) == REST_NS
+    assert rate.add(REST_NS) == 0

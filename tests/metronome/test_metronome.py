@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 from hypothesis import given, strategies as st
+from msgspec import UNSET
 
 import backbeat_trio as backbeat
 from backbeat_trio._grid.changes import propose
@@ -82,6 +83,22 @@ async def test_sync_replies_are_in_cluster_time(autojump_clock: Clock) -> None:
                 await transport.request("backbeat.sync.c", data, timeout=1)
         assert metronome.statistics().undecodable == 2
         assert metronome.statistics().syncs == 1
+
+
+async def test_a_leader_that_is_asked_too_often_says_how_long_to_wait(
+    autojump_clock: Clock,
+) -> None:
+    async with leading() as (_, transport):
+        request = encode(SyncRequest("c", "a"))
+        waits = []
+        for _ in range(4200):
+            answer = await transport.request("backbeat.sync.c", request, timeout=1)
+            waits.append(decode_sync_reply(answer.data).wait_ns)
+        assert waits[:4000] == [UNSET] * 4000
+        assert all(isinstance(wait, int) and 10**9 < wait < 2 * 10**9 for wait in waits[4000:])
+        await trio.sleep(2)
+        answer = await transport.request("backbeat.sync.c", request, timeout=1)
+        assert decode_sync_reply(answer.data).wait_ns is UNSET
 
 
 async def test_a_change_of_tempo_is_announced_and_then_in_force(autojump_clock: Clock) -> None:
