@@ -264,9 +264,13 @@ def test_notes_that_fit_stay() -> None:
 def test_the_messages_of_the_documentation_are_messages() -> None:
     text = (Path(__file__).parent.parent / "docs" / "design.md").read_text()
     messages = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
-    record, probe, frame, claim, sync, sync_reply, tempo, tempo_reply = (
+    kinds = {re.search(r'"backbeat\.(\w+)\.v1"', m)[1] for m in messages}  # type: ignore[index]
+    assert kinds >= {"beatframe", "statusclaim", "sync", "recall", "tempo", "lead", "metronome"}
+    record, probe, frame, claim, sync, sync_reply, recall, memory, tempo, tempo_reply = (
         m.encode() for m in messages
     )
+    assert wire.decode_recall_request(recall).leader_id == "pulse-b"
+    assert wire.decode_recall_reply(memory).role == "agent"
     assert wire.decode_record(record).segments == (SEGMENT,)
     assert wire.decode_probe(probe).epoch == 7
     assert wire.decode_frame(frame) == FRAME

@@ -109,6 +109,7 @@ class BeatListener(FollowerObserver):
         self._answers_recalls = answers_recalls
         self._observer = observer or ListenerObserver()
         self._patience = _PING_TIMEOUT
+        self._waiting = trio.CancelScope()
         self.way_ns: int = 0
         """The round trip of the last answer."""
         self._standbys: tuple[int, int] | None = None
@@ -145,6 +146,9 @@ class BeatListener(FollowerObserver):
                     self._observer.on_sign(alone=frame.alone is True)
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
+                    # Whoever is waited for may be gone: then another one is to be asked.
+                    soon = trio.current_time() + self._least_patience
+                    self._waiting.deadline = min(self._waiting.deadline, soon)
                 # It may have come to be sooner.
                 self._pause.deadline = seconds_of(self.follower.next_burst_ns)
 
@@ -176,10 +180,14 @@ class BeatListener(FollowerObserver):
         counts = self.follower.counts
         for _ in range(pings):
             counts.pings += 1
+            self._waiting = trio.move_on_after(self._patience)
             try:
-                answer = await self._transport.request(
-                    sync_subject(self._cluster_id), self._request, timeout=self._patience
-                )
+                with self._waiting:
+                    answer = await self._transport.request(
+                        sync_subject(self._cluster_id), self._request, timeout=_PING_TIMEOUT_MAX
+                    )
+                if self._waiting.cancelled_caught:
+                    raise TransportBroken("no answer to a ping in time")
                 reply = decode_sync_reply(answer.data)
             except NoResponders:
                 counts.pings_failed += 1
@@ -202,8 +210,7 @@ class BeatListener(FollowerObserver):
                 ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)
                 answers.append((ping, reply))
                 self.way_ns = max(0, ping.delay_ns)
-                way = _PING_WAYS * self.way_ns / 1e9
-                self._patience = min(max(way, _PING_TIMEOUT), _PING_TIMEOUT_MAX)
+                self._patience = self._least_patience
                 self._observer.on_sign(alone=reply.alone is True)
                 if reply.standbys is not UNSET:
                     self._standbys = reply.epoch, reply.standbys
@@ -211,6 +218,11 @@ class BeatListener(FollowerObserver):
                     break
         return answers
 
+    @property
+    def _least_patience(self) -> float:
+        return min(max(_PING_WAYS * self.way_ns / 1e9, _PING_TIMEOUT), _PING_TIMEOUT_MAX)
+
+    @trio.lowlevel.enable_ki_protection
     async def _hear_recalls(self, *, task_status: trio.TaskStatus[None]) -> None:
         subject = recall_subject(self._cluster_id)
         async with self._transport.open_subscription(subject) as recalls:

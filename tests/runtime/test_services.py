@@ -444,7 +444,8 @@ async def test_uncertainty_grows_in_holdover(autojump_clock: Clock) -> None:
         assert grown is not None
         assert 0.005 > grown > known + 50e-6
         leader.answering = True
-        await leader.beat(3)
+        # What was asked last is waited for, and then it is asked again.
+        await leader.beat(12)
         again = bb.health().uncertainty
         assert again is not None
         assert again < grown
