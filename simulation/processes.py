@@ -199,8 +199,10 @@ class World:
 
     @contextmanager
     def patched(self) -> Generator[None]:
-        """Take Trio's scheduling, ``secrets`` and the wall clock from the seed, for a block."""
+        """Take Trio's scheduling, all lots and the wall clock from the seed, for a block."""
         run: Any = _run
+        kept_lots = random.getstate()
+        random.seed(self.seed)
         kept = run._ALLOW_DETERMINISTIC_SCHEDULING, run._r
         kept_token, kept_below, kept_time = secrets.token_hex, secrets.randbelow, time.time_ns
         run._ALLOW_DETERMINISTIC_SCHEDULING = True
@@ -210,6 +212,7 @@ class World:
         try:
             yield
         finally:
+            random.setstate(kept_lots)
             run._ALLOW_DETERMINISTIC_SCHEDULING, run._r = kept
             modules[0].token_hex, modules[0].randbelow = kept_token, kept_below
             modules[1].time_ns = kept_time

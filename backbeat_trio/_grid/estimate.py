@@ -23,6 +23,12 @@ _MAX_FREQUENCY: Final = PARTS // 10
 _BURSTS: Final = 64
 # After so many bursts in a row that contradict the estimate it is the estimate that is wrong.
 _OVERRULED: Final = 3
+# After so many bursts with another leader, what was known before counts no more.
+_CARRIED_POINTS: Final = 4
+# What a burst must be off the line by to count as a jump: so many times what chance explains, and
+# so many nanoseconds.
+_SHIFT: Final = 8
+_SHIFT_NS: Final = 1_000_000
 # Standard deviations, as fractions: of a frequency that was measured, but before a clock jumped;
 # of one of which nothing is known yet; of one that nobody would expect. And how a frequency
 # wanders.
@@ -110,6 +116,7 @@ class Estimate:
 
     __slots__ = (
         "_best_ns",
+        "_carried",
         "_contradictions",
         "_frequency",
         "_frequency_sd",
@@ -118,12 +125,18 @@ class Estimate:
         "_points",
         "_prior",
         "_prior_sd",
+        "_shifted_ahead",
+        "_shifts",
         "_weight",
     )
 
     def __init__(self) -> None:
         self._points: deque[Ping] = deque(maxlen=_BURSTS)
         self._contradictions: list[Ping] = []
+        self._shifts: list[Ping] = []
+        self._shifted_ahead = False
+        # Whether the first point is what was known with another leader.
+        self._carried = False
         self._prior, self._prior_sd = 0.0, float(_UNKNOWN)
         self._best_ns = 0
         self._mean_local = self._mean_offset = 0
@@ -186,8 +199,16 @@ class Estimate:
             best = best_ping(ping for ping in burst if self._agrees(ping)) or best
             if not self._agrees(best):
                 return self._contradict(best)
+            if self._note_shift(best):
+                self._contradictions = self._shifts
+                self._shifts = []
+                return self._begin_with_contradictions()
         self._contradictions.clear()
         self._points.append(best)
+        if self._carried and len(self._points) > _CARRIED_POINTS:
+            # Where the ways to the two leaders differ it would hold the offset back for long.
+            self._points.popleft()
+            self._carried = False
         self._fit()
         return Verdict.TAKEN
 
@@ -201,6 +222,25 @@ class Estimate:
             # They do not agree with one another either.
             del self._contradictions[0]
             return Verdict.OUTLYING
+        return self._begin_with_contradictions()
+
+    def _note_shift(self, ping: Ping) -> bool:
+        # A jump may be smaller than what the way could explain, and the way goes on as it was: then
+        # several pings in a row lie off the line by the same, and far more than their ways differ.
+        off = ping.offset_ns - self.offset_at(ping.local_ns)
+        spread = (ping.delay_ns - self._best_ns) / 2 + self._deviation(ping.local_ns) + _STAMP_NS
+        if abs(off) <= _SHIFT * spread + _SHIFT_NS:
+            self._shifts.clear()
+            return False
+        if self._shifts and (off > 0) is not self._shifted_ahead:
+            self._shifts.clear()
+        self._shifted_ahead = off > 0
+        self._shifts.append(ping)
+        return len(self._shifts) >= _OVERRULED
+
+    def _begin_with_contradictions(self) -> Verdict:
+        first, *_, last = self._contradictions
+        elapsed = max(1, last.local_ns - first.local_ns)
         slope = (last.offset_ns - first.offset_ns) / elapsed
         if abs(slope - self._frequency) * elapsed <= first.delay_ns + last.delay_ns:
             # One of the clocks jumped, and goes on as before.
@@ -208,6 +248,7 @@ class Estimate:
         else:
             self._prior, self._prior_sd = 0.0, _ANYTHING
         self._points.clear()
+        self._carried = False
         self._points.extend(self._contradictions)
         self._contradictions.clear()
         self._fit()
@@ -228,10 +269,13 @@ class Estimate:
         offset, half = self.offset_at(local), self.uncertainty_at(local) + round(_SLACK_NS)
         self._prior, self._prior_sd = self._frequency, max(self._frequency_sd, _KNOWN)
         self._points.clear()
+        self._carried = False
         self._contradictions.clear()
+        self._shifts.clear()
         if abs(ping.offset_ns - offset) <= half + ping.delay_ns / 2:
             cluster = local + offset
             self._points.append(Ping(local - half, cluster, cluster, local + half))
+            self._carried = True
             self._fit()
 
     def _agrees(self, ping: Ping) -> bool:
