@@ -125,5 +125,5 @@ async def test_the_benchmark_runs(tmp_path: Path) -> None:
     safe = {"PYTHONSAFEPATH": ""}
     await run(sys.executable, program, "--quick", "--json", str(target), env=safe)
     rows = msgspec.json.decode(target.read_bytes())["figures"]
-    assert len(rows) == 13
+    assert len(rows) == 14
     assert all(row["measured"] > 0 for row in rows)

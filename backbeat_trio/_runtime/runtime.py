@@ -190,7 +190,8 @@ class Runtime:
     # Services.
 
     async def _tick(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        beats = Beats(self.clock, bars=False)
+        # What the application does on a beat comes first.
+        beats = Beats(self.clock, bars=False, comes_last=True)
         task_status.started()
         async for beat in beats:
             self.logger.debug(

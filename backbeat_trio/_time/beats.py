@@ -50,12 +50,15 @@ class Beats:
 
     """
 
-    __slots__ = ("_bars", "_clock", "_last", "_precise")
+    __slots__ = ("_bars", "_clock", "_comes_last", "_last", "_precise")
 
-    def __init__(self, clock: BeatClock, *, bars: bool, precise: bool = False) -> None:
+    def __init__(
+        self, clock: BeatClock, *, bars: bool, precise: bool = False, comes_last: bool = False
+    ) -> None:
         self._clock = clock
         self._bars = bars
         self._precise = precise
+        self._comes_last = comes_last
         self._last = clock.index() - clock.index_shift
 
     def __aiter__(self) -> Beats:
@@ -77,7 +80,7 @@ class Beats:
             if self._precise:
                 await _wait_precisely(clock, newest + step)
             else:
-                await clock.wait_beat()
+                await clock.wait_beat(last=self._comes_last)
         if not waited:
             await trio.lowlevel.cancel_shielded_checkpoint()
         last = self._last + clock.index_shift

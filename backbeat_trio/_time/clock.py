@@ -53,6 +53,7 @@ class BeatClock:
         self._timer: trio.CancelScope | None = None
         self._alarm = Alarm()
         self._lot = trio.lowlevel.ParkingLot()
+        self._lot_of_last = trio.lowlevel.ParkingLot()
         self._closed = trio.Event()
         self._next_index = self.index() + 1
         # When that beat is due, as of the last arming, and when those who wait for it were woken.
@@ -136,9 +137,15 @@ class BeatClock:
         if self.closed:
             self.raise_closed()
 
-    async def wait_beat(self) -> None:
-        """Wait until the next beat begins, or the clock is closed. A checkpoint."""
-        await self._lot.park()
+    async def wait_beat(self, *, last: bool = False) -> None:
+        """Wait until the next beat begins, or the clock is closed. A checkpoint.
+
+        Args:
+          last: whether to wait for the turn of the loop after that, too, so that all who wait for
+            the beat without this have run.
+
+        """
+        await (self._lot_of_last if last else self._lot).park()
 
     # Moving.
 
@@ -161,6 +168,7 @@ class BeatClock:
         self.deadlines.close()
         self._closed.set()
         self._lot.unpark_all()
+        self._lot_of_last.unpark_all()
 
     # The timer.
 
@@ -224,6 +232,7 @@ class BeatClock:
             overdue = self._overdue_ns(now if struck is None else struck)
             self.punctuality.add(overdue, beat_ns(self.grid.segment_at(now).milli_bpm))
             self._next_index = index + 1
+            self._lot_of_last.unpark_all()
         self._struck_ns = None
 
     def _overdue_ns(self, now: int) -> int:
