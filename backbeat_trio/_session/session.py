@@ -263,8 +263,8 @@ class Session:
         Args:
           precise: whether the last two milliseconds before a beat are spent at checkpoints in place
             of sleeping, and the last tenth of one without letting anybody else run: the beat comes
-            some hundredths of a millisecond late instead of half a one or more, for up to 2 ms of
-            processor time a beat.
+            some hundredths of a millisecond late instead of some tenths (on Linux) or about a whole
+            one (elsewhere), for up to 2 ms of processor time a beat.
 
         Raises:
           SessionClosed: where the session is closed; so does the iterator.
