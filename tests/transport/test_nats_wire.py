@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 import helpers
@@ -96,10 +97,14 @@ async def test_frames_on_the_wire() -> None:
                 "leader_id": "pulse-a",
                 "segment": slow if before else quick,
                 "next_segment": quick if before and announced else None,
+                "incarnation": frames[0]["incarnation"],
+                # There is no JetStream to keep a record in.
+                "alone": True,
             },
         )
     # Announced at least max(2 beats, 250 ms) ahead.
     assert announced >= 2
+    assert re.fullmatch("[0-9a-f]{16}", frames[0]["incarnation"])
 
 
 @guarded
