@@ -21,6 +21,7 @@ from faults import (
     Command,
     Cut,
     HalfOpen,
+    Kill,
     Lossy,
     Pause,
     Resume,
@@ -176,6 +177,8 @@ class Watch:
             schedule.bpm, *(f.bpm for f in self._commands if isinstance(f, Change)), 60
         )
         self._settle_s = 10 + 4 * beat_s
+        # How long it may take from when a change is asked for until it takes effect.
+        self._pending_s = 3 + (schedule.beats_per_bar + 4) * beat_s
         self._unlike = {node.name: self._find_unlike(node.name) for node in schedule.nodes}
 
     def tell(self, rule: str, now_ns: int, text: str) -> None:
@@ -200,21 +203,26 @@ class Watch:
             leads = whose is not None and whose in nodes and nodes[whose].leads
             moved = isinstance(fault, (Suspend, ClockJump, Slow)) and (leads or whose == name)
             stopped = isinstance(fault, Stop) and whose == name
-            missed = bool(self._commands) and (
-                isinstance(fault, ServerRestart)
-                or (isinstance(fault, (Cut, HalfOpen, Lossy)) and whose == name)
+            away = isinstance(fault, ServerRestart) or (
+                isinstance(fault, (Cut, HalfOpen, Lossy, Stop, Kill)) and (leads or whose == name)
+            )
+            end = end_of(fault, self._schedule)
+            missed = away and any(
+                fault.at - self._pending_s <= command.at <= end + 1 for command in self._commands
             )
             if moved or stopped or missed:
-                times.append((fault.at, end_of(fault, self._schedule) + self._settle_s))
+                times.append((fault.at, end + self._settle_s))
         return times
 
     def heard_all(self, name: str, since_ns: int, until_ns: int) -> bool:
         """Tell whether nothing happened to an agent by which it could have missed anything.
 
-        It was never cut off while the grid could change, nor stopped; neither its clock nor that of
-        a metronome jumped, nor did the ways of one of them change; and it had time to come back
-        into line since. Ways that differ much from their ways back move agents with every change of
-        the leader, and over long ways agents learn of a change when it has taken effect.
+        It was never stopped, and neither it nor a metronome was cut off while a change was on its
+        way; neither its clock nor that of a metronome jumped, nor did the ways of one of them
+        change; and it had time to come back into line since.
+
+        Ways that differ much from their ways back move agents with every change of the leader, and
+        over long ways agents learn of a change when it has taken effect: those are left out.
         """
         since, until = since_ns / SECOND, until_ns / SECOND
         return not any(begin <= until and since <= end for begin, end in self._unlike[name])

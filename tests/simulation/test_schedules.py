@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import subprocess
@@ -12,8 +11,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import clients
+import clusters
+import faults
+import invariants
 import msgspec
+import processes
 import pytest
+import schedules
+import server
 import trio
 
 import backbeat_trio as backbeat
@@ -24,22 +30,7 @@ from backbeat_trio._transport import jetstream as _jetstream, nats as _nats
 from backbeat_trio._transport.store import Conflict
 from backbeat_trio._wire import Record, Segment, decode_frame, decode_record, encode
 
-FOLDER = Path(__file__).parent.parent.parent / "simulation"
-
-
-def load(*names: str) -> list[Any]:
-    # As for a program that is run: its folder comes first.
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-clients, clusters, faults, invariants, processes, schedules, server = load(
-    "clients", "clusters", "faults", "invariants", "processes", "schedules", "server"
-)
-
+FOLDER = Path(processes.__file__).parent
 SECOND = processes.SECOND
 FRAMES = "backbeat.beat.simulated"
 Main = Callable[[Any, Any], Awaitable[None]]
@@ -273,7 +264,7 @@ def test_requests_are_answered_or_told_that_nobody_is_there() -> None:
 
 
 @pytest.mark.parametrize("way", ["both", "up", "down"])
-def test_half_open_connections_are_noticed_after_seconds(way: str) -> None:
+def test_half_open_connections_are_noticed_after_seconds(way: Any) -> None:
     times = []
 
     async def ask(cluster: Any, process: Any) -> None:
@@ -300,7 +291,7 @@ def test_half_open_connections_are_noticed_after_seconds(way: str) -> None:
 
 
 def test_an_answer_that_is_lost_leaves_what_was_written() -> None:
-    told = []
+    told: list[Any] = []
 
     async def ask(cluster: Any, process: Any) -> None:
         async with trio.open_nursery() as nursery:
