@@ -24,6 +24,7 @@ somebody who leads was heard a moment ago           wait       somebody may lead
 nobody who leads was heard                          recall     no leader is found
 the holder of the record does not answer a probe    probe      the leader may be stopped
 a standby answers                                   recall     a standby looks after the leader
+...and nobody leads two leases later                go on      agents remember the grid
 agents have answered, and all had the time to       go on      agents remember the grid
 nobody has, and this metronome led before           go on      this metronome remembers the grid
 nobody has, for long enough                         begin      nobody remembers a grid
@@ -56,6 +57,8 @@ _ANSWER_NS: Final = 100_000_000
 # Round trips that an answer may take, that a silence must last, and that a lease must hold.
 _ANSWER_WAYS: Final = 3
 _LEASE_WAYS: Final = 8
+# For how many leases it is believed that a standby looks after the leader.
+_LEASES: Final = 2
 
 
 class Action(enum.Enum):
@@ -179,12 +182,14 @@ class Presence:
         self._is_refused = True
 
     def answered(self, role: Role, now_ns: int) -> None:
-        """Take note of an answer to a recall."""
-        if role == "leader":
-            self.led(now_ns)
-        elif role == "standby":
+        """Take note of an answer to a recall.
+
+        Anybody who may answer can say that it leads or stands by. Only frames, and answers to pings
+        and probes, prove that somebody leads; what is said here is believed for two leases.
+        """
+        if role != "agent":
             self._standby_ns = now_ns
-        elif self._agent_ns is None:
+        if self._agent_ns is None:
             self._agent_ns = now_ns
 
     def disbelieved(self) -> None:
@@ -241,7 +246,7 @@ class Presence:
             return self._recall(now_ns, "no leader is found", now_ns + absent_ns)
         if self._is_held and not self._is_refused and not self._is_silent(now_ns):
             return Decision(Action.PROBE, "the leader may be stopped")
-        if self._standby_ns is not None and now_ns < self._standby_ns + absent_ns:
+        if self._is_stood_by(now_ns, absent_ns):
             return self._recall(now_ns, "a standby looks after the leader", NEVER)
         if self._agent_ns is not None and self._believes_agents:
             if now_ns < self._agent_ns + answer_ns:
@@ -252,6 +257,13 @@ class Presence:
         if self._remembers:
             return Decision(Action.GO_ON, "this metronome remembers the grid")
         return Decision(Action.BEGIN, "nobody remembers a grid")
+
+    def _is_stood_by(self, now_ns: int, absent_ns: int) -> bool:
+        if self._standby_ns is None or self._recalling_ns is None:
+            return False
+        lease_ns = max(self._lease_ns, _LEASE_WAYS * self._way_ns)
+        in_time = now_ns < self._recalling_ns + _LEASES * lease_ns
+        return in_time and now_ns < self._standby_ns + absent_ns
 
     def _recall(self, now_ns: int, why: str, until_ns: int) -> Decision:
         if now_ns < self._recall_ns:

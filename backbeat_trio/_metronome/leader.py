@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final, final
+from typing import Final, TypeAlias, final
 
 import msgspec
 import trio
@@ -132,6 +132,9 @@ class Term(Struct, frozen=True):
             written_ms=time.time_ns() // 1_000_000,
             written_ns=self.steering.cluster_at(local_ns()),
         )
+
+
+_Answering: TypeAlias = Callable[[Message], Awaitable[msgspec.Struct | None]]
 
 
 class MetronomeCounts(Struct):
@@ -286,34 +289,38 @@ class Leader:
     async def _run(
         self, probes: AsyncIterator[Message] | None, task_status: trio.TaskStatus[None]
     ) -> None:
-        subscribe, cluster_id = self._transport.open_subscription, self._cluster_id
-        async with (
-            trio.open_nursery() as nursery,
-            subscribe(sync_subject(cluster_id)) as syncs,
-            subscribe(tempo_subject(cluster_id)) as tempos,
-            subscribe(beat_subject(cluster_id)) as frames,
-            subscribe(recall_subject(cluster_id)) as recalls,
-            (
-                subscribe(lead_subject(cluster_id, self.epoch))
-                if probes is None
-                else contextlib.nullcontext(probes)
-            ) as asked,
-        ):
-            nursery.start_soon(self._answer, syncs, self._answer_sync)
-            nursery.start_soon(self._answer, tempos, self._answer_tempo)
-            nursery.start_soon(self._answer, frames, self._hear)
-            nursery.start_soon(self._answer, recalls, self._answer_recall)
+        cluster_id = self._cluster_id
+        services: list[tuple[str, _Answering]] = [
+            (sync_subject(cluster_id), self._answer_sync),
+            (tempo_subject(cluster_id), self._answer_tempo),
+            (beat_subject(cluster_id), self._hear),
+            (recall_subject(cluster_id), self._answer_recall),
+        ]
+        if probes is None:
+            services.append((lead_subject(cluster_id, self.epoch), self._answer_probe))
+        async with trio.open_nursery() as nursery:
+            # Beats wait for nothing, and each subscription is a round trip.
             nursery.start_soon(self._alarm.run)
             nursery.start_soon(self._beat)
-            nursery.start_soon(self._answer, asked, self._answer_probe)
+            if probes is not None:
+                nursery.start_soon(self._answer, probes, self._answer_probe)
+            async with trio.open_nursery() as starting:
+                for service in services:
+                    starting.start_soon(nursery.start, self._serve, *service)
             if self._ledger is not None:
                 nursery.start_soon(self._keep_record)
                 nursery.start_soon(self._look_after_outages)
             elif self._find_record is not None:
                 nursery.start_soon(self._look_for_record, self._find_record)
             task_status.started()
-            # The subscriptions last as long as those who listen.
-            await trio.sleep_forever()
+
+    @trio.lowlevel.enable_ki_protection
+    async def _serve(
+        self, subject: str, answer: _Answering, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        async with self._transport.open_subscription(subject) as requests:
+            task_status.started()
+            await self._answer(requests, answer)
 
     @trio.lowlevel.enable_ki_protection
     async def _beat(self) -> None:
@@ -487,7 +494,7 @@ class Leader:
     async def _answer(
         self,
         requests: AsyncIterator[Message],
-        answer: Callable[[Message], Awaitable[msgspec.Struct | None]],
+        answer: _Answering,
     ) -> None:
         async for request in requests:
             try:

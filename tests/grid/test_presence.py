@@ -109,6 +109,16 @@ def stood_by() -> Decision:
     return presence.decide(SECOND)
 
 
+def stood_by_in_vain() -> Decision:
+    presence = recalling()
+    presence.holds(LEASE, held=False)
+    for ms in range(210, 4500, 100):
+        presence.answered("standby", ms * MS)
+        if ms < 4000:
+            assert presence.decide(ms * MS).reason == "a standby looks after the leader"
+    return presence.decide(4500 * MS)
+
+
 def remembered() -> Decision:
     presence = recalling()
     presence.answered("agent", 210 * MS)
@@ -141,6 +151,7 @@ CASES: dict[str, Callable[[], Decision]] = {
     "nobody who leads was heard": unled,
     "the holder of the record does not answer a probe": held,
     "a standby answers": stood_by,
+    "...and nobody leads two leases later": stood_by_in_vain,
     "agents have answered, and all had the time to": remembered,
     "nobody has, and this metronome led before": remembers_itself,
     "nobody has, for long enough": forgotten,
@@ -148,7 +159,9 @@ CASES: dict[str, Callable[[], Decision]] = {
 
 
 def table() -> dict[str, tuple[str, str]]:
-    rows = re.findall(r"^(\w.{48,50}?)  +([a-z ]+?)  +(\w.*)$", module.__doc__ or "", re.MULTILINE)
+    rows = re.findall(
+        r"^([\w.].{48,50}?)  +([a-z ]+?)  +(\w.*)$", module.__doc__ or "", re.MULTILINE
+    )
     return {known.strip(): (decision, why) for known, decision, why in rows if why != "because"}
 
 
@@ -198,6 +211,7 @@ def test_every_patience_grows_with_the_way() -> None:
 
 def test_recalls_come_ever_less_often() -> None:
     presence = recalling()
+    presence.holds(100 * LEASE, held=False)
     presence.answered("standby", 200 * MS)
     recalls = []
     for ms in range(200, 20_000, 10):
