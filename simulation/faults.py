@@ -194,8 +194,6 @@ KINDS: Final[tuple[type[Fault], ...]] = (
 # when the others have run for a while.
 FAR: Final = "far ways"
 LATE_JOINERS: Final = "late joiners"
-# What the metronomes do not withstand yet, so that the tests leave it out: nothing.
-NOT_YET_KEPT: Final[frozenset[str]] = frozenset()
 
 
 class Schedule(Struct, frozen=True):
@@ -219,6 +217,10 @@ class Schedule(Struct, frozen=True):
     def node(self, name: str) -> Node | None:
         """Return a node by its name."""
         return next((node for node in self.nodes if node.name == name), None)
+
+
+# What a cluster does not withstand yet, so that the tests leave it out: nothing.
+NOT_YET_KEPT: Final[frozenset[str]] = frozenset()
 
 
 def end_of(fault: Fault, schedule: Schedule) -> float:
