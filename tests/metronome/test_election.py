@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -1073,3 +1074,32 @@ async def test_metronomes_without_a_record_find_it_when_there_is_one(
             assert bb.statistics().locks == 1
             assert bb.current_beat() - made.indices()[-1] in (0, 1)
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.again(10)
+async def test_a_single_metronome_at_two_beats_a_minute_comes_and_goes(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_wall_clock(monkeypatch)
+    async with cluster(1, bpm=2.0) as (made, (one,)), open_session(made.bus) as bb:
+        begun, heard, pulse = made.frames[0][0], list[int](), one
+
+        async def count() -> None:
+            async for beat in bb.beats():
+                heard.append(beat.index)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            for _ in range(10):
+                await trio.sleep(random.uniform(0, 60))
+                pulse.scope.cancel()
+                await trio.sleep(random.uniform(0, 60))
+                pulse = await made.start("pulse-0", bpm=2.0)
+                await made.wait_until(pulse.leads_now)
+                passed = (trio.current_time() - begun) / 30
+                assert bb.current_position() == pytest.approx(passed, abs=1e-4)
+            nursery.cancel_scope.cancel()
+        assert heard == list(range(heard[0], heard[-1] + 1))
+        assert made.indices() == sorted(set(made.indices()))
+        assert len({frame.incarnation for _, frame in made.frames}) == 1
+        assert bb.statistics().locks == 1
