@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple, final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, final
 
 import msgspec
 from faults import (
@@ -40,8 +40,6 @@ from backbeat_trio._grid.timeline import Timeline, beat_ns
 from backbeat_trio._wire import BeatFrame, Segment, decode_claims, decode_frame, decode_record
 
 if TYPE_CHECKING:
-    from clusters import AgentProcess, PulseProcess
-
     from backbeat_trio import Beat, Session
 
 # What two positions may differ by, besides what the ways explain.
@@ -125,6 +123,46 @@ class _Seen(NamedTuple):
     beat: int
     tempo: float
     segment: Segment
+
+
+class Agent(Protocol):
+    """What is looked at of a process with a session."""
+
+    process: Process
+    view: AgentView
+    completed: list[str]
+    undelivered: int | None
+
+    @property
+    def locked(self) -> bool:
+        """Whether its grid is the cluster's."""
+        ...
+
+    def timeline(self) -> Timeline:
+        """Return what it knows of the grid."""
+        ...
+
+    def present(self) -> tuple[float, float]:
+        """Return its position, and its tempo."""
+        ...
+
+    def follows(self) -> tuple[int | None, str | None]:
+        """Return the epoch and the leader that it follows."""
+        ...
+
+
+class Pulse(Protocol):
+    """What is looked at of a process with a metronome."""
+
+    process: Process
+
+    def leads(self) -> bool:
+        """Tell whether it leads."""
+        ...
+
+    def position(self, tempo: float) -> float | None:
+        """Return the leader's position in beats; None where it does not lead."""
+        ...
 
 
 @final
@@ -243,9 +281,7 @@ class Watch:
         if nonce != record.nonce:
             self.tell("epochs", now, f"epoch {record.epoch} of the record has a second holder")
 
-    def published(
-        self, connection: Connection, data: bytes, agents: Iterable[AgentProcess]
-    ) -> None:
+    def published(self, connection: Connection, data: bytes, agents: Iterable[Agent]) -> None:
         """Check a frame: who may publish it, and whether it may begin another grid.
 
         - *epochs*: in an epoch of a grid one process publishes frames and no other one.
@@ -295,9 +331,7 @@ class Watch:
             self._check_beginning(process, frame, agents)
         self.line = timeline.segments[0]
 
-    def _check_beginning(
-        self, process: Process, frame: BeatFrame, agents: Iterable[AgentProcess]
-    ) -> None:
+    def _check_beginning(self, process: Process, frame: BeatFrame, agents: Iterable[Agent]) -> None:
         """Check that another grid begins only where nobody remembers the last one.
 
         Whoever is locked to it remembers it and would have said so when asked. It does not count
@@ -340,7 +374,7 @@ class Watch:
 
     # What agents have.
 
-    def beat(self, agent: AgentProcess, bb: Session, beat: Beat) -> None:
+    def beat(self, agent: Agent, bb: Session, beat: Beat) -> None:
         """Check a beat as an agent gets it.
 
         - On one grid no beat comes twice, whatever happens. On the next grid none does either, as
@@ -379,7 +413,7 @@ class Watch:
                 )
         view.seen.append(seen)
 
-    def sample(self, agent: AgentProcess, bb: Session) -> None:
+    def sample(self, agent: Agent, bb: Session) -> None:
         """Check that a position never goes back on one grid, whatever happens."""
         now, view = agent.process.world.now, agent.view
         if not agent.locked:
@@ -403,7 +437,7 @@ class Watch:
 
     # At the end.
 
-    def check_granted(self, agents: Iterable[AgentProcess], now: int) -> None:
+    def check_granted(self, agents: Iterable[Agent], now: int) -> None:
         """Check that what was granted happened.
 
         A change that was granted for a beat takes effect on that very beat, at each agent that
@@ -424,7 +458,7 @@ class Watch:
 
     def _check_change(
         self,
-        agent: AgentProcess,
+        agent: Agent,
         answer: Answered,
         wanted: float,
         others: list[Answered],
@@ -468,7 +502,7 @@ class Watch:
                 f" at {answer.answered_ns / SECOND:.3f} s",
             )
 
-    def check_in_force(self, agents: list[AgentProcess], now: int) -> None:
+    def check_in_force(self, agents: Sequence[Agent], now: int) -> None:
         """Check that the last change of all that was granted is in force."""
         done = sorted(
             (answer for answer in self.answered if not answer.refused),
@@ -492,7 +526,7 @@ class Watch:
                 )
                 return
 
-    def check_resumed(self, agents: list[AgentProcess], now: int) -> None:
+    def check_resumed(self, agents: Sequence[Agent], now: int) -> None:
         """Check that nothing stands still that was to go on.
 
         Where going on was granted, and nobody has asked for a pause since, the grid goes on. An
@@ -515,9 +549,7 @@ class Watch:
                 )
                 return
 
-    def check_agreement(
-        self, agents: list[AgentProcess], pulses: list[PulseProcess], now: int
-    ) -> None:
+    def check_agreement(self, agents: Sequence[Agent], pulses: Sequence[Pulse], now: int) -> None:
         """Check that all is well some time after everything has healed.
 
         - *one leader*: one metronome leads, and every agent is locked to it, in its epoch.
@@ -554,7 +586,7 @@ class Watch:
         self._check_positions(agents, leader, tempos.pop(), now)
 
     def _check_positions(
-        self, agents: list[AgentProcess], leader: PulseProcess, tempo: float, now: int
+        self, agents: Sequence[Agent], leader: Pulse, tempo: float, now: int
     ) -> None:
         own = leader.position(tempo)
         if own is None:
@@ -577,7 +609,7 @@ class Watch:
                 )
                 return
 
-    def check_claims(self, agents: Iterable[AgentProcess], now: int) -> None:
+    def check_claims(self, agents: Iterable[Agent], now: int) -> None:
         """Check the stream: each terminal claim is stored once, or told to be undelivered.
 
         A stream that was emptied may store one again. Of a process that was killed, claims may be

@@ -8,13 +8,12 @@ the record alone: a frame of a higher epoch, or having stood still for long, mak
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeAlias, final
 
 import msgspec
 import trio
-from msgspec import UNSET, Struct
+from msgspec import UNSET
 from msgspec.structs import replace
 from trio_util import AsyncBool
 
@@ -23,11 +22,11 @@ from .._errors import Logger, MetronomeUnavailable, TempoRefused, TransportBroke
 from .._grid.changes import ASKED_NS, LEAD_NS, propose
 from .._grid.estimate import PingRate
 from .._grid.steering import Steering
-from .._grid.timeline import Timeline, beat_ns, milli_bpm
+from .._grid.timeline import Timeline, milli_bpm
 from .._time.local import local_ns, seconds_of
 from .._time.timer import Alarm
 from .._transport.protocol import Message, Transport
-from .._transport.store import Conflict, RecordRefused
+from .._transport.store import Conflict
 from .._wire import (
     BeatFrame,
     Probe,
@@ -51,10 +50,8 @@ from .._wire import (
     window_id,
 )
 from .ledger import Ledger
+from .term import MetronomeCounts, Term, lease_ns, wait_for_record
 
-# How long standbys wait for a leader that does not answer and is not known to be gone.
-_LEASE_BEATS: Final = 2
-_LEASE_NS: Final = 1_000_000_000
 # What writing the record may take, and how soon it is tried again, in seconds.
 _COMMIT_PATIENCE: Final = 2.0
 _RETRY: Final = 1.0
@@ -62,8 +59,6 @@ _RETRY: Final = 1.0
 _PAUSE: Final = 0.02
 # How often a change is tried whose commit comes back too late for its beat.
 _CHANGE_TRIES: Final = 3
-# How often a leader without a record asks whether there can be one by now.
-_FIND_EVERY: Final = 5.0
 # For how long a standby counts that was heard: over two pings, which are 64 s apart at most. And
 # how many are told apart, as anybody who may ping can say that it stands by.
 _STANDBY_NS: Final = 150_000_000_000
@@ -72,86 +67,7 @@ _STANDBYS: Final = 256
 _MARGIN_NS: Final = 50_000_000
 
 
-def lease_ns(milli: int) -> int:
-    """Return how long a leader may be silent before another one takes its place."""
-    return max(_LEASE_BEATS * beat_ns(milli), _LEASE_NS)
-
-
-async def wait_for_record(
-    transport: Transport, find_record: Callable[[], Awaitable[bool]], logger: Logger
-) -> None:
-    """Wait until there can be a record: ask on each connection, and every few seconds."""
-    reported = ""
-    while True:
-        try:
-            if await find_record():
-                return
-        except (TransportBroken, RecordRefused) as error:
-            # Whoever leads goes on, however the record is refused; that the connection went away is
-            # reported elsewhere.
-            if str(error) != reported and transport.connected:
-                reported = str(error)
-                logger.warning("still without a record: %s", error)
-        with trio.move_on_after(_FIND_EVERY):
-            await transport.wait_connected(False)
-        await transport.wait_connected()
-
-
-class Term(Struct, frozen=True):
-    """What a term of leadership begins with."""
-
-    epoch: int
-    timeline: Timeline
-    steering: Steering
-    """How local time becomes cluster time, for the length of the term."""
-    beats_per_bar: int
-    sent: int
-    """The last beat whose frame was published."""
-    milli_bpm: int
-    """The tempo at which a grid that stands still goes on."""
-    incarnation: str = ""
-    nonce: str = ""
-    announced_seq: int = -1
-    """The last segment that a frame or an answer has announced."""
-    uncertainty_ns: int = 0
-    """What its cluster time may differ by from that of the grid's first leader."""
-
-    def record(self, cluster_id: str, leader_id: str) -> Record:
-        """Return what is to be kept of the grid as the term begins."""
-        return Record(
-            cluster_id=cluster_id,
-            incarnation=self.incarnation,
-            epoch=self.epoch,
-            nonce=self.nonce,
-            leader_id=leader_id,
-            beats_per_bar=self.beats_per_bar,
-            segments=self.timeline.segments,
-            high_water=self.sent,
-            milli_bpm=self.milli_bpm,
-            announced_seq=self.announced_seq,
-            written_ms=time.time_ns() // 1_000_000,
-            written_ns=self.steering.cluster_at(local_ns()),
-        )
-
-
 _Answering: TypeAlias = Callable[[Message], Awaitable[msgspec.Struct | None]]
-
-
-class MetronomeCounts(Struct):
-    """What a metronome counts over its terms; `Metronome.statistics` makes a snapshot of it."""
-
-    frames: int = 0
-    frames_unsent: int = 0
-    syncs: int = 0
-    tempo_changes: int = 0
-    refused: int = 0
-    undecodable: int = 0
-    takeovers: int = 0
-    deposed: int = 0
-    probes: int = 0
-    commits: int = 0
-    commits_failed: int = 0
-    frames_foreign: int = 0
 
 
 @final

@@ -30,9 +30,10 @@ from .._wire import (
     decode_record,
     encode,
 )
-from .leader import Leader, MetronomeCounts, Term, wait_for_record
+from .leader import Leader
 from .ledger import Ledger
 from .standby import Standby
+from .term import MetronomeCounts, Term, wait_for_record
 
 # How soon it is asked again whether there can be a record.
 _RETRY: Final = 1.0

@@ -45,9 +45,9 @@ from .._wire import (
     lead_subject,
     recall_subject,
 )
-from .leader import MetronomeCounts, Term, lease_ns
 from .ledger import Ledger
 from .listener import BeatListener, ListenerObserver
+from .term import MetronomeCounts, Term, lease_ns
 
 # What somebody else who has just taken over is given to be heard, and how soon the store is asked
 # again that did not answer.

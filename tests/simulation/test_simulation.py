@@ -14,7 +14,7 @@ import simulated_agents as agents
 import simulated_leaders as leaders
 import simulated_regions as regions
 
-from backbeat_trio._metronome import leader as _leader, listener as _listener
+from backbeat_trio._metronome import listener as _listener, term as _term
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def figures() -> dict[str, float]:
 def test_its_rules_are_those_of_the_listener_and_the_standby() -> None:
     assert agents.PING_TIMEOUT_NS / agents.SECOND == _listener._PING_TIMEOUT
     assert agents.ASK_EVERY_NS / agents.SECOND == _listener._ASK_EVERY
-    assert (leaders.LEASE_BEATS, leaders.LEASE_NS) == (_leader._LEASE_BEATS, _leader._LEASE_NS)
+    assert (leaders.LEASE_BEATS, leaders.LEASE_NS) == (_term._LEASE_BEATS, _term._LEASE_NS)
 
 
 def test_everybody_switches_on_the_same_index() -> None:
