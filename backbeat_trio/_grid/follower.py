@@ -25,7 +25,7 @@ from .estimate import REST_NS, Estimate, Ping, Verdict, best_ping
 from .grid import Grid
 from .punctuality import Drift, is_late, tolerance_ns
 from .steering import MIN_STEP_NS
-from .timeline import Timeline, beat_ns
+from .timeline import NEVER, Timeline, beat_ns
 
 JOINING_PINGS: Final = 16
 STEADY_PINGS: Final = 4
@@ -141,9 +141,9 @@ class Follower:
         self._judged_epoch = -1
         self._behind = 0
         self._answered = False
-        self.next_burst_ns: int = 0
-        """When to ping the leader again, in local time, where nothing is asked sooner."""
         self._chance = chance
+        # When the next burst is planned for, and when it comes sooner as a frame is missing.
+        self._planned_ns, self._missing_ns = 0, NEVER
         # How far bursts are apart once all is well, when the leader may be asked again, and how
         # many frames in a row have surprised.
         self._interval_ns = self._not_before_ns = 0
@@ -259,6 +259,9 @@ class Follower:
             due = timeline.last_beat(late + MIN_STEP_NS)
         self.last_due_ns, self._last_heard_ns = due, received_ns
         beat = beat_ns(frame.segment.milli_bpm)
+        # A change that a lost frame told of may be in force before the next one comes.
+        missing = self.grid.steering.local_at(self.due_ns()) + max(beat // 2, MIN_STEP_NS)
+        self._missing_ns = missing + round(self._chance() * beat / 2)
         # One that had to wait for this loop says nothing of the leader, and neither does one of a
         # grid that stands still, nor the first one of a leader that had to take over: it is late
         # for a reason.
@@ -337,6 +340,11 @@ class Follower:
             return False
         return self.locked or len(answers) >= STEADY_PINGS
 
+    @property
+    def next_burst_ns(self) -> int:
+        """When to ping the leader again, in local time, where nothing is asked sooner."""
+        return min(self._planned_ns, max(self._missing_ns, self._not_before_ns))
+
     def hurry(self, now_ns: int) -> None:
         """Ping the leader once a beat again, as there was a surprise."""
         self._interval_ns = 0
@@ -344,7 +352,7 @@ class Follower:
 
     def _ping_within(self, within_ns: int, now_ns: int) -> None:
         soon = max(now_ns + round(self._chance() * within_ns), self._not_before_ns)
-        self.next_burst_ns = min(self.next_burst_ns, soon)
+        self._planned_ns = min(self._planned_ns, soon)
 
     def _beat_ns(self, now_ns: int) -> int:
         beat = beat_ns(self.grid.segment_at(now_ns).milli_bpm)
@@ -363,10 +371,12 @@ class Follower:
             interval = self._next_interval(interval, now_ns) if expected else interval // 2
             pause = self._interval_ns = max(beat, interval)
         wait = max((reply.wait_ns or 0 for _, reply in answers), default=0)
-        self._not_before_ns = now_ns + self._jittered(min(wait, REST_NS))
+        wait = max(self._jittered(min(wait, REST_NS)), BURST_MIN_NS)
+        self._not_before_ns = now_ns + wait
         if well:
             pause = self._jittered(pause)
-        self.next_burst_ns = max(now_ns + pause, self._not_before_ns)
+        self._planned_ns = max(now_ns + pause, self._not_before_ns)
+        self._missing_ns = NEVER
 
     def _next_interval(self, interval: int, now_ns: int) -> int:
         # Twice as long where the estimate stays good for it, and shorter where it does not.

@@ -65,11 +65,13 @@ class Grid:
     def index_at(self, local_ns: int) -> int:
         """Return the index of the beat that an instant of local time lies in."""
         index = self.timeline.index_at(self.steering.cluster_at(local_ns))
-        return index if index >= self.floor else int(self.floor)
+        return index if index >= self.floor or local_ns < self._floor_ns else int(self.floor)
 
     def position_at(self, local_ns: int) -> float:
         """Return the position, in beats, at an instant of local time."""
-        return max(self.floor, self.timeline.position_at(self.steering.cluster_at(local_ns)))
+        position = self.timeline.position_at(self.steering.cluster_at(local_ns))
+        # Of an instant before the last correction the floor tells nothing.
+        return position if local_ns < self._floor_ns else max(self.floor, position)
 
     def segment_at(self, local_ns: int) -> Segment:
         """Return the segment in force at an instant of local time."""

@@ -183,7 +183,7 @@ def surprise_by_an_outlier(agent: Agent) -> None:
 
 def surprise_by_frames(agent: Agent) -> None:
     for number in range(3):
-        assert agent.pause > 10 * SECOND
+        assert agent.follower._planned_ns - agent.now > 10 * SECOND
         due = TIMELINE.time_of(TIMELINE.index_at(agent.now + AHEAD) + 1) - AHEAD
         agent.now = due + (12 + number) * MS
         assert not agent.hear()
@@ -233,7 +233,7 @@ def test_a_change_that_a_frame_told_is_asked_about_soon(agent: Agent) -> None:
     ahead = TIMELINE.index_at(agent.now + AHEAD) + 8
     changed = TIMELINE.change(60_000, ahead, epoch=1)
     assert not agent.hear(timeline=changed)
-    assert agent.pause == 2 * SECOND
+    assert agent.follower._planned_ns - agent.now == 2 * SECOND
     # Where the leader does not know of it, it is asked again and again.
     for _ in range(3):
         assert agent.grid.timeline.segments == changed.segments
@@ -241,6 +241,20 @@ def test_a_change_that_a_frame_told_is_asked_about_soon(agent: Agent) -> None:
         agent.now = agent.follower.next_burst_ns
         agent.answer(agent.answered())
     assert agent.grid.timeline.segments == TIMELINE.segments
+
+
+def test_a_frame_that_is_missing_is_asked_about(agent: Agent) -> None:
+    settle(agent)
+    agent.answer(agent.answered())
+    for chance, after in ((0.0, 0.75), (1.0, 1.0)):
+        agent.chance = chance
+        agent.now = TIMELINE.time_of(TIMELINE.index_at(agent.now + AHEAD) + 2) - AHEAD
+        assert not agent.hear()
+        assert agent.pause == pytest.approx(after * SECOND, abs=MS)
+    # Once, and then again only after another frame.
+    agent.now = agent.follower.next_burst_ns
+    agent.answer(agent.answered())
+    assert agent.pause >= 16 * SECOND
 
 
 def test_a_leader_that_is_asked_too_often_is_left_alone(agent: Agent) -> None:

@@ -70,6 +70,8 @@ def test_a_position_that_is_held_was_reached_when_the_hold_began() -> None:
     assert grid.held_until() == now + 3 * SECOND
     assert grid.local_at(21) == now + 3 * SECOND + SECOND // 2
     assert grid.position_at(now + 4 * SECOND) == 22.0
+    # Of an instant before that the grid's own line tells.
+    assert (grid.position_at(now - SECOND), grid.index_at(now - SECOND)) == (12.0, 12)
 
 
 def test_a_slow_down_that_was_missed_is_waited_for() -> None:
