@@ -125,7 +125,6 @@ class Estimate:
         "_points",
         "_prior",
         "_prior_sd",
-        "_shifted_ahead",
         "_shifts",
         "_weight",
     )
@@ -134,7 +133,6 @@ class Estimate:
         self._points: deque[Ping] = deque(maxlen=_BURSTS)
         self._contradictions: list[Ping] = []
         self._shifts: list[Ping] = []
-        self._shifted_ahead = False
         # Whether the first point is what was known with another leader.
         self._carried = False
         self._prior, self._prior_sd = 0.0, float(_UNKNOWN)
@@ -200,8 +198,9 @@ class Estimate:
             if not self._agrees(best):
                 return self._contradict(best)
             if self._note_shift(best):
-                self._contradictions = self._shifts
-                self._shifts = []
+                if len(self._shifts) < _OVERRULED:
+                    return Verdict.OUTLYING
+                self._contradictions, self._shifts = self._shifts, []
                 return self._begin_with_contradictions()
         self._contradictions.clear()
         self._points.append(best)
@@ -228,15 +227,22 @@ class Estimate:
         # A jump may be smaller than what the way could explain, and the way goes on as it was: then
         # several pings in a row lie off the line by the same, and far more than their ways differ.
         off = ping.offset_ns - self.offset_at(ping.local_ns)
-        spread = (ping.delay_ns - self._best_ns) / 2 + self._deviation(ping.local_ns) + _STAMP_NS
-        if abs(off) <= _SHIFT * spread + _SHIFT_NS:
+        if self._carried:
+            # What was known with another leader lay on another way.
+            return False
+        differ = abs(ping.delay_ns - self._best_ns) / 2
+        spread = differ + self._deviation(ping.local_ns) + _STAMP_NS
+        allowed = _SHIFT * spread + _SHIFT_NS
+        if abs(off) <= allowed:
             self._shifts.clear()
             return False
-        if self._shifts and (off > 0) is not self._shifted_ahead:
-            self._shifts.clear()
-        self._shifted_ahead = off > 0
+        if self._shifts:
+            # By the same: the way may have changed in between, and change back.
+            before = self._shifts[-1]
+            if abs(off - before.offset_ns + self.offset_at(before.local_ns)) > allowed:
+                self._shifts.clear()
         self._shifts.append(ping)
-        return len(self._shifts) >= _OVERRULED
+        return True
 
     def _begin_with_contradictions(self) -> Verdict:
         first, *_, last = self._contradictions
