@@ -465,7 +465,8 @@ class Cluster:
             machine.clock.jump(self.world.now, round(fault.seconds * SECOND))
             process.clock_jumped()
         elif isinstance(fault, (Stop, Suspend)):
-            if not process.stopped:
+            # A machine whose process is dead has nobody to stop, and nobody to go on for.
+            if not (process.stopped or process.dead):
                 process.stop()
                 if isinstance(fault, Suspend):
                     machine.clock.suspend(self.world.now)

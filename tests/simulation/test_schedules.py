@@ -59,7 +59,7 @@ def broken(schedule: Any, **options: Any) -> set[str]:
 # What is run here, and what is not kept yet.
 
 
-@pytest.mark.parametrize("first", [1, 101, 201])
+@pytest.mark.parametrize("first", [1, 101])
 def test_random_schedules_of_what_is_kept_break_no_rule(first: int) -> None:
     found = {}
     for seed in range(first, first + 100):
