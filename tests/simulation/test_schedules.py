@@ -98,14 +98,7 @@ def test_the_same_seed_gives_the_same_trace(seed: int) -> None:
 
 def test_two_interpreters_give_the_same_trace() -> None:
     told = [
-        subprocess.run(
-            [sys.executable, str(FOLDER / "schedules.py"), "--seed", "7", "--trace", "--no-shrink"],
-            env=os.environ | {"PYTHONHASHSEED": hashing},
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        ).stdout
+        run_program("--seed", "7", "--trace", "--no-shrink", hashing=hashing).stdout
         for hashing in ("1", "2")
     ]
     assert told[0] == told[1]
@@ -651,9 +644,12 @@ def test_a_schedule_that_was_shrunk_breaks_the_same_rule(monkeypatch: pytest.Mon
     assert "one position" in broken(shrunk)
 
 
-def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_program(*arguments: str, hashing: str = "0") -> subprocess.CompletedProcess[str]:
+    # A program finds the modules beside it in its folder, which a safe path leaves out.
+    environment = os.environ | {"PYTHONSAFEPATH": "", "PYTHONHASHSEED": hashing}
     return subprocess.run(
         [sys.executable, str(FOLDER / "schedules.py"), *arguments],
+        env=environment,
         check=False,
         capture_output=True,
         text=True,
