@@ -205,7 +205,7 @@ class Presence:
     # What follows from it.
 
     def decide(self, now_ns: int) -> Decision:
-        """Decide what to do next. A `Action.RECALL` is taken to be carried out."""
+        """Decide what to do next; an `Action.RECALL` counts as carried out."""
         if not self._connected:
             return Decision(Action.WAIT, "there is no connection")
         if self._frame is not None:
