@@ -18,7 +18,7 @@ from backbeat_trio._transport import nats_client as _nats_client
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio.testing import AGENT_ID, NatsServer, open_session
 
-guarded = helpers.guarded(30)
+guarded = helpers.guarded(120)
 
 
 @guarded

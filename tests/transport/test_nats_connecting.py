@@ -17,7 +17,7 @@ from backbeat_trio._transport import nats as _nats, nats_client as _nats_client
 from backbeat_trio._transport.nats import Backoff
 from backbeat_trio.testing import NatsServer, open_session
 
-guarded = helpers.guarded(30)
+guarded = helpers.guarded(120)
 
 
 @guarded

@@ -25,7 +25,7 @@ from backbeat_trio.testing import NatsServer, open_recorder, open_session
 
 # Awkward in URLs, in JSON and in a server's configuration; it must come through as it is.
 PASSWORD: Final = "pä:ss@wo/rd%2C, #?"
-guarded = helpers.guarded(30)
+guarded = helpers.guarded(120)
 
 
 def users(**passwords: str) -> str:

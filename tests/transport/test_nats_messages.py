@@ -21,7 +21,7 @@ from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport import nats_client as _nats_client
 from backbeat_trio.testing import AGENT_ID, CLUSTER_ID, NatsServer, open_recorder, open_session
 
-guarded = helpers.guarded(30)
+guarded = helpers.guarded(120)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from plain import BEATS, Plain, dump, frame, plain_client
 from backbeat_trio import Metronome
 from backbeat_trio.testing import NatsServer, open_session
 
-guarded = helpers.guarded(30)
+guarded = helpers.guarded(120)
 
 
 @guarded

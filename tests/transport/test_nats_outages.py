@@ -17,7 +17,7 @@ from plain import plain_client
 from backbeat_trio import StatusClaim, TransportBroken
 from backbeat_trio.testing import NatsServer, open_recorder, open_session
 
-guarded = helpers.guarded(30)
+guarded = helpers.guarded(120)
 
 
 @guarded

@@ -16,7 +16,7 @@ from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 
 AGENT: Final = "chorus-agent-42"
 NODE: Final = "12D3KooW"
-guarded = helpers.guarded(30)
+guarded = helpers.guarded(120)
 
 
 def parse(data: bytes) -> Any:

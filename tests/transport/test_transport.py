@@ -38,7 +38,7 @@ Maker: TypeAlias = Callable[[], Transport]
 # A stamp crosses from one thread's clock to another's; what that may cost, in ns.
 _CARRY: Final = 1_000_000
 
-guarded = helpers.guarded(30)
+guarded = helpers.guarded(120)
 
 
 @pytest.fixture(params=["memory", "nats"])
