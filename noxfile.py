@@ -31,7 +31,9 @@ def tests(session: nox.Session) -> None:
     data = Path(session.create_tmp(), "coverage").absolute()
     session.env["COVERAGE_FILE"] = str(data)
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    # Most tests wait for servers and beats, so a test for each core goes on at a time.
+    spread = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]
+    session.run("coverage", "run", "-m", "pytest", *(session.posargs or spread))
     if not session.posargs:
         session.run("coverage", "combine", "--quiet")
         session.run("coverage", "report", "--fail-under=95")
