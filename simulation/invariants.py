@@ -52,6 +52,8 @@ FAR_MS: Final = 200.0
 # who would have answered.
 ABSENT_NS: Final = 1_500 * MS
 FAST_WAY_NS: Final = 300 * MS
+# By how much an answer may lie from what the wall clock lets expect, with a margin for the clocks.
+BELIEVED_NS: Final = 59 * SECOND
 # How many turns of Trio's loop a process may make in a second, and how many seconds it may take to
 # begin and to end.
 TURNS: Final = 5_000
@@ -205,6 +207,9 @@ class Watch:
         self._last_frames: dict[tuple[int, int], BeatFrame] = {}
         self._epoch = -1
         self._written_ns = 0
+        # By how much the wall clock was wrong by which the record was written: now, and when the
+        # last epoch ended.
+        self._written_wall_ns = self._former_wall_ns = 0
         self._wiped = any(isinstance(f, ServerRestart) and f.wiped for f in schedule.faults)
         self._walls_agree = not any(isinstance(f, WallJump) for f in schedule.faults) and all(
             abs(node.wall_s) < WALL_S / 2 for node in schedule.nodes
@@ -276,7 +281,9 @@ class Watch:
         self.lines.join(record.segments)
         if record.epoch > self._epoch:
             self.epochs_changed_ns = self._written_ns = now
+            self._former_wall_ns = self._written_wall_ns
         self._epoch = record.epoch
+        self._written_wall_ns = process.machine.wall_ns
         nonce = self._holders.setdefault((life, record.epoch), record.nonce)
         if nonce != record.nonce:
             self.tell("epochs", now, f"epoch {record.epoch} of the record has a second holder")
@@ -336,7 +343,9 @@ class Watch:
 
         Whoever is locked to it remembers it and would have said so when asked. It does not count
         where its connection, or the way of the metronome that begins, was not whole for as long as
-        one waits for an answer, where a way is long, or where its process stood still.
+        one waits for an answer, where a way is long, or where its process stood still. Nor does it
+        count where the wall clock by which it judges the answers differs by a minute from the one
+        by which the record was written: such answers are not believed (section 8, rule 2).
         """
         now, line = process.world.now, self.line
         link = self._links[process.machine.name]
@@ -345,6 +354,8 @@ class Watch:
             # A leader of a grid that began before, and was not heard meanwhile.
             return
         if link.troubles or link.changed_ns > now - ABSENT_NS or link.way_ns > FAST_WAY_NS:
+            return
+        if abs(process.machine.wall_ns - self._former_wall_ns) > BELIEVED_NS:
             return
         for agent in agents:
             if agent.locked and self._was_well(agent.process, now):

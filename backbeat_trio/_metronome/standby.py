@@ -400,6 +400,11 @@ class Standby(ListenerObserver):
         if agreement is not None:
             return self._remember(agreement, record, fresh)
         if self._memories:
+            self._logger.warning(
+                "%d answers to a recall are not believed: they disagree, or are of another grid, or"
+                " differ by more than a minute from the wall clock of this machine",
+                len(self._memories),
+            )
             self._memories.clear()
             self._presence.disbelieved()
             return None
