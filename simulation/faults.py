@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -190,11 +189,6 @@ KINDS: Final[tuple[type[Fault], ...]] = (
     *(ServerRestart, StoreTrouble, Change, Pause, Resume),
 )
 
-# What else may be left out of a schedule: ways of more than a millisecond, and processes that begin
-# when the others have run for a while.
-FAR: Final = "far ways"
-LATE_JOINERS: Final = "late joiners"
-
 
 class Schedule(Struct, frozen=True):
     """A cluster, and what happens to it."""
@@ -219,10 +213,6 @@ class Schedule(Struct, frozen=True):
         return next((node for node in self.nodes if node.name == name), None)
 
 
-# What a cluster does not withstand yet, so that the tests leave it out: nothing.
-NOT_YET_KEPT: Final[frozenset[str]] = frozenset()
-
-
 def end_of(fault: Fault, schedule: Schedule) -> float:
     """Return when a fault is over."""
     return min(fault.at + getattr(fault, "seconds", 0.0), schedule.seconds)
@@ -238,10 +228,10 @@ def decode(data: bytes) -> Schedule:
     return msgspec.json.decode(data, type=Schedule)
 
 
-def _way(chance: random.Random, near: bool) -> tuple[float, float, float]:
+def _way(chance: random.Random) -> tuple[float, float, float]:
     # In one place, in one country, or across the world.
     kind = chance.random()
-    if near or kind < 0.6:
+    if kind < 0.6:
         return chance.uniform(0.1, 1), chance.uniform(0.1, 1), chance.uniform(0, 0.2)
     if kind < 0.85:
         base = chance.uniform(2, 40)
@@ -249,8 +239,8 @@ def _way(chance: random.Random, near: bool) -> tuple[float, float, float]:
     return chance.uniform(20, 300), chance.uniform(20, 300), chance.uniform(0, 5)
 
 
-def _node(chance: random.Random, name: str, at: float, near: bool) -> Node:
-    up, down, jitter = _way(chance, near)
+def _node(chance: random.Random, name: str, at: float) -> Node:
+    up, down, jitter = _way(chance)
     return Node(
         name,
         at=round(at, 3),
@@ -266,31 +256,23 @@ def _tempo(chance: random.Random) -> float:
     return round(math.exp(chance.uniform(math.log(2), math.log(600))), 3)
 
 
-def draw(seed: int, without: Collection[str] = ()) -> Schedule:
-    """Draw a schedule.
-
-    Args:
-      seed: all chance comes from it.
-      without: what is left out: kinds of faults, by their names, `FAR`, and `LATE_JOINERS`.
-
-    """
-    kinds = tuple(kind for kind in KINDS if kind.__name__ not in without)
+def draw(seed: int) -> Schedule:
+    """Draw a schedule; all chance comes from the seed."""
     chance = random.Random(f"{seed}/schedule")
     pulses, agents = chance.choice((1, 2, 2, 2, 3)), chance.choice((1, 2, 2, 3, 4))
     names = [f"pulse-{n}" for n in range(pulses)] + [f"agent-{n}" for n in range(agents)]
     nodes = []
     for name in names:
         first = name.endswith("-0")
-        late = not first and chance.random() < 0.15 and LATE_JOINERS not in without
+        late = not first and chance.random() < 0.15
         at = chance.uniform(3, 50) if late else chance.random()
-        nodes.append(_node(chance, name, at, FAR in without))
+        nodes.append(_node(chance, name, at))
     bpm = _tempo(chance)
     agent_names = [node.name for node in nodes if not node.leads and node.at < 1]
     faults = [
         fault
         for _ in range(chance.randint(3, 12))
-        if kinds
-        for fault in _faults(chance, chance.choice(kinds), names, agent_names, bpm)
+        for fault in _faults(chance, chance.choice(KINDS), names, agent_names, bpm)
     ]
     return Schedule(
         seed=seed,

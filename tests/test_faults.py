@@ -8,6 +8,7 @@ and written as JSON; ``--figures`` says where, and has it done in any run.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import shutil
 import signal
@@ -311,8 +312,10 @@ async def test_leader_is_killed(bpm: float, thorough: bool, report: Report) -> N
             for agent in everybody:
                 agent.check()
                 assert not agent.bb.health().local_degradation or agent.bb._clock.loop_late
-            indices = [frame.beat_index for frame, _ in first.frames]
-    assert indices == list(range(indices[0], indices[-1] + 1))
+    for (before, _), (after, _) in itertools.pairwise(first.frames):
+        passed = after.beat_index - before.beat_index
+        # Who takes over more than a beat late, as on a busy machine, publishes the present beat.
+        assert passed == 1 or (passed > 1 and after.leader_id != before.leader_id)
 
 
 @pytest.mark.parametrize("bpm", [120.0, 300.0])
@@ -468,7 +471,7 @@ class LosesAnswer:
 
 
 @again(10)
-@guarded(60)
+@guarded(120)
 async def test_server_dies_after_a_takeover_is_written() -> None:
     async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
         one, stop = await stack.enter_async_context(metronome(server.url, "pulse-1"))
@@ -494,7 +497,7 @@ async def test_server_dies_after_a_takeover_is_written() -> None:
 
 
 @again(10)
-@guarded(60)
+@guarded(120)
 async def test_server_dies_after_a_change_is_written() -> None:
     async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
         stores: list[LosesAnswer] = []
@@ -531,7 +534,7 @@ async def test_server_dies_after_a_change_is_written() -> None:
 
 
 @pytest.mark.parametrize("fault", ["wiped", "deleted", "rubbish"])
-@guarded(60)
+@guarded(120)
 async def test_record_is_lost(fault: str) -> None:
     async def spoil(client: Client) -> None:
         js = client.jetstream()
@@ -565,7 +568,7 @@ async def test_record_is_lost(fault: str) -> None:
 
 
 @again(10)
-@guarded(60)
+@guarded(120)
 async def test_record_is_spoiled_as_the_leader_dies() -> None:
     async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
         one, stop = await stack.enter_async_context(metronome(server.url, "pulse-1"))
@@ -668,7 +671,7 @@ class DiesOfChange:
 
 
 @again(10)
-@guarded(60)
+@guarded(120)
 async def test_leader_dies_before_it_tells_of_a_change() -> None:
     async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
         scopes: list[trio.CancelScope] = []
@@ -700,7 +703,7 @@ async def test_leader_dies_before_it_tells_of_a_change() -> None:
 # 8. Loops that are blocked.
 
 
-@guarded(60)
+@guarded(180)
 async def test_loop_of_a_follower_is_blocked() -> None:
     async with (
         NatsServer(JETSTREAM) as server,
@@ -721,7 +724,7 @@ async def test_loop_of_a_follower_is_blocked() -> None:
         assert bb.statistics().locks == 1
 
 
-@guarded(60)
+@guarded(120)
 async def test_loop_of_the_leader_is_blocked() -> None:
     blocked = threading.Event()
 
@@ -1112,7 +1115,7 @@ authorization {{ users = [
 """
 
 
-@guarded(60)
+@guarded(120)
 async def test_credentials_of_the_leader_are_revoked() -> None:
     good, bad = USERS.format(one="fine"), USERS.format(one="gone")
     async with NatsServer(JETSTREAM, config=good) as server, AsyncExitStack() as stack:
@@ -1216,7 +1219,7 @@ def grids(agent: Agent) -> set[object]:
     return {frame.incarnation for frame, _ in agent.frames}
 
 
-@guarded(60)
+@guarded(120)
 async def test_a_newcomer_at_two_beats_a_minute_begins_no_other_grid() -> None:
     async with NatsServer(JETSTREAM) as server, pulsing(server.url, 1, bpm=2.0) as pulses:
         await until(lambda: "metronome leads" in pulses.log("pulse-1"))
@@ -1242,7 +1245,7 @@ async def test_a_newcomer_at_two_beats_a_minute_begins_no_other_grid() -> None:
                 assert agent.bb.statistics().locks == 1
 
 
-@guarded(60)
+@guarded(120)
 async def test_a_distant_metronome_leaves_the_lead_to_a_healthy_one() -> None:
     async with (
         NatsServer(JETSTREAM) as server,
@@ -1294,7 +1297,7 @@ async def test_a_leaf_that_was_alone_yields_to_the_record() -> None:
             assert decode_record(await kept(transport)).leader_id == leader(near)
 
 
-@guarded(60)
+@guarded(120)
 async def test_a_newcomer_on_an_empty_store_repeats_no_beat() -> None:
     async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
         link = await stack.enter_async_context(linked(server))
@@ -1322,7 +1325,7 @@ async def test_a_newcomer_on_an_empty_store_repeats_no_beat() -> None:
             agent.check()
 
 
-@guarded(60)
+@guarded(120)
 async def test_a_leader_that_was_cut_off_looks_before_it_speaks() -> None:
     async with NatsServer(JETSTREAM) as server, AsyncExitStack() as stack:
         link = await stack.enter_async_context(linked(server))

@@ -59,14 +59,13 @@ def broken(schedule: Any, **options: Any) -> set[str]:
 # What is run here, and what is not kept yet.
 
 
-@pytest.mark.parametrize("first", [1, 101])
-def test_random_schedules_of_what_is_kept_break_no_rule(first: int) -> None:
-    found = {}
-    for seed in range(first, first + 100):
-        result = clusters.run(faults.draw(seed, faults.NOT_YET_KEPT))
-        if result.violations:
-            found[seed] = result.violations
-    assert not found
+def test_random_schedules_break_no_rule(tmp_path: Path) -> None:
+    # Not measured: that makes each of them four times as slow, and other tests run the same code.
+    results = tmp_path / "results.json"
+    program = run_program("--quick", "--keep-going", "--json", str(results), measured=False)
+    assert program.returncode == 0, program.stdout
+    assert msgspec.json.decode(results.read_bytes())["seeds"] == []
+    assert "200" in program.stdout
 
 
 def test_nothing_breaks_where_nothing_happens() -> None:
@@ -113,14 +112,6 @@ def test_a_schedule_is_plain_data() -> None:
         assert eval(repr(schedule), names) == schedule
     drawn = {type(fault) for seed in range(100) for fault in faults.draw(seed).faults}
     assert drawn == set(faults.KINDS)
-
-
-def test_what_is_left_out_is_not_drawn() -> None:
-    without = {"Kill", "Cut", faults.FAR, faults.LATE_JOINERS}
-    for seed in range(50):
-        schedule = faults.draw(seed, without)
-        assert not without & {type(fault).__name__ for fault in schedule.faults}
-        assert all(node.up_ms <= 1 and node.at <= 1 for node in schedule.nodes)
 
 
 # Processes.
@@ -644,16 +635,20 @@ def test_a_schedule_that_was_shrunk_breaks_the_same_rule(monkeypatch: pytest.Mon
     assert "one position" in broken(shrunk)
 
 
-def run_program(*arguments: str, hashing: str = "0") -> subprocess.CompletedProcess[str]:
+def run_program(
+    *arguments: str, hashing: str = "0", measured: bool = True
+) -> subprocess.CompletedProcess[str]:
     # A program finds the modules beside it in its folder, which a safe path leaves out.
     environment = os.environ | {"PYTHONSAFEPATH": "", "PYTHONHASHSEED": hashing}
+    if not measured:
+        environment.pop("COVERAGE_PROCESS_CONFIG", None)
     return subprocess.run(
         [sys.executable, str(FOLDER / "schedules.py"), *arguments],
         env=environment,
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
 
 
