@@ -1,4 +1,4 @@
-"""The pure core: the grid, cluster time, and what an agent believes.
+"""The pure core: the grid, the estimate of cluster time, and which messages an agent believes.
 
-It imports `_wire` and below, and reads no clock.
+It imports only `_wire` and the modules below that, and reads no clock.
 """

@@ -1,4 +1,4 @@
-"""Changes of the grid that may be asked for: another tempo, a ramp, a pause. Pure."""
+"""Changes of the grid that an operator may ask for: another tempo, a ramp, a pause. Pure."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from typing import Final
 
 from .._errors import TempoRefused
 from .._wire import MAX_INDEX, MAX_NS, MIN_MILLI_BPM
-from .timeline import STILL_NS, Timeline
+from .timeline import PAUSED_BEAT_NS, Timeline
 
-# A change must reach everybody before it takes effect.
+# A change takes effect only after this many beats and this time, so that everybody hears of it.
 _LEAD_BEATS: Final = 2
 LEAD_NS: Final = 250_000_000
-# For how long whoever asks for a change waits; the leader gives its own record 2 s.
+# How long a client waits for the answer to its request; the leader waits 2 s for the record.
 ASKED_NS: Final = 2_500_000_000
-# The steps of a ramp: they all ride in every frame.
+# The most steps of a ramp, and the most segments that may be pending: every frame carries them all.
 _STEPS: Final = 64
-# The most segments that may be pending, as all of them ride in every frame.
 _PENDING: Final = 256
 
 
@@ -31,28 +30,28 @@ def propose(
     epoch: int,
     after_seq: int = -1,
 ) -> Timeline:
-    """Return the timeline with a change in it.
+    """Return the timeline with a change added.
 
-    It takes effect at ``at_beat``, or else at the next downbeat (a pause: at the next beat), and
-    never sooner than max(2 beats, 250 ms) from now. What is pending for earlier beats stays, and
-    what is pending for that beat or later ones is replaced.
+    The change takes effect at ``at_beat``. Without ``at_beat`` a tempo takes effect at the next
+    downbeat and a pause at the next beat. Either is at least max(2 beats, 250 ms) ahead. Changes
+    that are pending for earlier beats stay. Those for that beat or later ones are replaced.
 
     Args:
-      timeline: the present one.
-      cluster_ns: now.
-      milli: the tempo in thousandths of a beat a minute; 0 has the grid stand still, None has it go
-        on with ``former``.
-      at_beat: the beat at which to change.
-      over: so many beats it takes to come from the present tempo to the new one, in equal steps of
-        whole beats; not for a pause.
-      former: the tempo before the grid stood still.
-      beats_per_bar: the length of a bar.
-      epoch: the term of leadership in which it is made.
-      after_seq: a number that the new segments' are to be greater than.
+      timeline: the present timeline.
+      cluster_ns: now, in cluster time.
+      milli: the tempo in thousandths of a beat per minute. 0 pauses the grid. None resumes it at
+        the tempo ``former``, or takes back a pause that has not begun.
+      at_beat: the index of the beat at which the change takes effect.
+      over: how many beats the way from the present tempo to the new one takes, in equal steps of
+        whole beats; 0 for none, and always 0 for a pause.
+      former: the tempo before the pause, in thousandths of a beat per minute.
+      beats_per_bar: the length of a bar, in beats.
+      epoch: the term of leadership in which the change is made.
+      after_seq: the new segments get numbers greater than this.
 
     Raises:
-      TempoRefused: where ``at_beat`` is past or too soon, and for what cannot be done to a grid
-        that stands still, or to one that does not, or that frames have no room for.
+      TempoRefused: if ``at_beat`` is past, too soon or too far ahead; if the grid is paused, or
+        ``milli`` is None and it is not; or if too many changes are pending.
 
     """
     timeline = timeline.since(cluster_ns)
@@ -64,8 +63,8 @@ def propose(
     if milli is None:
         stops = [s.beat0 for s in timeline.segments if not s.milli_bpm]
         if not stops or stops[0] < earliest:
-            raise TempoRefused("the grid does not stand still")
-        # It was to stand still: it goes on as it is.
+            raise TempoRefused("the grid is not paused")
+        # A pause that has not begun is taken back: the tempo before it stays.
         milli, at_beat = timeline.segments[-2].milli_bpm, stops[0]
     elif at_beat is None:
         step = beats_per_bar if milli else 1
@@ -73,13 +72,13 @@ def propose(
     elif at_beat <= index:
         raise TempoRefused(f"beat {at_beat} is past: the cluster is on beat {index}")
     elif at_beat < earliest:
-        raise TempoRefused(f"beat {at_beat} is too soon: the first that can be kept is {earliest}")
+        raise TempoRefused(f"beat {at_beat} is too soon: the earliest possible is {earliest}")
     kept = tuple(s for s in timeline.segments[1:] if s.beat0 < at_beat)
     before = kept[-1] if kept else present
     if not before.milli_bpm:
-        raise TempoRefused(f"the grid stands still from beat {before.beat0} on")
+        raise TempoRefused(f"the grid is paused from beat {before.beat0} on")
     if over and not milli:
-        raise TempoRefused("a pause is no ramp")
+        raise TempoRefused("a pause cannot be a ramp")
     settled, seq = Timeline((present, *kept)), max(after_seq, timeline.segments[-1].seq)
     steps = min(over, _STEPS)
     if len(kept) + steps >= _PENDING:
@@ -92,7 +91,7 @@ def propose(
     settled = settled.change(milli, at_beat + over, epoch=epoch, after_seq=seq)
     last = settled.segments[-1]
     if last.beat0 > MAX_INDEX or last.t0_ns > MAX_NS:
-        # Nobody could decode the frames that tell of it.
+        # No message can carry such a segment.
         raise TempoRefused(f"beat {last.beat0} is too far ahead")
     return settled
 
@@ -107,12 +106,12 @@ def _resume(
     after_seq: int,
 ) -> Timeline:
     if milli is not None:
-        raise TempoRefused("the grid stands still: have it go on first")
+        raise TempoRefused("the grid is paused: resume it first")
     if len(timeline.segments) > 1:
-        raise TempoRefused("the grid is about to go on")
-    # Everybody is told of a grid that stands still once a second.
-    goes_on = timeline.next_beat(cluster_ns + STILL_NS)
-    return timeline.resume(former, goes_on, epoch=epoch, after_seq=after_seq)
+        raise TempoRefused("the grid is already about to resume")
+    # Frames of a paused grid come once a second, and at least one must announce the resumption.
+    resumed = timeline.next_beat(cluster_ns + PAUSED_BEAT_NS)
+    return timeline.resume(former, resumed, epoch=epoch, after_seq=after_seq)
 
 
 def reschedule(
@@ -124,18 +123,19 @@ def reschedule(
     beats_per_bar: int,
     epoch: int,
 ) -> Timeline:
-    """Return the timeline to go on with after a leader that may not have announced its last change.
+    """Return the timeline with which a new leader continues the grid.
 
-    What was announced is in force, or will be, whether it was heard here or not. What was committed
-    and is far enough ahead stays as it is, too. What was never announced, and would have to have
-    happened already, is put off.
+    The leader before it may have committed a change and died before it announced it. A change that
+    was announced stays, even if this process has not heard of it. So does a change that was not
+    announced and is still far enough ahead. Any other change that was not announced is postponed,
+    because the agents do not know of it.
 
     Args:
-      heard: what was heard of the grid, here.
-      committed: what the record says of it.
-      cluster_ns: now.
-      announced_seq: the last segment that was announced, as the record has it.
-      beats_per_bar: the length of a bar.
+      heard: the timeline of the frames that this process has heard.
+      committed: the timeline in the record.
+      cluster_ns: now, in cluster time.
+      announced_seq: the number of the last announced segment, according to the record.
+      beats_per_bar: the length of a bar, in beats.
       epoch: the term of leadership that begins.
 
     """
@@ -167,6 +167,6 @@ def reschedule(
         stop = announced.segments[-1]
         if stop.milli_bpm or not last.milli_bpm:
             return announced
-        # It was not to stand still any more, and will for as long as it takes to tell so.
-        goes_on = max(stop.t0_ns, cluster_ns) + 2 * STILL_NS
-        return announced.resume(last.milli_bpm, goes_on, epoch=epoch, after_seq=last.seq)
+        # The pause was announced, its end was not. So it lasts until the end can be announced.
+        resumed = max(stop.t0_ns, cluster_ns) + 2 * PAUSED_BEAT_NS
+        return announced.resume(last.milli_bpm, resumed, epoch=epoch, after_seq=last.seq)

@@ -1,8 +1,8 @@
-"""What an agent estimates of cluster time: offset and frequency, from pings.
+"""An agent's estimate of cluster time: its offset and frequency, measured by pings.
 
 Pure: times are passed in, as integers of nanoseconds; frequencies are integers of parts in 10**12.
-Each name says whether it is of cluster time or of local time. Only the statistics are floats, of
-differences small enough for them.
+Each name says whether a time is cluster time or local time. Only the statistics use floats, for
+differences that are small enough to be exact.
 """
 
 from __future__ import annotations
@@ -16,49 +16,51 @@ from typing import Final, NamedTuple, final
 
 from .steering import PARTS
 
-# No clock is further off than this; beyond it cluster time would be slewed into nonsense.
+# The largest frequency that is used. No real clock is off by more.
 _MAX_FREQUENCY: Final = PARTS // 10
 
-# How many bursts the regression looks back on.
+# How many bursts the regression uses.
 _BURSTS: Final = 64
-# After so many bursts in a row that contradict the estimate it is the estimate that is wrong.
+# If this many bursts in a row contradict the estimate, the estimate is wrong.
 _OVERRULED: Final = 3
-# After so many bursts with another leader, what was known before counts no more.
+# After this many bursts with a new leader, the offset to the leader before it no longer counts.
 _CARRIED_POINTS: Final = 4
-# What a burst must be off the line by to count as a jump: so many times what chance explains, and
-# so many nanoseconds.
+# A burst counts as a jump of a clock if it is off the line by more than this many times what chance
+# explains plus this many nanoseconds.
 _SHIFT: Final = 8
 _SHIFT_NS: Final = 1_000_000
-# Standard deviations, as fractions: of a frequency that was measured, but before a clock jumped;
-# of one of which nothing is known yet; of one that nobody would expect. And how a frequency
-# wanders.
+# Standard deviations of a frequency, as fractions: of one that was measured before a clock jumped
+# or another leader took over; of one that was not measured yet; of a clock that is far from any
+# usual rate. The last is how much a frequency changes by itself.
 _KNOWN: Final = 10e-6
 _UNKNOWN: Final = 500e-6
 _ANYTHING: Final = 0.1
 _WANDER: Final = 1e-6
-# What the best of pings errs by, in nanoseconds: the stamps' own part of it.
+# The error, in nanoseconds, that the time stamps add to the best ping.
 _STAMP_NS: Final = 20_000.0
-# An estimate is good while a standard deviation of its line is no more than this, and what the
-# frequency may have wandered by no more than that: in nanoseconds, or as a part of the shortest way
-# of a ping, by half of which the offset may be wrong anyhow.
+# An estimate is good while the standard deviation of its line is at most the first value, and the
+# possible change of the frequency adds at most the second. Both are in nanoseconds. Either may also
+# be as large as the third, a fraction of the shortest round trip: the offset may be wrong by half a
+# round trip anyway.
 _GOOD_NS: Final = 35_000.0
 _WANDERED_NS: Final = 40_000.0
 _GOOD_PART: Final = 1 / 128
-# What a burst may be off by, beside what its own way and the estimate allow for.
+# How far off a burst may be, in addition to its own round trip and the estimate's deviation.
 _SLACK_NS: Final = 100_000.0
 
-# A leader asks for patience when it is pinged more often than so for a second on end. It can answer
-# several times as many, and ten thousand agents whose estimates are good ping less often.
-_PINGS_A_SECOND: Final = 4000
+# If more pings than this arrive for about a second, the leader asks the agents to wait. It can
+# answer several times as many, and ten thousand agents whose estimates are good send fewer.
+_PINGS_PER_SECOND: Final = 4000
 _PATIENCE_NS: Final = 1_000_000_000
-# Nobody is put off for longer than this.
+# The longest time, in nanoseconds, for which an agent does not ping its leader.
 REST_NS: Final = 64_000_000_000
 
 
 class Ping(NamedTuple):
-    """One request-reply exchange.
+    """The four time stamps of one request and its reply, in nanoseconds.
 
-    Sent and answered are local time, received and replied cluster time, all in nanoseconds.
+    ``sent_ns`` and ``answered_ns`` are local time; ``received_ns`` and ``replied_ns`` are cluster
+    time, by the leader's clock.
     """
 
     sent_ns: int
@@ -68,25 +70,24 @@ class Ping(NamedTuple):
 
     @property
     def delay_ns(self) -> int:
-        """The time on the way, there and back (RFC 5905, section 8: delta)."""
+        """The round trip without the leader's own time, in ns (RFC 5905, section 8: delta)."""
         return (self.answered_ns - self.sent_ns) - (self.replied_ns - self.received_ns)
 
     @property
     def offset_ns(self) -> int:
-        """Cluster time minus local time (RFC 5905, section 8: theta), to half the delay."""
+        """Cluster time minus local time in ns, exact to half the delay (RFC 5905: theta)."""
         return ((self.received_ns - self.sent_ns) + (self.replied_ns - self.answered_ns)) // 2
 
     @property
     def local_ns(self) -> int:
-        """The local time that the offset was measured at: the middle of the exchange."""
+        """The local time at which the offset was measured: the middle of the exchange."""
         return (self.sent_ns + self.answered_ns) // 2
 
 
 def best_ping(pings: Iterable[Ping]) -> Ping | None:
-    """Return the ping of a burst that was shortest on its way.
+    """Return the ping of a burst with the shortest round trip; None if there is no valid one.
 
-    What claims to have left before it came, or to have been on its way for less than nothing, is
-    passed over.
+    A ping is not valid if its delay is negative, or if the leader replied before it received it.
     """
     honest = [ping for ping in pings if ping.delay_ns >= 0 and ping.replied_ns >= ping.received_ns]
     return min(honest, key=lambda ping: ping.delay_ns, default=None)
@@ -96,22 +97,23 @@ class Verdict(enum.Enum):
     """What a burst of pings did to an estimate."""
 
     NOTHING = enum.auto()
-    """There was no ping in it that could be believed."""
+    """The burst had no valid ping."""
     TAKEN = enum.auto()
+    """The burst was added to the estimate."""
     OUTLYING = enum.auto()
-    """It contradicted the estimate by more than its way explains, and was left out."""
+    """The burst contradicted the estimate by more than its delay explains, and was left out."""
     OVERRULED = enum.auto()
-    """It was one of several in a row that did: the estimate begins anew with them."""
+    """Several bursts in a row contradicted the estimate, which was begun anew from them."""
 
 
 @final
 class Estimate:
     """Offset and frequency of cluster time against local time, from bursts of pings.
 
-    The best ping of each burst is a point; a line through the last ones, by weighted least squares,
-    gives offset and frequency. A point counts for less the longer its way was and the older it is.
-    What is known of the frequency beforehand enters as one more observation of it, so the first
-    points, close together as they are, do not tell the frequency anything.
+    The best ping of each burst is a point. A line through the last points, by weighted least
+    squares, gives the offset and the frequency. A point has less weight the longer its round trip
+    was and the older it is. The expected frequency enters as one more observation. Therefore the
+    first points hardly change the frequency: they are too close together to measure it.
     """
 
     __slots__ = (
@@ -133,7 +135,7 @@ class Estimate:
         self._points: deque[Ping] = deque(maxlen=_BURSTS)
         self._contradictions: list[Ping] = []
         self._shifts: list[Ping] = []
-        # Whether the first point is what was known with another leader.
+        # Whether the first point stands for the offset to the leader before this one.
         self._carried = False
         self._prior, self._prior_sd = 0.0, float(_UNKNOWN)
         self._best_ns = 0
@@ -144,7 +146,7 @@ class Estimate:
 
     @property
     def known(self) -> bool:
-        """Whether there is anything to estimate from."""
+        """Whether there is at least one point, so that the estimate can be used."""
         return bool(self._points)
 
     @property
@@ -155,25 +157,24 @@ class Estimate:
 
     @property
     def way_ns(self) -> int:
-        """The shortest way of a ping, there and back."""
+        """The shortest round trip among the points, in nanoseconds."""
         return self._best_ns
 
     def offset_at(self, local_ns: int) -> int:
-        """Return cluster time minus local time at an instant of local time."""
+        """Return cluster time minus local time, in nanoseconds, at an instant of local time."""
         return self._mean_offset + (local_ns - self._mean_local) * self.frequency // PARTS
 
     def uncertainty_at(self, local_ns: int) -> int:
-        """Return what the offset may be wrong by at an instant, in nanoseconds.
+        """Return by how much the offset may be wrong at an instant of local time, in nanoseconds.
 
-        It is half the shortest way of a ping, which no statistics tell anything of, and two
-        standard deviations of the line there; beyond the last point these grow with what is not
-        known of the frequency and with its wandering (compare RFC 5905, section 11.2: root
-        distance).
+        It is the sum of half the shortest round trip, which statistics cannot reduce, and two
+        standard deviations of the line. After the last point these grow with the uncertainty of
+        the frequency and with its changes (compare RFC 5905, section 11.2: root distance).
         """
         return self._best_ns // 2 + math.ceil(2 * self._deviation(local_ns))
 
     def is_good_at(self, local_ns: int) -> bool:
-        """Tell whether another ping would hardly make the offset any better until an instant."""
+        """Tell whether the estimate is so good until an instant that more pings would not help."""
         part = self._best_ns * _GOOD_PART
         return (
             self.known
@@ -182,18 +183,18 @@ class Estimate:
         )
 
     def expects(self, ping: Ping) -> bool:
-        """Tell whether a ping is no more off the line than its own way and chance explain."""
+        """Tell whether the round trip of a ping and chance explain how far it is off the line."""
         local = ping.local_ns
         allowed = (ping.delay_ns - self._best_ns) / 2 + 2 * (self._deviation(local) + _STAMP_NS)
         return abs(ping.offset_ns - self.offset_at(local)) <= allowed
 
     def add(self, burst: Sequence[Ping]) -> Verdict:
-        """Take in a burst of pings."""
+        """Add a burst of pings, and return what it did to the estimate."""
         best = best_ping(burst)
         if best is None:
             return Verdict.NOTHING
         if self._points:
-            # Where somebody else answers too, with nonsense, the leader's own answers are used.
+            # If another process answers, too, with a wrong time, use the leader's own answers.
             best = best_ping(ping for ping in burst if self._agrees(ping)) or best
             if not self._agrees(best):
                 return self._contradict(best)
@@ -205,7 +206,7 @@ class Estimate:
         self._contradictions.clear()
         self._points.append(best)
         if self._carried and len(self._points) > _CARRIED_POINTS:
-            # Where the ways to the two leaders differ it would hold the offset back for long.
+            # If the routes to the two leaders differ, this point would bias the offset for long.
             self._points.popleft()
             self._carried = False
         self._fit()
@@ -218,17 +219,18 @@ class Estimate:
         first, *_, last = self._contradictions
         elapsed = max(1, last.local_ns - first.local_ns)
         if abs(last.offset_ns - first.offset_ns) > _ANYTHING * elapsed + last.delay_ns:
-            # They do not agree with one another either.
+            # They contradict one another as well.
             del self._contradictions[0]
             return Verdict.OUTLYING
         return self._begin_with_contradictions()
 
     def _note_shift(self, ping: Ping) -> bool:
-        # A jump may be smaller than what the way could explain, and the way goes on as it was: then
-        # several pings in a row lie off the line by the same, and far more than their ways differ.
+        # A clock may jump by less than the round trip, so that each single ping might be explained
+        # by its delay. Such a jump shows as several pings in a row that are off the line by the
+        # same amount, while their delays differ by far less.
         off = ping.offset_ns - self.offset_at(ping.local_ns)
         if self._carried:
-            # What was known with another leader lay on another way.
+            # The route to the leader before this one was another.
             return False
         differ = abs(ping.delay_ns - self._best_ns) / 2
         spread = differ + self._deviation(ping.local_ns) + _STAMP_NS
@@ -237,7 +239,8 @@ class Estimate:
             self._shifts.clear()
             return False
         if self._shifts:
-            # By the same: the way may have changed in between, and change back.
+            # A different amount is no jump of a clock: the route may have changed, and changed
+            # back.
             before = self._shifts[-1]
             if abs(off - before.offset_ns + self.offset_at(before.local_ns)) > allowed:
                 self._shifts.clear()
@@ -249,7 +252,7 @@ class Estimate:
         elapsed = max(1, last.local_ns - first.local_ns)
         slope = (last.offset_ns - first.offset_ns) / elapsed
         if abs(slope - self._frequency) * elapsed <= first.delay_ns + last.delay_ns:
-            # One of the clocks jumped, and goes on as before.
+            # One of the clocks jumped and then continued at the same rate.
             self._prior, self._prior_sd = self._frequency, max(self._frequency_sd, _KNOWN)
         else:
             self._prior, self._prior_sd = 0.0, _ANYTHING
@@ -261,14 +264,14 @@ class Estimate:
         return Verdict.OVERRULED
 
     def begin_anew(self, ping: Ping) -> None:
-        """Begin anew with another leader, who has an idea of its own of cluster time.
+        """Begin anew with the pings of another leader, whose cluster time differs slightly.
 
-        Its rate hardly differs, and what was known of the offset counts as much as one ping that
-        was on its way for so long. Moving the old points by what one burst says would give that
-        burst's error the weight of them all.
+        The frequency is kept. The offset so far becomes a single point, whose round trip is twice
+        the uncertainty. Shifting all old points by the first burst of the new leader instead would
+        give the error of that burst the weight of all of them.
 
         Args:
-          ping: the best one that the other leader has answered.
+          ping: the best ping that the new leader has answered.
 
         """
         local = ping.local_ns
@@ -285,7 +288,7 @@ class Estimate:
             self._fit()
 
     def _agrees(self, ping: Ping) -> bool:
-        # The true offset lies within half the way of what was measured, now and before.
+        # Each measurement, this one and those before, is wrong by at most half its delay.
         local = ping.local_ns
         allowed = (ping.delay_ns + self._best_ns) / 2 + 4 * self._deviation(local) + _SLACK_NS
         return abs(ping.offset_ns - self.offset_at(local)) <= allowed
@@ -317,7 +320,7 @@ class Estimate:
         self._weight = weight = math.fsum(weights)
         mean_x = math.fsum(map(operator.mul, weights, xs)) / weight
         mean_y = math.fsum(map(operator.mul, weights, ys)) / weight
-        # What was known of the frequency beforehand is one more observation of it.
+        # The expected frequency is one more observation.
         spread = 1 / self._prior_sd**2
         moment = self._prior * spread
         for w, x, y in zip(weights, xs, ys, strict=True):
@@ -331,10 +334,10 @@ class Estimate:
 
 @final
 class PingRate:
-    """How often a leader is pinged, and how long whoever pings it too often is to wait.
+    """A limit on the pings per second that a leader receives from all its agents together.
 
-    Each ping takes its share of a second. Those that come faster are put off one after the other,
-    so that the next ones come evenly.
+    Each ping takes up a share of a second. If pings come faster, each sender is asked to wait a
+    little longer than the one before it, so that their next pings come evenly.
     """
 
     __slots__ = ("_taken_ns",)
@@ -343,8 +346,8 @@ class PingRate:
         self._taken_ns = 0
 
     def add(self, now_ns: int) -> int:
-        """Take in a ping; return how long who sent it is to wait, in nanoseconds, 0 for not."""
-        taken = max(self._taken_ns, now_ns) + 1_000_000_000 // _PINGS_A_SECOND
+        """Count a ping, and return for how many nanoseconds its sender is to wait; 0 for none."""
+        taken = max(self._taken_ns, now_ns) + 1_000_000_000 // _PINGS_PER_SECOND
         self._taken_ns = taken = min(taken, now_ns + REST_NS)
         ahead = taken - now_ns
         return ahead if ahead > _PATIENCE_NS else 0

@@ -1,14 +1,16 @@
-"""Whom an agent believes about the grid, and what it makes of what it is told.
+"""Which frames and answers an agent believes, and how they steer its grid.
 
-A frame of the leader that is followed, and that its grid explains, is taken as it is. What cannot
-be known from a frame alone is asked for first: a higher epoch, a beat that should not have come
-yet. The answers to pings decide, and those of a lower epoch never count while the leader that is
-followed is heard. Where nobody answers, frames are believed once the leader before them has fallen
-silent. Whoever may publish both frames and answers is believed: that is for the server's
-permissions to decide, and what looks odd is counted and told.
+A frame is believed at once if it comes from the leader that is followed and fits the grid that is
+known. Any other frame, for example one of a higher epoch or of a beat that is not due yet, is first
+checked by a burst of pings. The answers decide. Answers of a lower epoch do not count while the
+leader that is followed is heard. If there are no answers, the frame is believed once the leader
+before it is silent.
 
-Pure: local time is passed in, as `now_ns`. Frames and bursts of pings go in; what comes out is a
-grid that is steered, a wish to ask the leader, and when to do so next.
+A process that may publish both frames and answers is believed. The server's permissions decide
+which processes may. Whatever looks wrong is counted and reported to the observer.
+
+Pure: local time is passed in, as `now_ns`. Frames and bursts of pings go in. A steered grid comes
+out, and when to ping the leader next.
 """
 
 from __future__ import annotations
@@ -29,34 +31,35 @@ from .timeline import NEVER, Timeline, beat_ns
 
 JOINING_PINGS: Final = 16
 STEADY_PINGS: Final = 4
-# Bursts come once a beat, but neither more nor less often than this; before the first lock, at
-# least once a second.
+# A burst of pings is sent once a beat, but neither more nor less often than this. Before the first
+# lock it is sent at least once a second.
 BURST_MIN_NS: Final = 250_000_000
 _BURST_MAX_NS: Final = 5_000_000_000
 _JOINING_NS: Final = 1_000_000_000
-# Agents that began together do not ping in step: each interval is longer by up to this part of it.
-# Once the estimate is good the interval doubles from burst to burst, up to `REST_NS` with it.
+# Each interval is longer by a random part, up to this one, so that agents that started together do
+# not ping together. While the estimate is good the interval doubles after each burst, up to
+# `REST_NS` including this part.
 _JITTER: Final = 0.25
-# Within so long whoever has heard of a change by a frame asks the leader about it.
+# An agent that hears of a change from a frame asks the leader about it within this time.
 _CHECK_NS: Final = 4_000_000_000
-# So many frames in a row that are early or late mean that a clock has jumped, and so does a loop
-# that did not get round to a frame for so long.
+# A clock may have jumped if this many frames in a row were early or late, or if the event loop did
+# not handle a frame for this long.
 _SURPRISING: Final = 3
 _STALLED_NS: Final = 1_000_000_000
-# Pings that err by more than their way and this, having been long ago, are worse than the arrival
-# of frames, which errs by its own way.
+# If the error of the last pings may exceed their round trip by more than this, because they were
+# long ago, the arrival of frames is a better measure of cluster time.
 _PINGS_WORSE_NS: Final = 10_000_000
-# How many bursts in a row must contradict what frames have told.
+# How many bursts in a row must contradict a change that only frames announced.
 _CONTRADICTED: Final = 3
-# How far behind the position another incarnation of the grid may lie for the position to be held
-# there, in bars of that grid.
+# If another incarnation of the grid is at most this many of its bars behind the position, the
+# position is held.
 _HELD_BARS: Final = 2
 
 Answer: TypeAlias = tuple[Ping, SyncReply]
 
 
 class Heard(NamedTuple):
-    """A frame, the timeline that it tells of, and when it came, in local time."""
+    """A frame, the timeline that it describes, and the local time at which it arrived."""
 
     frame: BeatFrame
     timeline: Timeline
@@ -64,7 +67,7 @@ class Heard(NamedTuple):
 
 
 class FollowCounts(Struct):
-    """What a follower counts, and who feeds it."""
+    """The counters of a follower and of the listener that passes frames to it."""
 
     frames: int = 0
     frames_undecodable: int = 0
@@ -79,33 +82,33 @@ class FollowCounts(Struct):
 
 
 class FollowerObserver:
-    """Whom a follower calls. Each method does nothing unless it is overridden."""
+    """The methods that a follower calls. Each does nothing unless it is overridden."""
 
     def on_followed(self) -> None:
-        """Take note that a frame was followed, or that the grid was locked to."""
+        """React to a frame that was believed, or to a lock."""
 
     def on_lock(self) -> None:
-        """Take note of a lock: the first one, or one to another grid. `on_followed` comes next."""
+        """React to the first lock, or to a lock to another grid. `on_followed` is called next."""
 
     def on_leader(self) -> None:
-        """Take note that somebody else leads on the same grid."""
+        """React to another leader of the same grid."""
 
     def on_stale(self, epoch: int) -> None:
-        """Take note of a frame of an epoch that is over."""
+        """React to a frame of a lower epoch than that of the leader."""
 
     def on_odd(self, text: str) -> None:
-        """Take note of what somebody ought to look at."""
+        """React to something that looks wrong; ``text`` describes it for the log."""
 
 
 @final
 class Follower:
-    """Follows a leader, and steers a grid by it.
+    """Follow a leader's frames and answers, and steer a grid by them.
 
     Args:
-      grid: moved and steered from here only, but for what its owner does.
-      cluster_id: frames and answers of other clusters are none.
-      observer: is called when something has happened.
-      chance: draws a number from 0 to 1, by which agents that began together come out of step.
+      grid: the grid that is steered.
+      cluster_id: frames of other clusters are counted and dropped.
+      observer: its methods are called on each event.
+      chance: draws a number from 0 to 1, by which intervals vary.
 
     """
 
@@ -119,59 +122,59 @@ class Follower:
     ) -> None:
         self.grid: Grid = grid
         self.locked: bool = False
-        """Whether the grid is the cluster's."""
+        """Whether the grid is that of the cluster, and not a local one."""
         self.epoch: int = -1
         self.leader_id: str = ""
         self.incarnation: str = ""
-        """The identity of the grid; empty where nobody has said it."""
+        """The identity of the grid; empty if the leader does not send one."""
         self.is_alone: bool = False
         """Whether the leader has no record."""
         self.last_due_ns: int = 0
         """The instant, in cluster time, at which the last frame that was followed was due."""
         self.question: Heard | None = None
-        """A frame that is not believed before the leader was asked about it."""
+        """A frame that waits for the answers to a burst of pings before it is believed."""
         self.drift: Drift = Drift()
         self.counts: FollowCounts = FollowCounts()
         self._observer = observer or FollowerObserver()
         self._cluster_id = cluster_id
         self._estimate = Estimate()
-        # When that frame came, in local time; or when the grid was locked to.
+        # The local time at which that frame arrived, or of the lock if that was later.
         self._last_heard_ns = 0
         self._next_index = 0
         self._judged_epoch = -1
         self._behind = 0
         self._answered = False
         self._chance = chance
-        # When the next burst is planned for, and when it comes sooner as a frame is missing.
+        # The time of the next burst, and an earlier one that applies if the next frame is missing.
         self._planned_ns, self._missing_ns = 0, NEVER
-        # How far bursts are apart once all is well, when the leader may be asked again, and how
-        # many frames in a row have surprised.
+        # The interval between bursts while all is well; the earliest time at which the leader may
+        # be pinged again; and how many frames in a row were early or late.
         self._interval_ns = self._not_before_ns = 0
         self._surprising = 0
 
-    # What is to be told.
+    # What is known.
 
     def due_ns(self) -> int:
         """Return the cluster time at which the next frame is due."""
         return self.grid.timeline.next_beat(self.last_due_ns)
 
     def in_holdover(self, now_ns: int) -> bool:
-        """Tell whether two frames in a row are missing."""
+        """Tell whether the last two frames are missing."""
         if not self.locked:
             return False
         patience = max(MIN_STEP_NS, beat_ns(self.grid.segment_at(now_ns).milli_bpm) // 4)
-        # By when the last one came, and not by cluster time: that may be far off, and on its way
-        # back, while every frame is heard.
+        # Measured from the arrival of the last frame and not in cluster time, of which the estimate
+        # may be far off although every frame arrives.
         silence = self.grid.timeline.next_beat(self.due_ns()) - self.last_due_ns
         return now_ns - self._last_heard_ns > silence + patience
 
     def measured_bpm(self, now_ns: int) -> float | None:
-        """Return the tempo of the frames' arrivals; None before there are two."""
+        """Return the tempo at which frames arrive, in BPM; None before there are two."""
         rate = self.drift.rate
         return None if rate is None else rate * self.grid.segment_at(now_ns).milli_bpm / 1000
 
     def uncertainty_ns(self, now_ns: int) -> int | None:
-        """Return what cluster time may be wrong by; None where it was never measured."""
+        """Return by how much cluster time may be wrong, in ns; None if it was never measured."""
         if not self.locked or not self._estimate.known:
             return None
         steering = self.grid.steering
@@ -179,7 +182,7 @@ class Follower:
         return self._estimate.uncertainty_at(now_ns) + slewing
 
     def error_text(self, now_ns: int) -> str | None:
-        """Say by how much the position is off; None while it is off by no more than it may be."""
+        """Describe by how much the position is off; None while that is within the tolerance."""
         grid = self.grid
         beat, error = beat_ns(grid.segment_at(now_ns).milli_bpm), grid.error_ns(now_ns)
         if not self.locked or abs(error) <= tolerance_ns(beat):
@@ -195,13 +198,13 @@ class Follower:
     # Frames.
 
     def hear(self, frame: BeatFrame, timeline: Timeline, received_ns: int, now_ns: int) -> bool:
-        """Take in a frame; return whether the leader is to be asked about it at once.
+        """Process a frame, and return whether to ping the leader about it at once.
 
         Args:
-          frame: what came.
-          timeline: what it tells of the grid.
-          received_ns: when it came.
-          now_ns: when this process got round to it.
+          frame: the frame.
+          timeline: the timeline that it describes.
+          received_ns: the local time at which it arrived.
+          now_ns: now, in local time.
 
         """
         counts = self.counts
@@ -210,10 +213,12 @@ class Follower:
             return False
         if self._is_outranked(frame) and not self.in_holdover(now_ns):
             counts.frames_stale_epoch += 1
-            self._observer.on_odd(f"a frame of epoch {frame.epoch} while epoch {self.epoch} leads")
+            self._observer.on_odd(
+                f"a frame of epoch {frame.epoch} was dropped: epoch {self.epoch} leads"
+            )
             self._observer.on_stale(frame.epoch)
             return False
-        # A grid that stands still is told of again and again.
+        # While the grid is paused, every frame has the same index.
         first = self._next_index - (not frame.segment.milli_bpm)
         if frame.epoch == self.epoch and frame.beat_index < first:
             counts.frames_repeated += 1
@@ -226,14 +231,14 @@ class Follower:
         return False
 
     def _is_outranked(self, message: BeatFrame | SyncReply) -> bool:
-        # Whoever has a record outranks whoever has none, whatever their epochs.
+        # A leader with a record outranks one without, whatever their epochs.
         return self.epoch >= 0 and _rank(message) < (not self.is_alone, self.epoch)
 
     def _explains(self, heard: Heard) -> bool:
-        # A frame of the present leader may be late, but not early; and it tells of what is known of
-        # the grid, or of something newer.
+        # A frame of the present leader may be late, but not early. It must describe the grid that
+        # is known, or one with newer segments.
         frame, timeline, received_ns = heard
-        if not self.locked or frame.epoch != self.epoch or self._is_another(frame):
+        if not self.locked or frame.epoch != self.epoch or self._is_other_grid(frame):
             return False
         present = self.grid.timeline
         if not timeline.shares(present) and timeline.segments[-1].seq <= present.segments[-1].seq:
@@ -246,25 +251,25 @@ class Follower:
         self.counts.frames += 1
         self._next_index = frame.beat_index + 1
         if self.question is not None and self.question.frame.epoch != frame.epoch:
-            # Who leads goes on leading.
-            self._disbelieve()
+            # The present leader is still there, so the frame of another epoch is not its
+            # successor's.
+            self._drop_question()
         self._follow(frame, timeline, now_ns)
         due, moves = timeline.time_of(frame.beat_index), bool(frame.segment.milli_bpm)
         if moves and self._is_better_than_pings(received_ns):
-            # What a frame alone tells, wrong by its way.
+            # This offset is wrong by the time that the frame took.
             self.grid.steer(due - received_ns, now_ns)
         late = self.grid.cluster_at(received_ns)
         if not moves:
-            # It says the same at every instant that it comes, give or take its way.
+            # Frames of a paused grid are all alike. So its arrival tells which of them this is.
             due = timeline.last_beat(late + MIN_STEP_NS)
         self.last_due_ns, self._last_heard_ns = due, received_ns
         beat = beat_ns(frame.segment.milli_bpm)
-        # A change that a lost frame told of may be in force before the next one comes.
+        # A missing frame may have announced a change that takes effect before the next frame.
         missing = self.grid.steering.local_at(self.due_ns()) + max(beat // 2, MIN_STEP_NS)
         self._missing_ns = missing + round(self._chance() * beat / 2)
-        # One that had to wait for this loop says nothing of the leader, and neither does one of a
-        # grid that stands still, nor the first one of a leader that had to take over: it is late
-        # for a reason.
+        # The arrival of some frames says nothing about drift: of those that waited for this event
+        # loop, of those of a paused grid, and of the first one after a takeover.
         waited = is_late(now_ns - received_ns, beat)
         if now_ns - received_ns > _STALLED_NS:
             self.hurry(now_ns)
@@ -276,7 +281,7 @@ class Follower:
         self._observer.on_followed()
 
     def _watch_arrival(self, late_ns: int, beat: int, now_ns: int) -> None:
-        # It may have been on its way for as long as a ping there and back.
+        # A frame may take as long as a ping there and back.
         tolerance = tolerance_ns(beat)
         if -tolerance <= late_ns <= tolerance + self._estimate.way_ns:
             self._surprising = 0
@@ -292,14 +297,14 @@ class Follower:
             or estimate.uncertainty_at(received_ns) > estimate.way_ns + _PINGS_WORSE_NS
         )
 
-    def _disbelieve(self) -> None:
+    def _drop_question(self) -> None:
         if self.question is None:
             return
         frame, self.question = self.question.frame, None
         self.counts.frames_unexplained += 1
         self._observer.on_odd(
-            f"a frame of epoch {frame.epoch} that the leader of epoch {self.epoch} "
-            "does not bear out"
+            f"a frame of epoch {frame.epoch} was dropped: "
+            f"the leader of epoch {self.epoch} did not confirm it"
         )
 
     def _follow(self, message: BeatFrame | SyncReply, timeline: Timeline, now_ns: int) -> None:
@@ -309,10 +314,10 @@ class Follower:
             self._note_leader(message)
             self._observer.on_leader()
             newer = True
-        # A reply may have been on its way for longer than the frame that told of a change.
+        # A reply that was sent before a change may arrive after the frame that announced it.
         if newer and timeline.segments != present.segments:
             if isinstance(message, BeatFrame) and timeline.segments[-1] != present.segments[-1]:
-                # What a frame alone has told is to be borne out.
+                # A change that only a frame has announced must be confirmed by an answer.
                 self._ping_within(_CHECK_NS, now_ns)
             self.grid.adopt(timeline, now_ns)
 
@@ -322,8 +327,8 @@ class Follower:
         self.is_alone = message.alone is True
         self.incarnation = message.incarnation or ""
 
-    def _is_another(self, message: BeatFrame | SyncReply) -> bool:
-        # Only two names tell two grids apart; somebody may not know its own.
+    def _is_other_grid(self, message: BeatFrame | SyncReply) -> bool:
+        # A process may not know the identity of its grid. So grids differ only if both are named.
         named = message.incarnation or ""
         return bool(self.incarnation and named and named != self.incarnation)
 
@@ -331,22 +336,22 @@ class Follower:
 
     @property
     def pings(self) -> int:
-        """How many pings the next burst is of, at most."""
+        """The largest number of pings in the next burst."""
         return STEADY_PINGS if self.locked else JOINING_PINGS
 
     def is_enough(self, answers: Sequence[Answer]) -> bool:
-        """Tell whether a burst is to end after these answers: the leader is asked too often."""
+        """Tell whether to end a burst after these answers, because the leader asks for a pause."""
         if not answers[-1][1].wait_ns:
             return False
         return self.locked or len(answers) >= STEADY_PINGS
 
     @property
     def next_burst_ns(self) -> int:
-        """When to ping the leader again, in local time, where nothing is asked sooner."""
+        """The local time, in ns, at which to ping the leader again at the latest."""
         return min(self._planned_ns, max(self._missing_ns, self._not_before_ns))
 
     def hurry(self, now_ns: int) -> None:
-        """Ping the leader once a beat again, as there was a surprise."""
+        """Ping the leader within a beat and then once a beat, after something unexpected."""
         self._interval_ns = 0
         self._ping_within(self._beat_ns(now_ns), now_ns)
 
@@ -379,7 +384,8 @@ class Follower:
         self._missing_ns = NEVER
 
     def _next_interval(self, interval: int, now_ns: int) -> int:
-        # Twice as long where the estimate stays good for it, and shorter where it does not.
+        # Double the interval if the estimate stays good for so long; halve it if it does not even
+        # stay good for the present one.
         estimate = self._estimate
         longer = min(2 * interval, round(REST_NS / (1 + _JITTER)))
         for pause in (longer, interval):
@@ -391,16 +397,16 @@ class Follower:
         return pause_ns + round(_JITTER * self._chance() * pause_ns)
 
     def answer(self, answers: Sequence[Answer], asked: Heard | None, now_ns: int) -> bool:
-        """Take in the answers to a burst, and plan the next one (see `next_burst_ns`).
+        """Process the answers to a burst, and plan the next one (see `next_burst_ns`).
 
         Args:
-          answers: in the order in which they came.
-          asked: the `question` there was when the burst began. One that came since is another
-            question: the leader may have died with its last answer.
-          now_ns: now.
+          answers: in the order in which they arrived.
+          asked: the `question` at the beginning of the burst. A question that arrived later is not
+            decided by these answers, because the leader may have died after the last of them.
+          now_ns: now, in local time.
 
         Returns:
-          Whether all is well, so that the next burst has time.
+          False if the answers contradict the estimate, so that another burst is needed soon.
 
         """
         best = best_ping([ping for ping, _ in answers])
@@ -412,7 +418,7 @@ class Follower:
     def _take(self, answers: Sequence[Answer], asked: Heard | None, now_ns: int) -> bool:
         rank = max((_rank(reply) for _, reply in answers), default=(False, -1))
         if any(_rank(reply) != rank for _, reply in answers):
-            self._observer.on_odd(f"pings are answered in several epochs, up to {rank[1]}")
+            self._observer.on_odd(f"pings were answered in several epochs; the last is {rank[1]}")
             answers = [(ping, reply) for ping, reply in answers if _rank(reply) == rank]
         burst = [ping for ping, _ in answers]
         best = best_ping(burst)
@@ -420,12 +426,12 @@ class Follower:
         if best is None:
             self._decide_unanswered(now_ns)
             return True
-        # The newest one: of a burst, it may be the first that tells of a change.
+        # Only the newest answer of a burst is sure to know the newest change.
         reply = answers[-1][1]
         if self.locked and self._is_outranked(reply) and not self.in_holdover(now_ns):
             self.counts.frames_stale_epoch += 1
             self._observer.on_odd(
-                f"a ping is answered in epoch {reply.epoch} while epoch {self.epoch} leads"
+                f"a ping's answer of epoch {reply.epoch} was dropped: epoch {self.epoch} leads"
             )
             return True
         try:
@@ -435,9 +441,9 @@ class Follower:
             return True
         verdict = self._measure(reply, timeline, best, burst, now_ns)
         if asked is not None and asked is self.question:
-            # Now that the clock is right it may be plain.
+            # With the corrected clock the frame may fit.
             if not self._explains(asked):
-                self._disbelieve()
+                self._drop_question()
             else:
                 self.question = None
                 if asked.frame.beat_index >= self._next_index:
@@ -449,23 +455,23 @@ class Follower:
     ) -> Verdict:
         grid, estimate = self.grid, self._estimate
         apart = best.local_ns + best.offset_ns - grid.cluster_at(best.local_ns)
-        same = timeline.continues(grid.timeline, apart) and not self._is_another(reply)
+        same = timeline.continues(grid.timeline, apart) and not self._is_other_grid(reply)
         if not self.locked or (reply.epoch != self.epoch and not same):
             self._estimate = estimate = Estimate()
             verdict = estimate.add(burst)
             self._lock(reply, timeline, estimate.offset_at(now_ns), now_ns, estimate.frequency)
             return verdict
         if reply.epoch != self.epoch and estimate.known:
-            # The next leader has an idea of its own of the same cluster time.
+            # The cluster time of the next leader differs slightly.
             estimate.begin_anew(best)
         verdict = estimate.add(burst)
         if verdict is Verdict.OVERRULED:
-            # Cluster time has jumped: frames from before and after it make no line.
+            # Cluster time has jumped: frames from before and after it are not on one line.
             self.drift.clear()
             self._interval_ns = 0
-        if self._is_mistaken(timeline, same=same, epoch=reply.epoch):
+        if self._is_disproved(timeline, same=same, epoch=reply.epoch):
             self.counts.frames_unexplained += 1
-            self._observer.on_odd("the leader knows nothing of what frames in its name have told")
+            self._observer.on_odd("the leader does not know the grid that frames describe")
             if same:
                 grid.adopt(timeline, now_ns)
                 self._next_index = min(self._next_index, self._index_at(now_ns) + 1)
@@ -479,9 +485,9 @@ class Follower:
         grid.steer(estimate.offset_at(now_ns), now_ns, estimate.frequency)
         return verdict
 
-    def _is_mistaken(self, timeline: Timeline, *, same: bool, epoch: int) -> bool:
-        # Once, an answer may have been on its way for longer than the frame that told of a change.
-        # Where the leader goes on not to know of it, the frame was not the leader's.
+    def _is_disproved(self, timeline: Timeline, *, same: bool, epoch: int) -> bool:
+        # A single answer that was sent before a change may arrive after the frame that announced
+        # it. If several answers in a row do not know the change, the frame was not the leader's.
         known = self.grid.timeline.segments[-1].seq
         behind = epoch == self.epoch and (not same or timeline.segments[-1].seq < known)
         self._behind = self._behind + 1 if behind else 0
@@ -491,15 +497,15 @@ class Follower:
         return True
 
     def _decide_unanswered(self, now_ns: int) -> None:
-        # A leader that beats and answers no pings: its frames tell the time, if less well. Another
-        # one is believed when the one before it is not heard any more.
+        # The leader may publish frames and not answer pings. Then the frames measure the time, less
+        # exactly. A new leader's frames are believed once the leader before it is silent.
         if self.question is None or (self.locked and not self.in_holdover(now_ns)):
             return
         heard, self.question = self.question, None
         frame, timeline, received_ns = heard
         due = timeline.time_of(frame.beat_index)
         apart = due - self.grid.cluster_at(received_ns)
-        same = timeline.continues(self.grid.timeline, apart) and not self._is_another(frame)
+        same = timeline.continues(self.grid.timeline, apart) and not self._is_other_grid(frame)
         if not self.locked or not same:
             self._estimate = Estimate()
             offset = due - received_ns
@@ -516,7 +522,7 @@ class Follower:
     ) -> None:
         grid, hold_beats = self.grid, 0.0
         if self.locked:
-            # On one incarnation no beat comes twice, however far off the position was.
+            # Within one incarnation no beat comes twice, however far off the position was.
             same = self.incarnation and message.incarnation == self.incarnation
             hold_beats = math.inf if same else _HELD_BARS * message.beats_per_bar
         self._note_leader(message)
@@ -538,7 +544,7 @@ class Follower:
         self._observer.on_followed()
 
     def _index_at(self, now_ns: int) -> int:
-        # Of the leader's beat, which lies behind the position while that is held.
+        # The index of the leader's beat, which is behind the position while that is held.
         return self.grid.timeline.index_at(self.grid.cluster_at(now_ns))
 
 

@@ -1,7 +1,7 @@
-"""Where one agent is on the grid: the segments that it knows, under its own idea of cluster time.
+"""The position of one agent on the grid: the segments it knows, and its estimate of cluster time.
 
-Pure: local time is passed in. Whatever an agent learns of the grid or of its clock, and whenever it
-does, its position never runs back.
+Pure: local time is passed in. Whatever an agent learns about the grid or about its clock, its
+position on one grid never goes back.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .timeline import NEVER, Timeline, beat_ns
 
 
 class GridObserver(Protocol):
-    """What a grid tells when something about it changes."""
+    """The methods that a `Grid` calls when it changes."""
 
     def changed(self) -> None:
-        """React to a change of when beats will come. It is called after each of them."""
+        """React to a change of the times of future beats. It is called after the change."""
 
     def rebased(self, beats: float, index: int) -> None:
-        """React to a move of the position to another grid. It is called before `changed`.
+        """React to the move to another grid. It is called after the move and before `changed`.
 
         Args:
           beats: by how many beats the position has moved.
@@ -36,9 +36,9 @@ class Grid:
 
     Args:
       timeline: the segments.
-      steering: how local time becomes cluster time.
-      beats_per_bar: the length of a bar.
-      observer: what is told of changes; None is nobody.
+      steering: the mapping from local time to cluster time.
+      beats_per_bar: the length of a bar, in beats.
+      observer: its methods are called when the grid changes; None for no calls.
 
     """
 
@@ -53,8 +53,8 @@ class Grid:
         self.steering: Steering = steering
         self.beats_per_bar: int = beats_per_bar
         self.floor: float = -math.inf
-        """The position that was reached before the grid was last corrected. Where the grid turned
-        out to lie behind it, the agent holds it until the grid comes there."""
+        """The position, in beats, at the last correction of the grid. If the corrected grid is
+        behind it, the agent holds this position until the grid reaches it."""
         self._floor_ns = 0
         self._observer = observer
 
@@ -63,14 +63,14 @@ class Grid:
         return self.steering.cluster_at(local_ns)
 
     def index_at(self, local_ns: int) -> int:
-        """Return the index of the beat that an instant of local time lies in."""
+        """Return the index of the beat at an instant of local time."""
         index = self.timeline.index_at(self.steering.cluster_at(local_ns))
         return index if index >= self.floor or local_ns < self._floor_ns else int(self.floor)
 
     def position_at(self, local_ns: int) -> float:
         """Return the position, in beats, at an instant of local time."""
         position = self.timeline.position_at(self.steering.cluster_at(local_ns))
-        # Of an instant before the last correction the floor tells nothing.
+        # The floor does not apply to instants before the last correction.
         return position if local_ns < self._floor_ns else max(self.floor, position)
 
     def segment_at(self, local_ns: int) -> Segment:
@@ -78,7 +78,7 @@ class Grid:
         return self.timeline.segment_at(self.steering.cluster_at(local_ns))
 
     def local_at(self, position: float) -> int:
-        """Return when a position is reached, in local time; `NEVER` where it will not be."""
+        """Return the local time at which a position is reached, or `NEVER`."""
         local_ns = self._local_at(position)
         return min(self._floor_ns, local_ns) if position <= self.floor else local_ns
 
@@ -87,35 +87,36 @@ class Grid:
         return NEVER if cluster_ns == NEVER else self.steering.local_at(cluster_ns)
 
     def held_until(self) -> int:
-        """Return when the grid reaches the position that is held; `NEVER` where it does not.
+        """Return the local time at which the grid reaches the position that is held, or `NEVER`.
 
-        To be asked only after a correction.
+        Call it only after a correction.
         """
         return self._local_at(self.floor)
 
     def hold_ns(self, local_ns: int) -> int:
-        """Return how far the grid lies behind the position that is held, at its present tempo.
+        """Return how far the grid is behind the held position, in ns at the present tempo.
 
-        It is 0 where nothing is held.
+        It is 0 while no position is held.
         """
         cluster = self.steering.cluster_at(local_ns)
         behind = max(0.0, self.floor - self.timeline.position_at(cluster))
         return round(behind * beat_ns(self.timeline.segment_at(cluster).milli_bpm))
 
     def error_ns(self, local_ns: int) -> int:
-        """Return how far the position is ahead of where it is steered to, at its present tempo.
+        """Return how far the position is ahead of the measured one, in ns at the present tempo.
 
-        It is negative where the position is behind.
+        It is negative if the position is behind.
         """
         steering = self.steering
         slew = steering.cluster_at(local_ns) - local_ns - steering.target_at(local_ns)
         return slew + self.hold_ns(local_ns)
 
     def adopt(self, timeline: Timeline, local_ns: int) -> None:
-        """Follow another course of the same grid, without a jump of the position.
+        """Replace the timeline by another one of the same grid, without a jump of the position.
 
-        A change that was announced ahead leaves no difference. Where the difference is found
-        afterwards, the position goes on from where it is, and is corrected as `steer` does.
+        A change that was announced in time makes no difference to the present position. If a change
+        becomes known only after it took effect, the position continues from where it is, and is
+        corrected as `steer` does it.
         """
         cluster, former = self.steering.cluster_at(local_ns), self.timeline
         self._hold(local_ns)
@@ -123,7 +124,7 @@ class Grid:
         milli, reached = timeline.segment_at(cluster).milli_bpm, timeline.time_of(self.floor)
         before, after = former.position_at(cluster), timeline.position_at(cluster)
         same = abs(after - before) * beat_ns(milli) <= 1
-        # Who holds a position already goes on doing so as long as the grid lies behind it.
+        # A position that is held already stays so while the grid is behind it.
         holds = before < self.floor and after < self.floor
         if same or holds or not milli or reached == NEVER:
             self._changed()
@@ -133,9 +134,9 @@ class Grid:
             self.steer(target, local_ns, frequency)
 
     def steer(self, offset_ns: int, local_ns: int, frequency: int = 0) -> None:
-        """Move cluster time towards a measured offset and frequency (see `Steering.correct`).
+        """Correct cluster time to a measured offset and frequency (see `Steering.correct`).
 
-        The position does not go back with it: it is held until the grid comes there.
+        If the correction steps back, the position does not: it is held until the grid reaches it.
         """
         self._hold(local_ns)
         beat = beat_ns(self.segment_at(local_ns).milli_bpm)
@@ -152,16 +153,16 @@ class Grid:
         frequency: int = 0,
         hold_beats: float = 0.0,
     ) -> None:
-        """Move to another grid, with what is known of its time.
+        """Move to another grid.
 
         Args:
           timeline: the segments of the other grid.
-          offset_ns: its cluster time minus local time, now.
-          local_ns: now.
-          beats_per_bar: the length of its bars.
-          frequency: how much faster its cluster time runs, in parts in 10**12.
-          hold_beats: where the other grid lies behind the position by no more beats than these, the
-            position does not move, but is held until the other grid comes there.
+          offset_ns: the cluster time of the other grid minus local time, now.
+          local_ns: now, in local time.
+          beats_per_bar: the length of a bar of the other grid, in beats.
+          frequency: how much faster its cluster time runs than local time, in parts in 10**12.
+          hold_beats: if the other grid is behind the position by at most this many beats, the
+            position is held until that grid reaches it. Otherwise the position moves.
 
         """
         position, index = self.position_at(local_ns), self.index_at(local_ns)

@@ -1,33 +1,34 @@
-"""Who is there: whether anybody leads or remembers the grid, and what follows from that.
+"""The decisions of a metronome that does not lead: to wait, to ask, or to try to lead.
 
-Nobody decides alone that nobody is there. The record decides who leads; this decides when to ask it
-for the lead. A metronome that does not lead feeds in what it hears and asks what to do next.
+Such a metronome reports to `Presence` what it hears of a leader, of standbys and of agents, and
+asks it what to do next. If the decision is to lead, the record's compare-and-set still decides
+which metronome gets the lead.
 
-Every patience is a multiple of the round trip that was measured. This process's own lateness
-excuses the leader for as long again, but for no longer than one lease. Cases, from the top down:
+Every waiting time grows with the measured round trip. If this process itself was late, the leader
+is given as much more time, but at most one lease. The first row that applies gives the decision:
 
 ==================================================  =========  ===================================
-what is known                                       decision   because
+what is known                                       decision   reason
 ==================================================  =========  ===================================
 there is no connection                              wait       there is no connection
 *following a grid*
 the connection is new                               wait       the leader may not be back yet
-whoever leads has no record, and this one has       take over  it leads without a record
+the leader has no record, this metronome has one    take over  it leads without a record
 the next frame is not late yet                      wait       the leader has time
 it is late, and so was this process                 wait       the leader has time
-it is late, or somebody recalls                     probe      a frame is missing, or: it is asked
+it is late, or another metronome asks for a leader  probe      a frame is missing, or: it is asked
 the leader answers a probe                          wait       the leader has time
-nobody is subscribed to the probes                  take over  its process is gone
+no process is subscribed to the probes              take over  its process is gone
 no answer for a lease                               take over  it is silent
 *joining a grid, or coming back to it*
-somebody who leads was heard a moment ago           wait       somebody may lead
-nobody who leads was heard                          recall     no leader is found
+a leader was heard a moment ago                     wait       somebody may lead
+no leader was heard                                 recall     no leader is found
 the holder of the record does not answer a probe    probe      the leader may be stopped
 a standby answers                                   recall     a standby looks after the leader
-...and nobody leads two leases later                go on      agents remember the grid
-agents have answered, and all had the time to       go on      agents remember the grid
-nobody has, and this metronome led before           go on      this metronome remembers the grid
-nobody has, for long enough                         begin      nobody remembers a grid
+...and there is no leader two leases later          go on      agents remember the grid
+agents answered, and all had enough time to         go on      agents remember the grid
+no answer came, and this metronome led before       go on      this metronome remembers the grid
+no answer came for long enough                      begin      nobody remembers a grid
 ==================================================  =========  ===================================
 
 Pure: local time is passed in, as ``now_ns``.
@@ -41,23 +42,23 @@ from typing import Final, NamedTuple, final
 from .._wire import Role
 from .timeline import NEVER
 
-# How late a frame may be, beside the jitter of the frames.
+# A frame is late after this time, or this many times the jitter of the frames if that is longer.
 LATE_NS: Final = 8_000_000
 JITTERS: Final = 4
-# How often a leader that owes a frame is asked.
+# The interval between probes of a leader whose frame is late.
 PROBE_EVERY_NS: Final = 5_000_000
-# How often everybody is asked: ever less often, as each of many agents answers.
+# The interval between recalls. It doubles each time, because every agent answers every recall.
 _RECALL_MIN_NS: Final = 200_000_000
 _RECALL_MAX_NS: Final = 2_000_000_000
-# What a leader is given to come back to a server that was away.
+# How long a leader may take to reconnect to a server that was away.
 _RECONNECT_NS: Final = 500_000_000
-# For how long nobody must answer before a grid begins, and what agents have to answer in.
+# A new grid begins only after this time without an answer. Agents have the second time to answer.
 _ABSENT_NS: Final = 1_000_000_000
 _ANSWER_NS: Final = 100_000_000
-# Round trips that an answer may take, that a silence must last, and that a lease must hold.
+# Each of the last three times is at least the first number of round trips, a lease the second.
 _ANSWER_WAYS: Final = 3
 _LEASE_WAYS: Final = 8
-# For how many leases it is believed that a standby looks after the leader.
+# For how many leases a standby's answer is trusted to mean that it watches the leader.
 _LEASES: Final = 2
 
 
@@ -65,16 +66,17 @@ class Action(enum.Enum):
     """What a metronome that does not lead does next."""
 
     WAIT = "wait"
+    """Do nothing before `Decision.until_ns`, unless something is heard."""
     PROBE = "probe"
-    """Ask the leader of the epoch whether it lives."""
+    """Ask the leader of the epoch whether it is alive."""
     RECALL = "recall"
-    """Ask everybody who remembers the grid."""
+    """Ask all agents and metronomes what they know of the grid."""
     TAKE_OVER = "take over"
-    """Ask the record for the lead, with the grid that is followed."""
+    """Try to take the lead in the record, and continue the grid that is followed."""
     GO_ON = "go on"
-    """Ask the record for the lead, with the grid that is remembered."""
+    """Try to take the lead in the record, and continue the grid that is remembered."""
     BEGIN = "begin"
-    """Ask the record for the lead, with another incarnation of the grid."""
+    """Try to take the lead in the record, and begin another incarnation of the grid."""
 
 
 class Decision(NamedTuple):
@@ -82,19 +84,20 @@ class Decision(NamedTuple):
 
     action: Action
     reason: str
+    """The reason in words, for the log."""
     until_ns: int = NEVER
-    """When to decide again at the latest, in local time."""
+    """The local time, in ns, at which to decide again at the latest."""
 
 
 @final
 class Presence:
-    """What a metronome that does not lead knows of the others.
+    """What a metronome that does not lead knows of the leader, the standbys and the agents.
 
     Args:
       now_ns: now, in local time.
-      connected: whether a connection stands.
+      connected: whether there is a connection to the server.
       remembers: whether this metronome has led before, and remembers the grid.
-      has_record: whether this metronome has a record to ask for the lead.
+      has_record: whether this metronome has a record, in which it can take the lead.
 
     """
 
@@ -112,17 +115,17 @@ class Presence:
         self._connected_ns = self._unled_ns = now_ns
         self._way_ns = 0
         self._lease_ns = _ABSENT_NS
-        # Following: the last frame, when the next one is late, and what excuses it.
+        # Following: the last frame, when the next one is late, and until when this is excused.
         self._frame: int | None = None
         self._is_alone = False
         self._late_ns = self._excused_ns = 0
         self._is_fresh = True
         self._is_asked = False
-        # Probing: since when, and what came of it.
+        # Probing: since when, and with which result.
         self._probing_ns: int | None = None
         self._is_refused = False
         self._is_held = False
-        # Recalling: since when, when next, and who has answered when.
+        # Recalling: since when, when next, and when agents and standbys have answered.
         self._recalling_ns: int | None = None
         self._recall_ns = 0
         self._pause_ns = _RECALL_MIN_NS
@@ -132,24 +135,24 @@ class Presence:
 
     # What is known.
 
-    def connection(self, now_ns: int, *, stands: bool) -> None:
-        """Take note of a connection that was made or lost."""
-        if stands:
+    def connection(self, now_ns: int, *, connected: bool) -> None:
+        """Report that the connection to the server was made or lost."""
+        if connected:
             self._connected_ns, self._is_fresh = now_ns, True
             self._forget(now_ns)
-        self._connected = stands
+        self._connected = connected
 
     def measured(self, way_ns: int) -> None:
-        """Take note of the round trip to others, in nanoseconds."""
+        """Report the measured round trip to other processes, in nanoseconds."""
         self._way_ns = way_ns
 
     def follows(self, frame_ns: int, late_ns: int, lease_ns: int, *, alone: bool = False) -> None:
-        """Take note of the grid that is followed, and of its last frame.
+        """Report the last frame of the grid that is followed.
 
         Args:
-          frame_ns: the instant at which the last frame was due; another one is a new frame.
-          late_ns: when the next one is late, in local time.
-          lease_ns: for how long a leader may be silent.
+          frame_ns: the instant at which that frame was due; a different one means a new frame.
+          late_ns: the local time at which the next frame is late.
+          lease_ns: how long a leader may be silent before it is replaced.
           alone: whether the leader has no record.
 
         """
@@ -161,31 +164,34 @@ class Presence:
             self._probing_ns, self._is_refused = None, False
 
     def lost_time(self, now_ns: int, lost_ns: int) -> None:
-        """Take note that this process itself was late: whoever leads is given as much again."""
+        """Report that this process itself was late by ``lost_ns``.
+
+        The leader is given as much more time, at most one lease.
+        """
         self._excused_ns = max(self._excused_ns, now_ns + min(lost_ns, self._lease_ns))
 
     def asked(self) -> None:
-        """Take note that somebody who finds no leader asks who is there."""
+        """Report a recall: another metronome has not found a leader."""
         self._is_asked = True
 
     def led(self, now_ns: int) -> None:
-        """Take note of a frame, or an answer to a ping or to a probe, of somebody who leads."""
+        """Report a sign of life of a leader: a frame, or its answer to a ping or a probe."""
         self._forget(now_ns)
         self._is_asked = False
 
     def holds(self, lease_ns: int, *, held: bool) -> None:
-        """Take note, while joining, of whether the record names somebody who holds the lead."""
+        """Report whether the record names a leader, and its lease, before a grid is followed."""
         self._is_held, self._lease_ns = held, lease_ns
 
     def refused(self) -> None:
-        """Take note that nobody is subscribed to the probes of the one who leads, or did last."""
+        """Report that no process is subscribed to the probes of the present or the last leader."""
         self._is_refused = True
 
     def answered(self, role: Role, now_ns: int) -> None:
-        """Take note of an answer to a recall.
+        """Report an answer to a recall, and the role that its sender gives for itself.
 
-        Anybody who may answer can say that it leads or stands by. Only frames, and answers to pings
-        and probes, prove that somebody leads; what is said here is believed for two leases.
+        Any process that may answer can say that it leads or stands by, so that is believed for two
+        leases only. Frames and answers to pings and probes prove that there is a leader.
         """
         if role != "agent":
             self._standby_ns = now_ns
@@ -193,7 +199,7 @@ class Presence:
             self._agent_ns = now_ns
 
     def disbelieved(self) -> None:
-        """Take note that agents do not agree, or on nothing that can be believed."""
+        """Report that the agents' answers do not agree, or cannot be right."""
         self._believes_agents = False
 
     def _forget(self, now_ns: int) -> None:
@@ -205,7 +211,7 @@ class Presence:
     # What follows from it.
 
     def decide(self, now_ns: int) -> Decision:
-        """Decide what to do next; an `Action.RECALL` counts as carried out."""
+        """Decide what to do next. Carry out an `Action.RECALL`: it is counted as sent."""
         if not self._connected:
             return Decision(Action.WAIT, "there is no connection")
         if self._frame is not None:
@@ -246,7 +252,7 @@ class Presence:
             return self._recall(now_ns, "no leader is found", now_ns + absent_ns)
         if self._is_held and not self._is_refused and not self._is_silent(now_ns):
             return Decision(Action.PROBE, "the leader may be stopped")
-        if self._is_stood_by(now_ns, absent_ns):
+        if self._has_standby(now_ns, absent_ns):
             return self._recall(now_ns, "a standby looks after the leader", NEVER)
         if self._agent_ns is not None and self._believes_agents:
             if now_ns < self._agent_ns + answer_ns:
@@ -258,7 +264,7 @@ class Presence:
             return Decision(Action.GO_ON, "this metronome remembers the grid")
         return Decision(Action.BEGIN, "nobody remembers a grid")
 
-    def _is_stood_by(self, now_ns: int, absent_ns: int) -> bool:
+    def _has_standby(self, now_ns: int, absent_ns: int) -> bool:
         if self._standby_ns is None or self._recalling_ns is None:
             return False
         lease_ns = max(self._lease_ns, _LEASE_WAYS * self._way_ns)

@@ -1,9 +1,9 @@
-"""What a recall comes to: the time and the grid that most of those who answer agree on.
+"""The result of a recall: the cluster time and the grid on which a majority of the answers agree.
 
-Each answer is a measurement of cluster time, like a ping, and says by how much it may be wrong. The
-true time lies in each honest answer's interval. So the instant that most intervals share is taken
-(Marzullo's algorithm, as in RFC 5905, section 11.2.1), and only where these are more than half of
-all: one liar among several agents changes nothing.
+Each answer is a measurement of cluster time, like a ping, and gives an interval in which the true
+time lies if the answer is right. `agree` takes the instant that most intervals share (Marzullo's
+algorithm, as in RFC 5905, section 11.2.1), and only if these are more than half of all answers. So
+one wrong answer among several changes nothing.
 
 Pure: times are passed in.
 """
@@ -19,12 +19,12 @@ from .._wire import RecallReply
 from .estimate import Ping
 from .timeline import Timeline
 
-# By how much an answer may lie from what the record and the wall clock let expect.
+# An answer is dropped if it differs by more from the time computed from the record and wall clock.
 _EXPECTED_NS: Final = 60_000_000_000
 
 
 class Memory(NamedTuple):
-    """One answer to a recall, and the exchange by which it came."""
+    """One answer to a recall, with the time stamps of its exchange."""
 
     ping: Ping
     reply: RecallReply
@@ -32,19 +32,19 @@ class Memory(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """What most of those who answered agree on."""
+    """What a majority of the answers agree on."""
 
     offset_ns: int
-    """Cluster time minus local time."""
+    """Cluster time minus local time, in nanoseconds."""
     uncertainty_ns: int
-    """What it may be wrong by."""
+    """By how much the offset may be wrong, in nanoseconds."""
     timeline: Timeline
     incarnation: str
-    """The identity of the grid; empty where nobody knows it."""
+    """The identity of the grid; empty if no answer names it."""
     epoch: int
-    """The epoch that most of them follow, at least; -1 for that of a leader without a record."""
+    """The median of their epochs; -1 stands for the epoch of a leader without a record."""
     last_beat: int
-    """The last beat that any of them has delivered."""
+    """The highest beat index that any of them has delivered."""
     beats_per_bar: int
     alone: bool
     """Whether the grid has no record."""
@@ -57,14 +57,15 @@ def agree(
     incarnation: str | None = None,
     expected_ns: int | None = None,
 ) -> Agreement | None:
-    """Return what most of the answers agree on; None where they do not, or none can be believed.
+    """Return what a majority of the answers agree on, or None if there is no majority.
 
     Args:
       memories: the answers, one of each agent.
       now_ns: now, in local time.
-      incarnation: the identity of the record's grid: answers of another grid do not count. None
-        where there is no record; then the grid that most answers are of counts.
-      expected_ns: the cluster time that the record and the wall clock let expect; None for any.
+      incarnation: the identity of the grid in the record; answers of another grid do not count.
+        None if there is no record. Then only the grid of the majority of the answers counts.
+      expected_ns: the cluster time now, computed from the record and the wall clock; answers that
+        differ from it by more than a minute do not count. None if nothing is expected.
 
     """
     believed = [
@@ -94,7 +95,7 @@ def agree(
     offset = (low + high) // 2
     agreed = [m for m in believed if abs(m.ping.offset_ns - offset) <= _half(m)]
     cluster = now_ns + offset
-    # Of the same grid some may have heard of a change that others have not.
+    # Some agents may know a change of this grid that others have not heard of yet.
     timelines = Counter(m.timeline.since(cluster) for m in agreed)
     timeline = max(timelines, key=lambda t: (timelines[t], t.segments[-1].seq))
     furthest = timeline.index_at(cluster) + 1
@@ -104,7 +105,7 @@ def agree(
         uncertainty_ns=(high - low) // 2,
         timeline=timeline,
         incarnation=incarnation,
-        # One that somebody made up must not be the last that there can be.
+        # The median, so that one made-up epoch does not use up all higher ones.
         epoch=statistics.median_high(
             -1 if m.reply.alone is True else m.reply.epoch for m in agreed
         ),
@@ -114,16 +115,12 @@ def agree(
     )
 
 
-def _epoch(memory: Memory) -> int:
-    return -1 if memory.reply.alone is True else memory.reply.epoch
-
-
 def _half(memory: Memory) -> int:
     return memory.ping.delay_ns // 2 + 1 + memory.reply.uncertainty_ns
 
 
 def _most(intervals: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
-    """Return the interval that most of these share, and how many of them do."""
+    """Return the ends of the interval that most intervals share, and how many share it."""
     edges = sorted([(low, -1) for low, _ in intervals] + [(high, 1) for _, high in intervals])
     best, count, shared = 0, 0, (0, 0)
     for index, (edge, kind) in enumerate(edges):

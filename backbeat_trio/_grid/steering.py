@@ -17,12 +17,12 @@ MIN_STEP_NS: Final = 50_000_000
 
 @final
 class Steering:
-    """The mapping of local time to cluster time, corrected by slewing small errors.
+    """The mapping from local time to cluster time, which corrects small errors gradually.
 
-    It is a line, of the offset and the frequency that were measured, and before it a straight way
-    that leads from where cluster time was when they were, at no more than 8 % beside its rate.
-    Cluster time runs back only where a large error is stepped; whoever reads positions by it holds
-    them meanwhile (see `Grid`).
+    The mapping is a line through the measured offset with the measured frequency as its slope. A
+    correction does not jump to that line: cluster time is slewed, which means that it runs up to
+    8 % faster or slower until it meets the line. Only a large error is stepped, that is, corrected
+    at once. Cluster time goes back only in such a step. `Grid` holds its position meanwhile.
     """
 
     __slots__ = ("_base_ns", "_base_offset", "_from_cluster", "_from_ns", "frequency", "settled_ns")
@@ -31,17 +31,17 @@ class Steering:
         self.frequency: int = 0
         """How much faster cluster time runs than local time, in parts in 10**12."""
         self.settled_ns: int = 0
-        """The local time from which on nothing is left to correct."""
+        """The local time, in ns, at which the last correction is complete."""
         self._base_ns = self._from_ns = 0
         self._base_offset = self._from_cluster = offset_ns
 
     @property
     def corrected_ns(self) -> int:
-        """The local time of the last correction; of earlier instants it tells nothing."""
+        """The local time, in ns, of the last correction; the mapping is not valid before it."""
         return self._from_ns
 
     def target_at(self, local_ns: int) -> int:
-        """Return the offset that is aimed at, cluster time minus local time, at an instant."""
+        """Return the measured offset, cluster time minus local time in ns, at a local time."""
         return self._base_offset + (local_ns - self._base_ns) * self.frequency // PARTS
 
     def cluster_at(self, local_ns: int) -> int:
@@ -66,7 +66,7 @@ class Steering:
         else:
             way = end + self.target_at(end) - self._from_cluster
             local_ns = start + (cluster_ns - self._from_cluster) * (end - start) // way
-        # Each division has rounded down.
+        # The divisions round down, so the result may be a few nanoseconds off.
         while self.cluster_at(local_ns - 1) >= cluster_ns:
             local_ns -= 1
         while self.cluster_at(local_ns) < cluster_ns:
@@ -74,7 +74,7 @@ class Steering:
         return local_ns
 
     def rate_at(self, local_ns: int) -> float:
-        """Return how fast cluster time runs, in terms of local time."""
+        """Return how many seconds of cluster time pass in one second of local time."""
         start, end = self._from_ns, self.settled_ns
         if local_ns >= end:
             return 1 + self.frequency / PARTS
@@ -83,12 +83,12 @@ class Steering:
         return (end + self.target_at(end) - self._from_cluster) / (end - start)
 
     def step(self, offset_ns: int, *, at_ns: int = 0, frequency: int = 0) -> None:
-        """Take an offset at once.
+        """Set the offset at once.
 
         Args:
           offset_ns: cluster time minus local time.
-          at_ns: the local time at which it is so much.
-          frequency: how much faster cluster time runs, in parts in 10**12.
+          at_ns: the local time at which the offset was measured.
+          frequency: how much faster cluster time runs than local time, in parts in 10**12.
 
         """
         self._base_ns, self._base_offset, self.frequency = at_ns, offset_ns, frequency
@@ -96,15 +96,16 @@ class Steering:
         self._from_cluster = at_ns + offset_ns
 
     def correct(self, local_ns: int, offset_ns: int, *, beat_ns: int, frequency: int = 0) -> None:
-        """Move towards a measured offset: slewed, or stepped where far off.
+        """Correct cluster time to a measured offset.
+
+        An error of more than max(50 ms, 1/4 beat), forward or back, is stepped. A smaller one is
+        slewed over an eighth of a beat, or longer if that would take more than 8 % of rate.
 
         Args:
-          local_ns: now.
-          offset_ns: what was measured, cluster time minus local time.
-          beat_ns: the length of a beat. An error of more than max(50 ms, 1/4 beat), forward or
-            back, is stepped; others are slewed, over an eighth of a beat or as long as 8 % of rate
-            takes.
-          frequency: what was measured, in parts in 10**12.
+          local_ns: now, in local time.
+          offset_ns: the measured offset, cluster time minus local time.
+          beat_ns: the length of a beat.
+          frequency: the measured frequency of cluster time, in parts in 10**12.
 
         """
         cluster_ns = self.cluster_at(local_ns)

@@ -1,9 +1,10 @@
-"""The arithmetic of the grid, in exact integers: segments of one tempo each, and changes of them.
+"""The arithmetic of the grid in exact integers: which beat it is at which instant.
 
-Nothing here reads a clock. Times are integers of nanoseconds of cluster time; positions are beats.
-A beat's edge is the first whole nanosecond at or after the point where the segment's line crosses
-the beat, so that every node computes the same edges; any other position is reached at the nearest
-nanosecond. In a segment of tempo 0 the grid stands still on the beat that it begins with.
+A grid is a list of segments, each with one tempo. Nothing here reads a clock. Times are integers,
+in nanoseconds of cluster time. Positions are in beats. A beat begins at its edge: the first whole
+nanosecond at or after the point at which the segment's line crosses the beat. So every node
+computes the same edges. Any other position is reached at the nearest nanosecond. In a segment of
+tempo 0 the grid is paused on the segment's first beat.
 """
 
 from __future__ import annotations
@@ -17,39 +18,39 @@ from msgspec import UNSET, Struct, UnsetType
 from .._wire import MAX_MILLI_BPM, MIN_MILLI_BPM, Segment
 
 MINUTE_NS: Final = 60_000_000_000
-# Nanoseconds a beat, times milli-BPM: the line's slope is `milli_bpm / BEAT_UNITS` beats a ns.
+# A beat of a segment lasts `BEAT_UNITS / milli_bpm` nanoseconds.
 BEAT_UNITS: Final = MINUTE_NS * 1000
 
-# A grid that stands still is told of this often, and counts as having beats of this length where
-# a length is needed.
-STILL_NS: Final = 1_000_000_000
-# The time of what will not come: later than all that the wire can tell.
+# While the grid is paused, the leader publishes a frame this often. Calculations that need the
+# length of a beat use it, too.
+PAUSED_BEAT_NS: Final = 1_000_000_000
+# The time of a position that is never reached. It is later than any time that a message can carry.
 NEVER: Final = 1 << 63
 
-# Each grid begins at an instant of its own, somewhere in eighteen years: so no segment of one is a
-# segment of another, and what is told of two grids differs by more than clocks ever do. Only those
-# that stop while their machine sleeps differ by minutes.
+# The cluster time of a new grid begins at a random value within these eighteen years. So two grids
+# have no segment in common, and their cluster times are further apart than two clocks of one grid
+# ever are: a clock that stops while its machine sleeps is off by minutes.
 ORIGINS_NS: Final = 1 << 59
 _APART_NS: Final = 3600 * 1_000_000_000
 
 # By how much another implementation may round an edge differently.
 _ROUNDING_NS: Final = 1000
 
-# Moving a position to another grid costs it a rounding of a float; within this many beats of a
-# beat's edge it is taken as the edge itself.
+# A position that moves to another grid is rounded as a float. If it is this close to a beat, it
+# counts as that beat.
 SNAP: Final = 1e-9
 
 
 def milli_bpm(name: str, bpm: float) -> int:
-    """Return a tempo in thousandths of a beat a minute.
+    """Convert a tempo from beats per minute to thousandths of a beat per minute.
 
     Args:
-      name: what the value is called, for the error's text.
+      name: the name of the parameter, for the error's text.
       bpm: beats per minute, 0.1 to 6,000.
 
     Raises:
-      TypeError: where it is no number.
-      ValueError: where it is NaN or out of range.
+      TypeError: if ``bpm`` is not an int or a float.
+      ValueError: if ``bpm`` is NaN or out of range.
 
     """
     if isinstance(bpm, bool) or not isinstance(bpm, (int, float)):
@@ -61,8 +62,12 @@ def milli_bpm(name: str, bpm: float) -> int:
 
 
 def beat_ns(milli: int) -> int:
-    """Return the length of a beat in nanoseconds, rounded up."""
-    return -(-BEAT_UNITS // milli) if milli else STILL_NS
+    """Return the length of a beat in nanoseconds, rounded up.
+
+    ``milli`` is the tempo in thousandths of a beat per minute. For 0, a paused grid, it is
+    `PAUSED_BEAT_NS`.
+    """
+    return -(-BEAT_UNITS // milli) if milli else PAUSED_BEAT_NS
 
 
 def _edge(segment: Segment, position: float) -> int:
@@ -92,26 +97,26 @@ class Description(Protocol):
 
 @final
 class Timeline(Struct, frozen=True):
-    """The committed segments that matter from now on: the present one and those to come."""
+    """The segments of a grid that still matter: the present one and those announced for later."""
 
     segments: tuple[Segment, ...]
 
     @classmethod
     def of(cls, message: Description) -> Timeline:
-        """Make the timeline that a frame or a reply describes.
+        """Make the timeline that a frame or a sync reply describes.
 
         Raises:
-          ValueError: where its segments do not join.
+          ValueError: if a segment does not begin where the one before it ends.
 
         """
         following = () if message.next_segment is None else (message.next_segment,)
         segments = (message.segment, *following, *(message.later_segments or ()))
         for before, segment in itertools.pairwise(segments):
-            still = not before.milli_bpm
-            if (segment.beat0 != before.beat0) if still else (segment.beat0 <= before.beat0):
+            paused = not before.milli_bpm
+            if (segment.beat0 != before.beat0) if paused else (segment.beat0 <= before.beat0):
                 raise ValueError("the segments are not in the order of their beats")
             gap = segment.t0_ns - _edge(before, segment.beat0)
-            if not (gap >= 0 if still else abs(gap) <= _ROUNDING_NS):
+            if not (gap >= 0 if paused else abs(gap) <= _ROUNDING_NS):
                 raise ValueError("a segment does not begin where the one before it ends")
         return cls(segments)
 
@@ -123,53 +128,67 @@ class Timeline(Struct, frozen=True):
         return self.segments[0]
 
     def index_at(self, cluster_ns: int) -> int:
-        """Return the index of the beat that an instant lies in."""
+        """Return the index of the beat at an instant of cluster time."""
         segment = self.segment_at(cluster_ns)
         return segment.beat0 + (cluster_ns - segment.t0_ns) * segment.milli_bpm // BEAT_UNITS
 
     def position_at(self, cluster_ns: int) -> float:
-        """Return the position, in beats, of an instant; its integer part is `index_at`."""
+        """Return the position, in beats, at an instant; its integer part is `index_at`."""
         segment = self.segment_at(cluster_ns)
         beats, rest = divmod((cluster_ns - segment.t0_ns) * segment.milli_bpm, BEAT_UNITS)
         index = segment.beat0 + beats
         position = index + rest / BEAT_UNITS
-        # A sum so close below the next beat that the float rounds up to it.
+        # The sum may be so close below the next beat that it is rounded up to it.
         return position if position < index + 1 else math.nextafter(index + 1, 0.0)
 
     def time_of(self, position: float) -> int:
-        """Return the cluster time at which a position is first reached; `NEVER` where it is not."""
+        """Return the cluster time at which a position is first reached, or `NEVER`."""
         for before, segment in reversed(list(itertools.pairwise(self.segments))):
-            # A grid that stood still reached the beat where it stopped, not where it went on.
+            # A grid that was paused on this beat reached it when the pause began, not when it
+            # ended.
             if position > segment.beat0 or (position == segment.beat0 and before.milli_bpm):
                 return _edge(segment, position)
         return _edge(self.segments[0], position)
 
     def after(self, cluster_ns: int) -> int:
-        """Return the first beat that begins at an instant of cluster time or later."""
+        """Return the index of the first beat that begins at an instant of cluster time or later."""
         index = self.index_at(cluster_ns)
         return index if self.time_of(index) >= cluster_ns else index + 1
 
     def last_beat(self, cluster_ns: int) -> int:
-        """Return when the present beat began, or a grid that stands still was told of last."""
+        """Return when the last frame was due: when the present beat began.
+
+        In a paused grid a frame is due once a second, counted from the beginning of the pause.
+        """
         segment = self.segment_at(cluster_ns)
         if segment.milli_bpm:
             return self.time_of(self.index_at(cluster_ns))
-        return cluster_ns - (cluster_ns - segment.t0_ns) % STILL_NS
+        return cluster_ns - (cluster_ns - segment.t0_ns) % PAUSED_BEAT_NS
 
     def next_beat(self, cluster_ns: int) -> int:
-        """Return when the next beat begins, or a grid that stands still is told of once more."""
+        """Return when the next frame is due: when the next beat begins.
+
+        In a paused grid a frame is due once a second, as long as the pause lasts.
+        """
         segment = self.segment_at(cluster_ns)
         if segment.milli_bpm:
             return self.time_of(self.index_at(cluster_ns) + 1)
-        repeated = self.last_beat(cluster_ns) + STILL_NS
-        # Where it goes on before that, the beat on which it stood is over, but not told again.
+        repeated = self.last_beat(cluster_ns) + PAUSED_BEAT_NS
+        # If the grid resumes before that, the next frame is that of the next beat.
         return repeated if self.segment_at(repeated) is segment else self.time_of(segment.beat0 + 1)
 
     def change(self, milli: int, at_beat: int, *, epoch: int, after_seq: int = -1) -> Timeline:
-        """Return the timeline with another tempo from ``at_beat`` on; 0 stands still there.
+        """Return the timeline with another tempo from ``at_beat`` on.
 
-        It replaces what was to come there. The new segment begins on the very edge that the old
-        one gives to the beat, and its number is greater than all here and ``after_seq``.
+        Segments that begin at that beat or later are left out. The new segment begins exactly on
+        the edge that the one before it gives to the beat.
+
+        Args:
+          milli: the tempo in thousandths of a beat per minute; 0 pauses the grid on that beat.
+          at_beat: the index of the first beat at that tempo.
+          epoch: the term of leadership in which the change is made.
+          after_seq: the new segment's number is greater than this, and than all numbers here.
+
         """
         kept = [segment for segment in self.segments if segment.beat0 < at_beat]
         last = kept[-1] if kept else self.segments[0]
@@ -177,9 +196,17 @@ class Timeline(Struct, frozen=True):
         return self._added(tuple(kept), at_beat, t0_ns, milli, epoch, after_seq)
 
     def resume(self, milli: int, cluster_ns: int, *, epoch: int, after_seq: int = -1) -> Timeline:
-        """Return the timeline of a grid that comes to stand still, going on at an instant then."""
-        still = self.segments[-1]
-        return self._added(self.segments, still.beat0, cluster_ns, milli, epoch, after_seq)
+        """Return the timeline with the end of the pause that is its last segment.
+
+        Args:
+          milli: the tempo after the pause, in thousandths of a beat per minute.
+          cluster_ns: the instant at which the grid resumes, in cluster time.
+          epoch: the term of leadership in which the change is made.
+          after_seq: the new segment's number is greater than this, and than all numbers here.
+
+        """
+        pause = self.segments[-1]
+        return self._added(self.segments, pause.beat0, cluster_ns, milli, epoch, after_seq)
 
     def _added(
         self,
@@ -194,7 +221,7 @@ class Timeline(Struct, frozen=True):
         return Timeline((*kept, Segment(epoch, seq, beat0, t0_ns, milli)))
 
     def wire_fields(self) -> dict[str, Any]:
-        """Return the fields by which a frame or a reply describes it."""
+        """Return the fields by which a frame or a sync reply describes this timeline."""
         segment, *later = self.segments
         return {
             "segment": segment,
@@ -203,20 +230,23 @@ class Timeline(Struct, frozen=True):
         }
 
     def since(self, cluster_ns: int) -> Timeline:
-        """Return the timeline without the segments that are over."""
+        """Return the timeline without the segments that are over at an instant of cluster time."""
         present = self.segment_at(cluster_ns)
         return Timeline(self.segments[self.segments.index(present) :])
 
     def shares(self, other: Timeline) -> bool:
-        """Tell whether both know one segment, which no two grids have in common."""
+        """Tell whether both timelines contain one segment; no two grids have any in common."""
         return not set(self.segments).isdisjoint(other.segments)
 
     def continues(self, other: Timeline, apart_ns: int) -> bool:
-        """Tell whether both are of one grid: this one knows the other's segments or later ones.
+        """Tell whether both timelines are of one grid.
+
+        They are if they share a segment, or if this one consists of later segments of a grid whose
+        cluster time is nearly the same.
 
         Args:
-          other: what is known.
-          apart_ns: by how much the cluster times differ that the two are read by, at one instant.
+          other: the timeline that is known already.
+          apart_ns: the difference, at one instant, of the cluster times to which the two belong.
 
         """
         mine, theirs = self.segments[0], other.segments[0]

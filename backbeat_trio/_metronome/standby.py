@@ -151,10 +151,10 @@ class Standby(ListenerObserver):
     async def _watch_connection(self) -> None:
         while True:
             await self._transport.wait_connected()
-            self._presence.connection(local_ns(), stands=True)
+            self._presence.connection(local_ns(), connected=True)
             self._news.unpark_all()
             await self._transport.wait_connected(False)
-            self._presence.connection(local_ns(), stands=False)
+            self._presence.connection(local_ns(), connected=False)
             self._news.unpark_all()
 
     # What the listener calls.

@@ -64,7 +64,7 @@ async def test_ramp_pause_and_resume() -> None:
         assert bb.health().paused
         done = await backbeat("tempo", "60", "-s", url)
         assert done.returncode == 1
-        assert "stands still" in done.stderr.decode()
+        assert "is paused" in done.stderr.decode()
         done = await backbeat("resume", "-s", url)
         beat = paused["effective_beat"]
         assert done.stdout == f"the grid goes on from beat {beat}\n".encode()

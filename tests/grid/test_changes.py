@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from backbeat_trio import Segment, TempoRefused
 from backbeat_trio._grid.changes import LEAD_NS, propose, reschedule
-from backbeat_trio._grid.timeline import NEVER, STILL_NS, Timeline
+from backbeat_trio._grid.timeline import NEVER, PAUSED_BEAT_NS, Timeline
 from backbeat_trio._wire import MAX_MILLI_BPM, MIN_MILLI_BPM
 
 SECOND = 1_000_000_000
@@ -50,7 +50,7 @@ def test_a_ramp_of_few_beats() -> None:
     ]
 
 
-def test_a_pause_is_soon_and_stands_on_a_beat() -> None:
+def test_a_pause_begins_on_one_of_the_next_beats() -> None:
     still = change(GRID, SECOND // 2, 0)
     assert still.segments[-1] == Segment(2, 1, 3, 3 * SECOND, 0)
     assert still.time_of(3) == 3 * SECOND
@@ -62,22 +62,22 @@ def test_a_pause_is_soon_and_stands_on_a_beat() -> None:
         Segment(2, 2, 3, 102 * SECOND, 60_000),
     )
     assert resumed.time_of(4) == 103 * SECOND
-    assert now + STILL_NS <= resumed.segments[-1].t0_ns <= now + 2 * STILL_NS
-    # The beat on which it stood is not told again.
+    assert now + PAUSED_BEAT_NS <= resumed.segments[-1].t0_ns <= now + 2 * PAUSED_BEAT_NS
+    # The beat of the pause gets no second frame when the pause ends.
     assert resumed.next_beat(101 * SECOND) == 103 * SECOND
     assert still.next_beat(101 * SECOND) == 102 * SECOND
 
 
-def test_what_cannot_be_done_to_a_grid_that_stands_still_or_does_not() -> None:
-    with pytest.raises(TempoRefused, match="does not stand still"):
+def test_changes_that_a_paused_or_a_running_grid_refuses() -> None:
+    with pytest.raises(TempoRefused, match="is not paused"):
         change(GRID, 0, None, former=60_000)
     still = change(GRID, 0, 0)
-    with pytest.raises(TempoRefused, match="stands still from beat 2 on"):
+    with pytest.raises(TempoRefused, match="is paused from beat 2 on"):
         change(still, 0, 120_000, 8)
-    with pytest.raises(TempoRefused, match="stands still: have it go on"):
+    with pytest.raises(TempoRefused, match="is paused: resume it"):
         change(still, 10 * SECOND, 120_000)
     resumed = change(still, 10 * SECOND, None, former=60_000)
-    with pytest.raises(TempoRefused, match="about to go on"):
+    with pytest.raises(TempoRefused, match="about to resume"):
         change(resumed, 10 * SECOND, None, former=60_000)
 
 
@@ -85,18 +85,18 @@ def test_a_pause_that_has_not_begun_can_be_taken_back() -> None:
     still = change(GRID, 0, 0, 10)
     kept = change(still, SECOND, None, former=1)
     assert [(s.beat0, s.milli_bpm) for s in kept.segments] == [(0, 60_000), (10, 60_000)]
-    with pytest.raises(TempoRefused, match="does not stand still"):
+    with pytest.raises(TempoRefused, match="is not paused"):
         change(still, 9 * SECOND, None, former=1)
 
 
 @pytest.mark.parametrize(("at_beat", "over"), [(2**53, 1), (2**53 - 1, 0), (8, 2**53)])
-def test_nothing_is_told_that_nobody_could_decode(at_beat: int, over: int) -> None:
+def test_a_change_that_no_message_can_carry_is_refused(at_beat: int, over: int) -> None:
     with pytest.raises(TempoRefused, match="too far ahead"):
         change(GRID, 0, 120_000, at_beat, over=over)
 
 
-def test_a_pause_is_no_ramp_and_changes_are_not_without_number() -> None:
-    with pytest.raises(TempoRefused, match="no ramp"):
+def test_a_pause_with_a_ramp_and_too_many_changes_are_refused() -> None:
+    with pytest.raises(TempoRefused, match="cannot be a ramp"):
         change(GRID, 0, 0, over=4)
     timeline = GRID
     with pytest.raises(TempoRefused, match="too many"):
@@ -105,23 +105,23 @@ def test_a_pause_is_no_ramp_and_changes_are_not_without_number() -> None:
     assert len(timeline.segments) < 256
 
 
-# What a leader committed, and may not have told.
+# Changes that a leader committed, and may not have announced.
 
 
 def left(heard: Timeline, committed: Timeline, now: int, announced_seq: int = 0) -> Timeline:
     return reschedule(heard, committed, now, announced_seq=announced_seq, beats_per_bar=8, epoch=9)
 
 
-def test_a_change_that_lies_ahead_stays_as_it_is() -> None:
+def test_a_change_that_is_still_far_ahead_stays_as_it_is() -> None:
     committed = change(GRID, 0, 120_000)
     assert left(GRID, committed, 7 * SECOND) == committed
     assert left(committed, committed, 7 * SECOND) == committed
-    # What was told is more than what the record has, as that may be behind.
+    # The frames that were heard may be newer than the record.
     assert left(committed, GRID, 7 * SECOND) == committed
 
 
 @pytest.mark.parametrize("over", [0, 16])
-def test_a_change_that_nobody_heard_of_in_time_is_put_off(over: int) -> None:
+def test_a_change_that_was_not_announced_in_time_is_postponed(over: int) -> None:
     committed = change(GRID, 0, 120_000, over=over)
     now = 8 * SECOND - LEAD_NS + 1
     later = left(GRID, committed, now)
@@ -132,7 +132,7 @@ def test_a_change_that_nobody_heard_of_in_time_is_put_off(over: int) -> None:
     assert later.position_at(now) == GRID.position_at(now)
 
 
-def test_a_grid_that_was_to_go_on_goes_on_later() -> None:
+def test_an_end_of_a_pause_that_was_not_announced_in_time_is_postponed() -> None:
     still = change(GRID, 0, 0).since(5 * SECOND)
     committed = change(still, 10 * SECOND, None, former=60_000)
     later = left(still, committed, 20 * SECOND)
@@ -141,12 +141,12 @@ def test_a_grid_that_was_to_go_on_goes_on_later() -> None:
     assert left(still, committed, 10 * SECOND) == committed
 
 
-def test_a_change_that_was_told_is_not_put_off_by_who_has_not_heard_of_it() -> None:
+def test_an_announced_change_stays_even_if_the_new_leader_has_not_heard_of_it() -> None:
     committed = change(GRID, 0, 120_000)
     seq = committed.segments[-1].seq
     now = 9 * SECOND
     assert left(GRID, committed, now, announced_seq=seq) == committed.since(now)
-    # One of two was told.
+    # Only the first of two changes was announced.
     both = change(committed, 0, 240_000, 16)
     later = left(GRID, both, 12 * SECOND, announced_seq=seq)
     assert later.segments[0] == committed.segments[-1]
@@ -155,7 +155,7 @@ def test_a_change_that_was_told_is_not_put_off_by_who_has_not_heard_of_it() -> N
     assert later.segments[-1].seq > both.segments[-1].seq
 
 
-def test_a_pause_that_was_given_up_is_over_as_soon_as_can_be_told() -> None:
+def test_a_pause_that_was_taken_back_ends_as_soon_as_it_can_be_announced() -> None:
     heard = change(GRID, 0, 0, 24)
     committed = change(heard, 10 * SECOND, None)
     assert committed.segments[-1].milli_bpm == 60_000

@@ -1,4 +1,4 @@
-"""What a follower makes of frames and of answers to pings."""
+"""What a follower does with frames and with answers to pings."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SECOND = 1_000 * MS
 AHEAD = 5 * SECOND
 SEGMENT = Segment(1, 0, 0, 0, 120_000)
 TIMELINE = Timeline((SEGMENT,))
-# Changes of the tempo: none, a later one, and what a leader of another grid would tell.
+# A change of the tempo, and the grid of another cluster.
 CHANGED = TIMELINE.change(60_000, 40, epoch=1)
 OTHER = Timeline((Segment(9, 0, 1000, 0, 240_000),))
 
 
 class Agent(FollowerObserver):
-    """A follower, and the leader's side of what it is told."""
+    """A follower, with methods that play its leader."""
 
     def __init__(self) -> None:
         self.now = SECOND
@@ -132,7 +132,7 @@ def test_the_first_burst_locks(agent: Agent) -> None:
 @pytest.mark.parametrize(
     ("milli", "seconds"), [(120_000, 0.5), (2_000, 5.0), (6_000_000, 0.25), (0, 1.0)]
 )
-def test_bursts_come_once_a_beat_at_first_but_not_at_any_tempo(
+def test_bursts_come_once_a_beat_at_first_within_limits(
     milli: int, seconds: float, agent: Agent
 ) -> None:
     assert agent.answer()
@@ -147,7 +147,7 @@ def test_bursts_come_once_a_beat_at_first_but_not_at_any_tempo(
 
 
 def settle(agent: Agent, bursts: int = 40) -> list[float]:
-    """Answer so many bursts when they are due, and return how long each was waited for."""
+    """Answer this many bursts when they are due, and return the intervals between them."""
     pauses = []
     for _ in range(bursts):
         assert agent.answer(agent.answered())
@@ -159,14 +159,14 @@ def settle(agent: Agent, bursts: int = 40) -> list[float]:
 def test_bursts_back_off_once_the_estimate_is_good(agent: Agent) -> None:
     pauses = settle(agent)
     assert pauses[0] == 0.5
-    # The rate of the clock must be known before it can be relied upon for long.
+    # The rate of the clock must be known before bursts can be far apart.
     assert max(pauses[:5]) <= 1.0
     assert all(later in (pause, 2 * pause, pause / 2) for pause, later in pairwise(pauses))
     assert 16 <= pauses[-1] <= 64
     uncertainty = agent.follower.uncertainty_ns(agent.now)
     assert uncertainty is not None
     assert uncertainty <= MS
-    # Whether frames are missing has nothing to do with pings.
+    # Answer pings although no frames come.
     agent.hear()
     assert not agent.follower.in_holdover(agent.now + SECOND)
     assert agent.follower.in_holdover(agent.now + 2 * SECOND)
@@ -220,13 +220,13 @@ def test_bursts_come_sooner_after_a_surprise(
     assert agent.pause <= SECOND
 
 
-def test_a_burst_that_is_off_a_little_halves_the_interval(agent: Agent) -> None:
+def test_a_burst_that_is_slightly_off_halves_the_interval(agent: Agent) -> None:
     before = settle(agent)[-1]
     assert agent.answer(agent.answered(lie_ns=300_000))
     assert agent.pause == before / 2 * SECOND
 
 
-def test_a_change_that_a_frame_told_is_asked_about_soon(agent: Agent) -> None:
+def test_a_change_that_a_frame_announced_is_checked_by_pings_soon(agent: Agent) -> None:
     settle(agent)
     agent.answer(agent.answered())
     agent.chance = 0.5
@@ -234,7 +234,7 @@ def test_a_change_that_a_frame_told_is_asked_about_soon(agent: Agent) -> None:
     changed = TIMELINE.change(60_000, ahead, epoch=1)
     assert not agent.hear(timeline=changed)
     assert agent.follower._planned_ns - agent.now == 2 * SECOND
-    # Where the leader does not know of it, it is asked again and again.
+    # While the leader does not know the change, it is asked once a beat.
     for _ in range(3):
         assert agent.grid.timeline.segments == changed.segments
         assert agent.pause <= 2 * SECOND
@@ -243,7 +243,7 @@ def test_a_change_that_a_frame_told_is_asked_about_soon(agent: Agent) -> None:
     assert agent.grid.timeline.segments == TIMELINE.segments
 
 
-def test_a_frame_that_is_missing_is_asked_about(agent: Agent) -> None:
+def test_a_missing_frame_causes_a_burst(agent: Agent) -> None:
     settle(agent)
     agent.answer(agent.answered())
     for chance, after in ((0.0, 0.75), (1.0, 1.0)):
@@ -251,19 +251,19 @@ def test_a_frame_that_is_missing_is_asked_about(agent: Agent) -> None:
         agent.now = TIMELINE.time_of(TIMELINE.index_at(agent.now + AHEAD) + 2) - AHEAD
         assert not agent.hear()
         assert agent.pause == pytest.approx(after * SECOND, abs=MS)
-    # Once, and then again only after another frame.
+    # It causes one burst only, until another frame has come.
     agent.now = agent.follower.next_burst_ns
     agent.answer(agent.answered())
     assert agent.pause >= 16 * SECOND
 
 
-def test_a_leader_that_is_asked_too_often_is_left_alone(agent: Agent) -> None:
+def test_a_leader_that_asks_for_patience_is_pinged_less(agent: Agent) -> None:
     def told(wait: float) -> Answer:
         ping, reply = agent.answered()
         return ping, replace(reply, wait_ns=round(wait * SECOND))
 
     burst = [told(20.0) for _ in range(STEADY_PINGS)]
-    # Who does not know the time at all yet asks a few times more.
+    # An agent that has not locked yet sends a few more pings.
     assert [agent.follower.is_enough(burst[:n]) for n in (1, 3, 4)] == [False, False, True]
     agent.answer(*burst)
     assert agent.pause == 20 * SECOND
@@ -271,17 +271,17 @@ def test_a_leader_that_is_asked_too_often_is_left_alone(agent: Agent) -> None:
     agent.now += SECOND
     agent.follower.hurry(agent.now)
     assert agent.pause == 19 * SECOND
-    # A question does not wait.
+    # A frame that must be checked is checked at once, in spite of the wait.
     assert agent.hear(epoch=7)
     agent.answer(agent.answered(epoch=7))
     assert agent.pause == SECOND // 2
-    # Nobody is put off for longer than a minute or so.
+    # The wait is at most about a minute, whatever the leader asks for.
     ping, reply = agent.answered(epoch=7)
     agent.answer((ping, replace(reply, wait_ns=10**18)))
     assert agent.pause == 64 * SECOND
 
 
-def test_agents_that_began_together_do_not_ping_in_step() -> None:
+def test_agents_that_started_together_do_not_ping_together() -> None:
     one, other = Agent(), Agent()
     one.chance = 1.0
     for agent in (one, other):
@@ -291,27 +291,27 @@ def test_agents_that_began_together_do_not_ping_in_step() -> None:
 
 
 @pytest.mark.parametrize("delay", [MS, 80 * MS])
-def test_frames_steer_only_where_they_are_better_than_pings(delay: int, agent: Agent) -> None:
+def test_frames_steer_only_if_they_are_better_than_pings(delay: int, agent: Agent) -> None:
     assert agent.answer(agent.answered(delay))
     assert abs(agent.error_ns) <= 1000
-    # A burst is lost, and the frame that comes then was on its way for 40 ms.
+    # A burst is lost, and the next frame took 40 ms.
     agent.now += 540 * MS
     agent.answer()
     assert not agent.hear()
     assert abs(agent.error_ns) <= 1000
-    # Of a clock whose rate is not known the pings tell little after three minutes.
+    # While the rate of the clock is unknown, pings say little after three minutes.
     agent.now += 180 * SECOND
     agent.answer()
     assert not agent.hear()
     assert agent.error_ns == pytest.approx(-40 * MS, abs=MS)
 
 
-def test_another_leader_is_not_believed_for_one_bad_ping(agent: Agent) -> None:
+def test_one_bad_ping_of_another_leader_does_not_move_the_offset_by_its_error(agent: Agent) -> None:
     assert agent.answer(agent.answered())
     for _ in range(8):
         agent.now += SECOND // 2
         assert agent.answer(agent.answered())
-    # All of its way was the way there.
+    # The whole delay was on the way to the leader.
     assert agent.answer(agent.answered(200 * MS, epoch=2, lie_ns=100 * MS))
     assert agent.follower.epoch == 2
     assert abs(agent.error_ns) <= MS
@@ -321,22 +321,22 @@ def test_another_leader_is_not_believed_for_one_bad_ping(agent: Agent) -> None:
         assert abs(agent.error_ns) <= MS
 
 
-def test_a_frame_from_far_ahead_is_asked_about(agent: Agent) -> None:
+def test_a_frame_from_far_ahead_is_checked_by_pings(agent: Agent) -> None:
     agent.answer(agent.answered())
     assert agent.hear(1000)
     assert agent.follower.question is not None
     assert agent.answer(agent.answered())
     assert agent.follower.question is None
     assert agent.follower.counts.frames_unexplained == 1
-    assert "does not bear out" in agent.odd[-1]
+    assert "did not confirm" in agent.odd[-1]
     assert agent.follower.counts.frames == 0
 
 
-def test_a_higher_epoch_is_believed_by_its_answers_only(agent: Agent) -> None:
+def test_a_higher_epoch_is_believed_only_after_an_answer(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.now += SECOND // 2
     assert agent.hear(epoch=7)
-    # Who leads goes on to answer, and to beat.
+    # The present leader still answers and beats.
     assert agent.answer(agent.answered())
     assert agent.follower.epoch == 1
     agent.now += SECOND // 2
@@ -349,20 +349,20 @@ def test_a_higher_epoch_is_believed_by_its_answers_only(agent: Agent) -> None:
     assert agent.follower.counts.locks == 1
 
 
-def test_a_question_that_came_during_a_burst_is_not_answered_by_it(agent: Agent) -> None:
+def test_a_frame_that_came_during_a_burst_is_not_decided_by_it(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.now += SECOND // 2
     assert agent.hear(epoch=2)
     assert agent.follower.answer([agent.answered()], None, agent.now)
     assert agent.follower.question is not None
-    # Nobody answers, and who led has missed two frames.
+    # No answer comes, and two frames of the old leader are missing.
     agent.now += 2 * SECOND
     agent.answer()
     assert agent.follower.epoch == 2
     assert agent.follower.counts.frames == 1
 
 
-def test_what_a_frame_told_is_given_up_where_three_bursts_know_nothing_of_it(agent: Agent) -> None:
+def test_a_change_that_three_bursts_do_not_confirm_is_dropped(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.now += SECOND // 2
     assert not agent.hear(timeline=CHANGED)
@@ -374,7 +374,7 @@ def test_what_a_frame_told_is_given_up_where_three_bursts_know_nothing_of_it(age
     assert agent.follower.counts.locks == 1
 
 
-def test_frames_that_say_nothing_new_are_counted(agent: Agent) -> None:
+def test_foreign_stale_and_repeated_frames_are_counted(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.now += SECOND // 2
     assert not agent.hear()
@@ -384,10 +384,10 @@ def test_frames_that_say_nothing_new_are_counted(agent: Agent) -> None:
     assert (counts.frames, counts.frames_repeated, counts.frames_foreign) == (1, 1, 1)
 
 
-def test_a_frame_that_explains_itself_alone_is_asked_about(agent: Agent) -> None:
+def test_a_frame_with_an_unknown_older_segment_is_checked_by_pings(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.now += SECOND // 2
-    # In the leader's name, with an older segment that nobody knows, and far ahead by it.
+    # It is in the leader's name, and by its segment far ahead of the grid.
     newer = TIMELINE.change(120_000, 1, epoch=1).since(agent.now + AHEAD)
     agent.answer(agent.answered(timeline=newer))
     made_up = Timeline((Segment(1, 0, 10**9, agent.now + AHEAD, 120_000),))
@@ -399,11 +399,11 @@ def test_a_frame_that_explains_itself_alone_is_asked_about(agent: Agent) -> None
     assert agent.follower.counts.frames == 1
 
 
-def test_who_is_held_for_long_hears_the_leader_all_the_same(agent: Agent) -> None:
+def test_an_agent_that_holds_its_position_still_hears_the_leader(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.hear()
     assert agent.follower.error_text(agent.now) is None
-    # Three seconds, six beats, ahead: so long the position is held.
+    # It is six beats ahead, so it holds its position for three seconds.
     agent.grid.steering.step(AHEAD + 3 * SECOND, at_ns=agent.now)
     position = agent.grid.position_at(agent.now)
     for _ in range(4):
@@ -417,7 +417,7 @@ def test_who_is_held_for_long_hears_the_leader_all_the_same(agent: Agent) -> Non
         "ahead of the cluster by 3 beats; the position holds until the grid reaches it"
     )
     assert agent.follower.counts.frames == 5
-    # So nobody else is believed.
+    # So another leader is not believed.
     assert not agent.hear(epoch=0)
     assert agent.stale == [0]
     agent.now += 2 * SECOND
@@ -426,7 +426,9 @@ def test_who_is_held_for_long_hears_the_leader_all_the_same(agent: Agent) -> Non
 
 
 @pytest.mark.parametrize(("apart", "where"), [(100 * MS, "ahead of"), (-100 * MS, "behind")])
-def test_what_is_steered_slowly_is_told_of(apart: int, where: str, agent: Agent) -> None:
+def test_a_large_error_is_reported_while_it_is_corrected(
+    apart: int, where: str, agent: Agent
+) -> None:
     agent.answer(agent.answered())
     agent.now += SECOND
     agent.grid.steering.step(AHEAD + apart, at_ns=agent.now)
@@ -441,14 +443,14 @@ def test_what_is_steered_slowly_is_told_of(apart: int, where: str, agent: Agent)
     ("behind", "named", "held"),
     [(7, "another", True), (9, "another", False), (-3, "another", False), (900, "one", True)],
 )
-def test_a_grid_that_lies_behind_holds_the_position(
+def test_a_grid_that_is_behind_holds_the_position(
     behind: int, named: str, held: bool, agent: Agent
 ) -> None:
     ping, reply = agent.answered()
     agent.answer((ping, replace(reply, incarnation="one")))
     agent.now += 1000 * SECOND
     before = agent.grid.index_at(agent.now)
-    # Of four beats a bar, it begins at another instant of cluster time.
+    # It has four beats a bar, and begins at another instant of cluster time.
     other = Timeline((Segment(2, 0, before - behind, 7 * 10**15, 120_000),))
     lie = 7 * 10**15 - agent.now - AHEAD + 2 * MS
     for _ in range(3):
@@ -479,7 +481,7 @@ def test_a_new_grid_of_the_same_epoch_is_followed_after_three_bursts(agent: Agen
     assert agent.error_ns == pytest.approx(7 * 10**15, abs=MS)
 
 
-def test_answers_that_do_not_join_are_counted(agent: Agent) -> None:
+def test_answers_whose_segments_do_not_join_are_counted(agent: Agent) -> None:
     ping, reply = agent.answered()
     broken = Segment(1, 1, 0, 0, 60_000)
     told = SyncReply(
@@ -492,7 +494,7 @@ def test_answers_that_do_not_join_are_counted(agent: Agent) -> None:
 
 
 class AnybodySaysAnything(RuleBasedStateMachine):
-    """Whatever comes, and from whomever: the position never runs back on one grid."""
+    """Whatever is heard from any process, the position never goes back on one grid."""
 
     def __init__(self) -> None:
         super().__init__()

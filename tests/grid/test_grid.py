@@ -32,7 +32,7 @@ def widest_limit(grid: Grid) -> int:
 
 
 @given(millis, st.integers(0, 10**12), st.integers(-(10**11), 10**11), st.integers(0, 10**9))
-def test_who_is_ahead_is_back_in_line_within_1_2_times_the_error(
+def test_an_agent_that_is_ahead_is_right_again_within_1_2_times_the_error(
     milli: int, ahead_ns: int, frequency: int, now: int
 ) -> None:
     grid = make_grid(milli)
@@ -65,24 +65,25 @@ def test_a_position_that_is_held_was_reached_when_the_hold_began() -> None:
     grid.steer(-3 * SECOND, now)
     assert grid.position_at(now + SECOND) == 20.0
     assert grid.index_at(now + 2 * SECOND) == 20
-    # The grid itself gets to beats 15 to 20 only now, but nobody waits for them.
+    # The grid reaches beats 15 to 20 only now, but the agent was there before.
     assert [grid.local_at(beat) for beat in (15, 18.5, 20)] == [now] * 3
     assert grid.held_until() == now + 3 * SECOND
     assert grid.local_at(21) == now + 3 * SECOND + SECOND // 2
     assert grid.position_at(now + 4 * SECOND) == 22.0
-    # Of an instant before that the grid's own line tells.
+    # The floor does not apply to instants before the hold.
     assert (grid.position_at(now - SECOND), grid.index_at(now - SECOND)) == (12.0, 12)
 
 
-def test_a_slow_down_that_was_missed_is_waited_for() -> None:
-    # At 40 BPM, from beat 0 on, while the agent went on at 120: after 30 s it is 40 beats ahead.
+def test_an_agent_that_missed_a_slower_tempo_holds_its_position() -> None:
+    # From beat 0 on the tempo was 40 BPM, but the agent stayed at 120. After 30 s it is 40 beats
+    # ahead.
     grid, now = make_grid(), 30 * SECOND
     grid.adopt(Timeline((Segment(1, 1, 0, 0, 40_000),)), now)
     assert grid.position_at(now) == 60.0
     assert grid.error_ns(now) == 60 * SECOND
     assert grid.position_at(now + 59 * SECOND) == 60.0
     assert grid.position_at(now + 61 * SECOND) == pytest.approx(60 + 40 / 60)
-    # What is learned of the grid meanwhile does not end the hold.
+    # Other changes of the grid do not end the hold.
     grid.adopt(
         Timeline((Segment(1, 1, 0, 0, 40_000), Segment(1, 2, 90, 135 * SECOND, 60_000))), now
     )
@@ -95,7 +96,7 @@ def test_a_slow_down_that_was_missed_is_waited_for() -> None:
     ("behind", "hold", "moved"),
     [(3, 8, 0), (8, 8, 0), (9, 8, -9), (-3, 8, 3), (3, 0, -3), (1000, math.inf, 0)],
 )
-def test_another_grid(behind: int, hold: float, moved: int) -> None:
+def test_moving_to_another_grid(behind: int, hold: float, moved: int) -> None:
     told: list[tuple[float, int]] = []
 
     class Observer:

@@ -1,4 +1,4 @@
-"""Who is there: each row of the table of cases, and any sequence of what can be known."""
+"""The decisions of a metronome that does not lead: each row of the table, and random sequences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEASE = 2 * SECOND
 
 
 def following(**options: Any) -> Presence:
-    """Return one that follows a grid whose next frame is late 10 s after the beginning."""
+    """Return a presence that follows a grid whose next frame is late 10 s after the beginning."""
     presence = Presence(0, **options)
     presence.follows(0, 10 * SECOND, LEASE)
     presence.follows(1, 10 * SECOND, LEASE)
@@ -28,7 +28,7 @@ def following(**options: Any) -> Presence:
 
 
 def recalling(**options: Any) -> Presence:
-    """Return one that has just asked everybody who remembers the grid."""
+    """Return a presence that has just decided to send a recall."""
     presence = Presence(0, **options)
     assert presence.decide(200 * MS).action is Action.RECALL
     return presence
@@ -40,8 +40,8 @@ def unconnected() -> Decision:
 
 def reconnected() -> Decision:
     presence = following()
-    presence.connection(11 * SECOND, stands=False)
-    presence.connection(12 * SECOND, stands=True)
+    presence.connection(11 * SECOND, connected=False)
+    presence.connection(12 * SECOND, connected=True)
     return presence.decide(12 * SECOND + 100 * MS)
 
 
@@ -140,21 +140,21 @@ def forgotten() -> Decision:
 CASES: dict[str, Callable[[], Decision]] = {
     "there is no connection": unconnected,
     "the connection is new": reconnected,
-    "whoever leads has no record, and this one has": led_alone,
+    "the leader has no record, this metronome has one": led_alone,
     "the next frame is not late yet": in_time,
     "it is late, and so was this process": late_itself,
-    "it is late, or somebody recalls": late,
+    "it is late, or another metronome asks for a leader": late,
     "the leader answers a probe": answered,
-    "nobody is subscribed to the probes": refused,
+    "no process is subscribed to the probes": refused,
     "no answer for a lease": silent,
-    "somebody who leads was heard a moment ago": led_lately,
-    "nobody who leads was heard": unled,
+    "a leader was heard a moment ago": led_lately,
+    "no leader was heard": unled,
     "the holder of the record does not answer a probe": held,
     "a standby answers": stood_by,
-    "...and nobody leads two leases later": stood_by_in_vain,
-    "agents have answered, and all had the time to": remembered,
-    "nobody has, and this metronome led before": remembers_itself,
-    "nobody has, for long enough": forgotten,
+    "...and there is no leader two leases later": stood_by_in_vain,
+    "agents answered, and all had enough time to": remembered,
+    "no answer came, and this metronome led before": remembers_itself,
+    "no answer came for long enough": forgotten,
 }
 
 
@@ -162,10 +162,10 @@ def table() -> dict[str, tuple[str, str]]:
     rows = re.findall(
         r"^([\w.].{48,50}?)  +([a-z ]+?)  +(\w.*)$", module.__doc__ or "", re.MULTILINE
     )
-    return {known.strip(): (decision, why) for known, decision, why in rows if why != "because"}
+    return {known.strip(): (decision, why) for known, decision, why in rows if why != "reason"}
 
 
-def test_the_table_has_the_cases_that_are_tried() -> None:
+def test_the_table_and_the_cases_here_have_the_same_rows() -> None:
     assert list(table()) == list(CASES)
 
 
@@ -177,27 +177,27 @@ def test_each_case_of_the_table(known: str) -> None:
     assert found.reason in why
 
 
-def test_a_recall_makes_a_standby_look_before_the_frame_is_due() -> None:
+def test_a_recall_makes_a_standby_probe_its_leader_before_a_frame_is_late() -> None:
     presence = following()
     presence.asked()
     decision = presence.decide(SECOND)
     assert (decision.action, decision.reason) == (Action.PROBE, "somebody asks who leads")
-    # A frame says as much as an answer.
+    # A frame shows as well as an answer that the leader is alive.
     presence.follows(2, 20 * SECOND, LEASE)
     assert presence.decide(SECOND).action is Action.WAIT
 
 
-def test_its_own_lateness_is_bounded() -> None:
+def test_the_process_own_lateness_excuses_a_leader_for_one_lease_at_most() -> None:
     presence = following()
     presence.lost_time(17 * SECOND, 7 * SECOND)
     assert presence.decide(17 * SECOND).until_ns == 17 * SECOND + LEASE
     assert presence.decide(17 * SECOND + LEASE).action is Action.PROBE
 
 
-def test_every_patience_grows_with_the_way() -> None:
+def test_every_waiting_time_grows_with_the_round_trip() -> None:
     presence = Presence(0)
     presence.measured(600 * MS)
-    # Three round trips are 1.8 s, and a recall begins when that long nobody was heard.
+    # Three round trips take 1.8 s. After that long without a leader, a recall is sent.
     assert presence.decide(1700 * MS).action is Action.WAIT
     assert presence.decide(1800 * MS).action is Action.RECALL
     assert presence.decide(3500 * MS).action is not Action.BEGIN
@@ -209,7 +209,7 @@ def test_every_patience_grows_with_the_way() -> None:
     assert far.decide(16 * SECOND).action is Action.TAKE_OVER
 
 
-def test_recalls_come_ever_less_often() -> None:
+def test_the_interval_between_recalls_grows() -> None:
     presence = recalling()
     presence.holds(100 * LEASE, held=False)
     presence.answered("standby", 200 * MS)
@@ -223,7 +223,7 @@ def test_recalls_come_ever_less_often() -> None:
     assert gaps[-1] == 2000
 
 
-def test_agents_that_are_not_believed_are_nobody() -> None:
+def test_agents_that_do_not_agree_do_not_keep_a_grid_from_beginning() -> None:
     presence = recalling()
     presence.answered("agent", 210 * MS)
     assert presence.decide(400 * MS).action is Action.GO_ON
@@ -233,7 +233,7 @@ def test_agents_that_are_not_believed_are_nobody() -> None:
 
 
 class Anything(RuleBasedStateMachine):
-    """Whatever is known, nobody decides that nobody is there while anybody shows itself."""
+    """Whatever is heard, a metronome does not try to lead while anybody shows a sign of life."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,10 +249,10 @@ class Anything(RuleBasedStateMachine):
     def wait(self, ms: int) -> None:
         self.now += ms * MS
 
-    @rule(stands=st.booleans())
-    def connect(self, stands: bool) -> None:
-        self.connected = stands
-        self.presence.connection(self.now, stands=stands)
+    @rule(connected=st.booleans())
+    def connect(self, connected: bool) -> None:
+        self.connected = connected
+        self.presence.connection(self.now, connected=connected)
 
     @rule(ms=st.integers(1, 1000))
     def hear(self, ms: int) -> None:
@@ -294,7 +294,7 @@ class Anything(RuleBasedStateMachine):
             assert not self.follows
             assert self.now - self.shown >= SECOND
         if decision.action is Action.TAKE_OVER:
-            # Nobody has refused a probe here.
+            # Here the server never says that no process is subscribed to the probes.
             assert self.now - self.shown >= LEASE
 
 

@@ -38,10 +38,12 @@ def test_no_verdict_before_eight_frames() -> None:
 @pytest.mark.parametrize(
     ("bpm", "good", "bad"), [(60.0, 9.9, 10.1), (120.0, 4.9, 5.1), (2.0, 299, 301), (999, 1.9, 2.1)]
 )
-def test_phase(bpm: float, good: float, bad: float) -> None:
+def test_a_bad_phase_is_elevated_after_three_frames_and_acceptable_after_eight(
+    bpm: float, good: float, bad: float
+) -> None:
     frames = Frames(bpm)
     assert set(frames.hear(20, late_ms=good)[8:]) == {"acceptable"}
-    # Three bad ones in a row lose it, two do not, and eight good ones in a row restore it.
+    # Two bad frames in a row are not enough, nor are seven good ones.
     assert frames.hear(2, late_ms=bad) == ["acceptable"] * 2
     frames.hear(1)
     assert frames.hear(3, late_ms=bad) == ["acceptable", "acceptable", "elevated"]
@@ -50,11 +52,11 @@ def test_phase(bpm: float, good: float, bad: float) -> None:
     assert frames.hear(8) == ["elevated"] * 7 + ["acceptable"]
 
 
-def test_severe() -> None:
+def test_ten_times_the_tolerance_is_severe() -> None:
     frames = Frames()
     frames.hear(8)
     assert frames.hear(3, late_ms=150)[-1] == "severe"
-    # What was so late still counts for the tempo, for as long as it is looked back on.
+    # A frame that was so late still counts for the tempo while it is kept.
     assert frames.hear(80, late_ms=15)[-1] == "elevated"
 
 
@@ -62,7 +64,7 @@ def test_severe() -> None:
     ("rate", "verdict"),
     [(1.0, "acceptable"), (1.0009, "acceptable"), (1.002, "elevated"), (0.9, "severe")],
 )
-def test_tempo(rate: float, verdict: str) -> None:
+def test_a_tempo_that_differs_from_the_announced_one(rate: float, verdict: str) -> None:
     frames = Frames()
     assert frames.hear(40, rate=rate)[-1] == verdict
     assert frames.drift.rate == pytest.approx(rate, rel=1e-6)
@@ -88,7 +90,7 @@ def test_a_change_of_tempo_alone_is_no_drift(lates: list[float], factor: float) 
     assert verdict == "acceptable"
 
 
-def test_another_grid_is_another_matter() -> None:
+def test_clear_forgets_the_frames_of_another_grid() -> None:
     frames = Frames()
     frames.hear(20, late_ms=50)
     frames.drift.clear()
@@ -114,6 +116,6 @@ def test_a_loop_is_late_until_it_was_punctual_for_eight_beats() -> None:
         assert own.late
     own.add(0, SECOND // 2)
     assert not own.late
-    # At a fast tempo a tenth of a beat is less than what timers are good for.
+    # At a fast tempo a tenth of a beat is shorter than timers are exact.
     assert not is_late(4 * MS, 10 * MS)
     assert is_late(6 * MS, 10 * MS)

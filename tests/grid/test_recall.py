@@ -62,7 +62,7 @@ def test_one_agent_is_a_majority() -> None:
     assert agreement.last_beat == 7500
 
 
-def test_nobody_agrees_on_nothing() -> None:
+def test_no_answers_are_no_agreement() -> None:
     assert agree([], NOW) is None
 
 
@@ -70,7 +70,7 @@ def test_two_that_contradict_each_other_are_no_majority() -> None:
     assert agree([memory("a"), memory("b", error_ns=SECOND)], NOW) is None
 
 
-def test_a_liar_changes_nothing() -> None:
+def test_one_wrong_answer_changes_nothing() -> None:
     lie = memory(
         "c", error_ns=20 * SECOND, epoch=2**53, last_beat=2**53, timeline=CHANGED, beats_per_bar=3
     )
@@ -78,7 +78,7 @@ def test_a_liar_changes_nothing() -> None:
     assert found(memory("a"), memory("b"), lie) == honest
 
 
-def test_a_liar_who_tells_the_time_moves_neither_epoch_nor_beat_far() -> None:
+def test_an_answer_with_the_right_time_and_a_made_up_epoch_and_beat_changes_little() -> None:
     lie = memory("c", epoch=2**53, last_beat=2**53)
     agreement = found(memory("a"), memory("b"), lie)
     assert agreement.epoch == 3
@@ -88,14 +88,14 @@ def test_a_liar_who_tells_the_time_moves_neither_epoch_nor_beat_far() -> None:
 def test_answers_of_another_grid_do_not_count() -> None:
     others = [memory(name, error_ns=SECOND, incarnation="other") for name in "bcd"]
     assert found(memory("a"), *others, incarnation="grid").incarnation == "grid"
-    # Without a record the grid of most of them counts.
+    # Without a record, the grid of the majority counts.
     assert found(memory("a"), *others).incarnation == "other"
     assert agree(others, NOW, incarnation="grid") is None
     half = [memory("a"), memory("b", incarnation="other")]
     assert agree(half, NOW) is None
 
 
-def test_what_the_wall_clock_does_not_let_expect_is_not_believed() -> None:
+def test_answers_far_from_the_expected_time_do_not_count() -> None:
     expected = NOW + OFFSET
     late = memory("a", error_ns=-61 * SECOND)
     assert agree([late], NOW, expected_ns=expected) is None
@@ -103,14 +103,14 @@ def test_what_the_wall_clock_does_not_let_expect_is_not_believed() -> None:
     assert found(early, expected_ns=expected).offset_ns == pytest.approx(OFFSET + 59e9, abs=2)
 
 
-def test_a_change_that_most_have_heard_of_counts() -> None:
+def test_a_change_that_most_agents_know_counts() -> None:
     agreement = found(
         memory("a", timeline=CHANGED), memory("b", timeline=CHANGED), memory("c", timeline=GRID)
     )
     assert agreement.timeline == CHANGED.since(NOW + OFFSET)
 
 
-def test_answers_that_came_before_they_were_sent_are_none() -> None:
+def test_answers_with_impossible_time_stamps_do_not_count() -> None:
     backwards = memory("a")
     backwards = backwards._replace(ping=backwards.ping._replace(answered_ns=NOW - SECOND))
     assert agree([backwards], NOW) is None
@@ -144,6 +144,6 @@ def test_the_time_of_an_honest_majority_is_found(
             )
         )
     agreement = found(*memories)
-    # It lies where more than half agree, so within what some honest one allows for.
+    # More than half of the answers agree on it, so at least one right answer does.
     allowed = max(delay + 2 * uncertainty for delay, uncertainty, _ in truths) + 2
     assert abs(agreement.offset_ns - OFFSET) <= allowed

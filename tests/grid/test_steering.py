@@ -35,7 +35,7 @@ waits = st.integers(0, 10**10)
 
 
 @given(offsets, st.lists(st.tuples(waits, offsets, frequencies), max_size=6), millis)
-def test_cluster_time_runs_back_only_where_it_is_stepped_and_no_slower_than_it_may(
+def test_cluster_time_goes_back_only_in_steps_and_is_slewed_within_the_limit(
     first: int, corrections: list[tuple[int, int, int]], milli: int
 ) -> None:
     steering, now, slowest = Steering(first), 0, 1 - MAX_SLEW
@@ -79,7 +79,7 @@ pings = st.builds(Ping, instants, instants, instants, instants)
 
 
 @given(instants, st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 10**9), offsets)
-def test_a_ping_is_wrong_by_half_its_way_at_most(
+def test_a_ping_is_wrong_by_half_its_delay_at_most(
     sent: int, there: int, work: int, back: int, offset: int
 ) -> None:
     ping = Ping(
@@ -93,7 +93,7 @@ def test_a_ping_is_wrong_by_half_its_way_at_most(
 
 
 @given(st.lists(pings))
-def test_the_best_ping_is_an_honest_one(burst: list[Ping]) -> None:
+def test_the_best_ping_is_a_valid_one(burst: list[Ping]) -> None:
     best = best_ping(burst)
     honest = [p for p in burst if p.delay_ns >= 0 and p.replied_ns >= p.received_ns]
     assume(honest)
@@ -101,13 +101,13 @@ def test_the_best_ping_is_an_honest_one(burst: list[Ping]) -> None:
     assert best.delay_ns == min(p.delay_ns for p in honest)
 
 
-def test_no_ping_is_best_of_none() -> None:
+def test_an_empty_burst_has_no_best_ping() -> None:
     assert best_ping([]) is None
     assert best_ping([Ping(0, 0, 100, 50)]) is None
 
 
-# Estimating. True time is the leader's; an agent's clock runs at a rate and from a beginning of
-# its own, and messages take their time.
+# Estimates. The leader's time is the true one. The agent's clock has its own rate and offset, and
+# messages are delayed.
 
 
 class Agent:
@@ -164,7 +164,7 @@ def p99(values: list[float]) -> float:
 
 
 @pytest.mark.parametrize("ppm", [-200, -20, 0, 20, 200])
-def test_clocks_that_are_off_agree_to_a_fifth_of_a_millisecond(ppm: int) -> None:
+def test_clocks_with_different_rates_agree_to_a_fifth_of_a_millisecond(ppm: int) -> None:
     agent = Agent(ppm=ppm, start_ns=-5 * SECOND, seed=ppm)
     agent.run(10)
     assert p99(agent.run(200)) <= 200_000
@@ -184,14 +184,14 @@ def test_a_minute_without_pings_after_a_minute_with_them(ppm: int) -> None:
 
 
 @pytest.mark.parametrize("ppm", [80_000, -80_000])
-def test_a_clock_at_a_rate_that_nobody_expects(ppm: int) -> None:
+def test_a_clock_with_an_extreme_rate(ppm: int) -> None:
     agent = Agent(ppm=ppm)
     agent.run(20)
     assert p99(agent.run(60)) <= 1_000_000
 
 
 @pytest.mark.parametrize("jump", [-2 * SECOND, -10_000_000, 10_000_000, 2 * SECOND])
-def test_a_clock_that_jumps_is_found_out(jump: int) -> None:
+def test_a_jump_of_a_clock_is_noticed(jump: int) -> None:
     agent = Agent(ppm=50)
     agent.run(60)
     frequency = agent.estimate.frequency
@@ -203,14 +203,14 @@ def test_a_clock_that_jumps_is_found_out(jump: int) -> None:
     assert verdicts == [Verdict.OUTLYING, Verdict.OUTLYING, Verdict.OVERRULED]
     now = agent.local(agent.now)
     assert abs(now + agent.estimate.offset_at(now) - agent.now) <= 500_000
-    # What was known of its rate is still true.
+    # The frequency that was measured before is kept.
     assert agent.estimate.frequency / PARTS == pytest.approx(frequency / PARTS, abs=20e-6)
-    # Ahead of its cluster it waits, and never runs back.
+    # An agent that is ahead of its cluster holds its position, and never goes back.
     errors = agent.run(80)
     assert p99(errors[-50:]) <= 300_000
 
 
-def test_answers_that_lie_are_outlying_and_harmless() -> None:
+def test_wrong_answers_are_outlying_and_harmless() -> None:
     agent = Agent(ppm=-30)
     agent.run(60)
     for round_ in range(20):
@@ -223,7 +223,7 @@ def test_answers_that_lie_are_outlying_and_harmless() -> None:
             assert agent.burst() is Verdict.TAKEN
 
 
-def test_the_leader_is_heard_among_answers_that_lie() -> None:
+def test_the_leaders_answers_are_used_among_wrong_ones() -> None:
     agent = Agent()
     agent.run(30)
     burst = [agent.ping(lie_ns=7 * SECOND), agent.ping(), agent.ping(lie_ns=-SECOND)]
@@ -232,7 +232,7 @@ def test_the_leader_is_heard_among_answers_that_lie() -> None:
     assert abs(now + agent.estimate.offset_at(now) - agent.now) <= 300_000
 
 
-def test_lies_that_contradict_one_another_never_overrule() -> None:
+def test_wrong_answers_that_contradict_one_another_never_overrule() -> None:
     agent = Agent()
     agent.run(30)
     for round_ in range(10):
@@ -246,7 +246,7 @@ def change_leader(agent: Agent, ping: Ping) -> None:
 
 
 def long_ping(agent: Agent, lie_ns: int = 0) -> Ping:
-    # All of its way is the way there, so that it is wrong by half of it.
+    # The whole delay is on the way to the leader, so the offset is wrong by half of it.
     sent, agent.now = agent.now, agent.now + 40_000_000
     came = agent.now + lie_ns
     return Ping(agent.local(sent), came, came, agent.local(agent.now))
@@ -274,19 +274,19 @@ def test_the_offset_to_another_leader_is_measured_anew(lie: int) -> None:
     assert agent.estimate.frequency / PARTS == pytest.approx(frequency / PARTS, abs=10e-6)
 
 
-def test_one_bad_ping_does_not_undo_what_was_known_before_another_leader() -> None:
+def test_one_bad_ping_of_another_leader_does_not_undo_the_offset_so_far() -> None:
     agent = Agent(ppm=100)
     agent.run(60)
     change_leader(agent, long_ping(agent))
     assert abs(offset_error(agent)) <= 500_000
-    # None of the good ones that follow is taken for an outlier.
+    # None of the good pings that follow is an outlier.
     for _ in range(10):
         assert agent.burst() is Verdict.TAKEN
         agent.now += BEAT
     assert abs(offset_error(agent)) <= 150_000
 
 
-def test_one_bad_ping_of_another_leader_that_is_far_off() -> None:
+def test_one_bad_ping_of_another_leader_whose_time_is_far_off() -> None:
     agent, lie = Agent(ppm=100), 100_000_000
     agent.run(60)
     change_leader(agent, long_ping(agent, lie))
@@ -305,7 +305,7 @@ def test_good_pings_after_a_first_one_that_was_bad_are_no_outliers() -> None:
     assert abs(offset_error(agent)) <= 250_000
 
 
-def test_nothing_comes_of_no_pings() -> None:
+def test_a_burst_without_pings_changes_nothing() -> None:
     estimate = Estimate()
     assert not estimate.known
     assert estimate.add([]) is Verdict.NOTHING
@@ -313,21 +313,21 @@ def test_nothing_comes_of_no_pings() -> None:
     assert not estimate.known
 
 
-# How often a leader is asked.
+# How often a leader is pinged.
 
 
-def test_a_leader_that_is_asked_now_and_then_asks_for_no_patience() -> None:
+def test_a_leader_that_is_pinged_rarely_asks_no_agent_to_wait() -> None:
     rate, now = PingRate(), 0
     for _ in range(20_000):
         assert rate.add(now) == 0
         now += SECOND // 3000
-    # Nor for a crowd that comes once.
+    # Nor does it after a single large burst.
     assert {rate.add(now) for _ in range(3000)} == {0}
 
 
-def test_agents_that_ask_too_often_are_spread() -> None:
+def test_agents_that_ping_too_often_are_spread_over_time() -> None:
     rate = PingRate()
-    # Each would ask four times a second: five times as much as there is time for.
+    # Each would ping four times a second, together five times the limit.
     due = [(number * SECOND // 20_000, number) for number in range(5000)]
     asked = [0] * 60
     longest = 0
@@ -342,7 +342,7 @@ def test_agents_that_ask_too_often_are_spread() -> None:
     assert longest <= REST_NS
 
 
-def test_nobody_is_put_off_for_long() -> None:
+def test_no_agent_waits_longer_than_the_limit() -> None:
     rate = PingRate()
     assert max(rate.add(0) for _ in range(10**6)) == REST_NS
     assert rate.add(REST_NS) == 0

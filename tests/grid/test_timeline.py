@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from backbeat_trio._grid.timeline import (
     BEAT_UNITS,
     NEVER,
-    STILL_NS,
+    PAUSED_BEAT_NS,
     Timeline,
     beat_ns,
     milli_bpm,
@@ -50,7 +50,7 @@ def test_an_edge_is_the_first_nanosecond_of_its_beat(timeline: Timeline, ahead: 
 
 
 @given(timelines(), indexes, st.integers(0, 10**12), millis)
-def test_a_grid_that_stood_still_lost_nothing_but_time(
+def test_a_pause_only_shifts_the_grid_in_time(
     timeline: Timeline, ahead: int, pause: int, milli: int
 ) -> None:
     at_beat = timeline.segments[-1].beat0 + 1 + ahead
@@ -60,7 +60,7 @@ def test_a_grid_that_stood_still_lost_nothing_but_time(
     assert still.time_of(at_beat + 0.5) == NEVER
     for later in (0, pause, pause + 1):
         assert still.position_at(stop + later) == at_beat
-    assert still.next_beat(stop + pause) == stop + (pause // STILL_NS + 1) * STILL_NS
+    assert still.next_beat(stop + pause) == stop + (pause // PAUSED_BEAT_NS + 1) * PAUSED_BEAT_NS
     resumed = still.since(stop).resume(milli, stop + pause + 1, epoch=2)
     assert resumed.time_of(at_beat) == stop
     assert resumed.time_of(at_beat + 1) == stop + pause + 1 + beat_ns(milli)
@@ -76,7 +76,7 @@ class Grid(Struct):
 
 
 @given(timelines())
-def test_what_is_told_of_a_timeline_is_all_of_it(timeline: Timeline) -> None:
+def test_a_frame_describes_the_whole_timeline(timeline: Timeline) -> None:
     assert Timeline.of(Grid(**timeline.wire_fields())) == timeline
 
 
@@ -93,7 +93,7 @@ def test_segments_that_do_not_join_are_refused(timeline: Timeline, gap: int) -> 
 
 
 @given(timelines(), st.integers(0, 10**13))
-def test_the_next_beat_is_the_next(timeline: Timeline, later: int) -> None:
+def test_next_beat_is_the_first_edge_after_an_instant(timeline: Timeline, later: int) -> None:
     now = timeline.segments[0].t0_ns + later
     assert timeline.next_beat(now) == timeline.time_of(timeline.index_at(now) + 1)
     assert timeline.after(now) in (timeline.index_at(now), timeline.index_at(now) + 1)
@@ -106,7 +106,7 @@ def test_a_new_incarnation_does_not_continue_another() -> None:
     assert Timeline(old.segments[1:]).continues(old, 10**18)
     later = Timeline((Segment(4, 9, 500, 10**13, 60_000),))
     assert later.continues(old, 10**9)
-    # By its numbers it could, but its time is another one.
+    # Its numbers would allow it, but its cluster time differs.
     assert not later.continues(old, 10**13)
     assert not later.continues(old, -(10**13))
 
@@ -132,7 +132,7 @@ def test_position_and_time_round_trip(segment: Segment, beats: float) -> None:
     timeline = Timeline((segment,))
     position = segment.beat0 + beats
     found = timeline.position_at(timeline.time_of(position))
-    # Half a nanosecond of time, or a whole one at an edge, and the float's own grain.
+    # Half a nanosecond of time, or a whole one at an edge, and the rounding of the float.
     grain = 2 * math.ulp(position) + 1e-9 + segment.milli_bpm / BEAT_UNITS
     assert abs(found - position) <= grain
 
@@ -154,7 +154,7 @@ def test_a_change_begins_on_the_edge_that_the_old_tempo_gives(timeline: Timeline
 
 @given(timelines(), timelines())
 def test_no_beat_is_lost_over_any_changes(timeline: Timeline, other: Timeline) -> None:
-    # Whoever steps from edge to edge meets every index once.
+    # The edges, one after another, give every index once.
     index = timeline.segments[0].beat0
     for _ in range(50):
         index += 1
@@ -162,9 +162,7 @@ def test_no_beat_is_lost_over_any_changes(timeline: Timeline, other: Timeline) -
 
 
 @given(timelines(), st.integers(0, 10**13))
-def test_forgetting_what_is_over_changes_nothing_that_is_to_come(
-    timeline: Timeline, later: int
-) -> None:
+def test_since_changes_nothing_of_the_future(timeline: Timeline, later: int) -> None:
     now = timeline.segments[0].t0_ns + later
     kept = timeline.since(now)
     assert kept.position_at(now) == timeline.position_at(now)
@@ -173,7 +171,7 @@ def test_forgetting_what_is_over_changes_nothing_that_is_to_come(
     assert kept.segments[0] == timeline.segment_at(now)
 
 
-def test_a_change_replaces_what_was_to_come_there() -> None:
+def test_a_change_replaces_later_segments() -> None:
     timeline = Timeline((Segment(1, 0, 0, 0, 60_000),)).change(120_000, 8, epoch=1)
     changed = timeline.change(30_000, 8, epoch=2)
     assert [segment.milli_bpm for segment in changed.segments] == [60_000, 30_000]

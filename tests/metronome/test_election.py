@@ -319,7 +319,7 @@ async def test_a_forged_frame_makes_a_leader_look_and_nothing_else(autojump_cloc
         # Agents have asked, and do not believe it; they say so.
         assert bb.health().leader_id == "pulse-0"
         assert bb.statistics().frames_unexplained >= 5
-        assert any("does not bear out" in error for error in bb.health().errors)
+        assert any("did not confirm" in error for error in bb.health().errors)
         probe = encode(Probe(CLUSTER_ID, 10**13, "forger"))
         subject = lead_subject(CLUSTER_ID, one.metronome.epoch)
         await made.transport.request(subject, probe, timeout=1)

@@ -137,7 +137,7 @@ async def test_tempo_changes_for_everybody_on_one_beat(
     assert await bb.set_tempo(30, at_beat=6) == 6
     with pytest.raises(backbeat.TempoRefused, match="beat 0 is past: the cluster is on beat 0"):
         await bb.set_tempo(30, at_beat=0)
-    with pytest.raises(backbeat.TempoRefused, match="too soon: the first that can be kept is 3"):
+    with pytest.raises(backbeat.TempoRefused, match="too soon: the earliest possible is 3"):
         await bb.set_tempo(30, at_beat=2)
     start = trio.current_time()
     with bb.move_on_after(9.5):
