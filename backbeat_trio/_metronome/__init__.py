@@ -1,4 +1,4 @@
 """Following a leader, leading, and standing by.
 
-It imports `_transport` and below.
+It imports `_transport` and the layers below that.
 """

@@ -1,8 +1,8 @@
-"""One term of leadership: frames, answers to sync and tempo requests, and keeping the record.
+"""One term of leadership: frames, answers to sync and tempo requests, and the record.
 
-Beats wait for nothing. What is written to the record is written beside them, and where it cannot be
-written they go on and changes of the tempo are refused. A leader finds out that it was replaced by
-the record alone: a frame of a higher epoch, or having stood still for long, makes it look.
+Frames never wait for the record. If it cannot be written, the leader goes on beating and refuses
+changes of the tempo. Only the record tells a leader that it was replaced. It looks at the record
+after a frame of a higher epoch, and after it was suspended for long.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ from .._wire import (
 from .ledger import Ledger
 from .term import MetronomeCounts, Term, lease_ns, wait_for_record
 
-# What writing the record may take, and how soon it is tried again, in seconds.
+# The time limit for writing the record, and the wait before another attempt, in seconds.
 _COMMIT_PATIENCE: Final = 2.0
 _RETRY: Final = 1.0
-# Between two writings, whoever asks for them.
+# The least time between two writes of the record, in seconds.
 _PAUSE: Final = 0.02
-# How often a change is tried whose commit comes back too late for its beat.
+# How often a change is tried if its commit comes back too late for its beat.
 _CHANGE_TRIES: Final = 3
-# For how long a standby counts that was heard: over two pings, which are 64 s apart at most. And
-# how many are told apart, as anybody who may ping can say that it stands by.
+# A standby counts for this long after its last ping; pings are 64 s apart at most. Any process that
+# may ping can say that it stands by, so their number is limited.
 _STANDBY_NS: Final = 150_000_000_000
 _STANDBYS: Final = 256
-# What is left of the time before a change when its commit is given up.
+# The commit of a change is given up this long before the change would take effect.
 _MARGIN_NS: Final = 50_000_000
 
 
@@ -75,18 +75,18 @@ class Leader:
     """The leader of a cluster, for one term.
 
     Args:
-      transport: run by somebody else.
-      term: what it begins with.
+      transport: the transport; its `run` is called elsewhere.
+      term: the term at its beginning.
       cluster_id: the cluster to lead.
-      leader_id: the name that goes into the frames.
-      counts: counted up.
-      logger: where it says what it does.
-      ledger: the record that it keeps; None where there is none.
-      keep: called with the record whenever the term has changed; None is nobody. It is for what
-        needs no waiting: what keeps the grid in this process.
-      find_record: asked by a leader without a record, on each connection and every few seconds,
-        whether there can be one by now; None where there never will be.
-      count_standbys: tells how many stand by; None counts those whose pings say so.
+      leader_id: the name of this metronome in frames and answers.
+      counts: the counters to increase.
+      logger: the logger.
+      ledger: the record; None if there is none.
+      keep: called with the record whenever the term has changed, to keep it in this process; None
+        for no calls.
+      find_record: opens the record and returns whether it can be kept. A leader without a record
+        calls it on each new connection and every few seconds. None if there never is a record.
+      count_standbys: returns the number of standbys; None to count those that say so in pings.
 
     """
 
@@ -126,11 +126,11 @@ class Leader:
         self._committing = trio.Lock()
         self._changing = trio.Lock()
         self._look = AsyncBool(False)
-        # Why the record could not be written since it was written last; each is told once.
+        # The reasons of all failures since the last successful write; each is logged once.
         self._uncommitted: set[str] = set()
         self._ping_rate = PingRate()
         self._last_ns = self.cluster_ns()
-        # The connection on which the record was read, and when another leader was heard last.
+        # The connection on which the record was read, and when another leader was last heard.
         self._looked = transport.generation
         self._others_ns: int | None = None
         self._why = "another metronome leads"
@@ -153,11 +153,11 @@ class Leader:
 
     @property
     def has_record(self) -> bool:
-        """Whether it keeps a record, which others may read."""
+        """Whether it keeps a record that other metronomes can read."""
         return self._ledger is not None
 
     def present_term(self) -> Term:
-        """Return the term as it stands now."""
+        """Return the term as it is now."""
         return replace(
             self._term,
             timeline=self.timeline,
@@ -178,11 +178,11 @@ class Leader:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Lead until cancelled, or until another metronome does.
+        """Lead until cancelled, or until another metronome leads or a record can be kept.
 
         Args:
-          probes: a subscription to the probes of this epoch.
-          task_status: started as soon as it leads.
+          probes: a subscription to the probes of this epoch; None to subscribe here.
+          task_status: reports that the leader has subscribed to all requests.
         """
         self._logger.info(
             "metronome leads - cluster=%s leader=%s epoch=%d",
@@ -193,14 +193,14 @@ class Leader:
         self._changed()
         try:
             with self._scope:
-                # The first frame may be overdue: it waits for no subscription.
+                # The first frame may be overdue, so publish it before anything else is awaited.
                 self.strike()
                 await self._run(probes, task_status)
         finally:
             if not self._scope.cancelled_caught:
                 self._logger.info("metronome stops - epoch=%d beat=%d", self.epoch, self.sent)
         self._counts.deposed += 1
-        self._logger.warning("%s: no longer in epoch %d", self._why, self.epoch)
+        self._logger.warning("metronome leads no longer - epoch=%d: %s", self.epoch, self._why)
 
     async def _run(
         self, probes: AsyncIterator[Message] | None, task_status: trio.TaskStatus[None]
@@ -215,7 +215,7 @@ class Leader:
         if probes is None:
             services.append((lead_subject(cluster_id, self.epoch), self._answer_probe))
         async with trio.open_nursery() as nursery:
-            # Beats wait for nothing, and each subscription is a round trip.
+            # Each subscription takes a round trip, and frames must not wait for that.
             nursery.start_soon(self._alarm.run)
             nursery.start_soon(self._beat)
             if probes is not None:
@@ -246,22 +246,21 @@ class Leader:
                 await self._look_before_speaking()
             self.strike()
 
-    # Looking before speaking.
+    # Looking at the record before anything is published.
 
-    def _stood_still(self) -> bool:
-        # For long enough that standbys may have given this process up.
+    def _was_suspended(self) -> bool:
+        # Whether this process was suspended for so long that a standby may have taken over.
         overdue = local_ns() - self.steering.local_at(self.timeline.next_beat(self._last_ns))
         return overdue > lease_ns(self.timeline.segments[0].milli_bpm) // 2
 
     def _may_speak(self) -> bool:
-        # After an outage, or having stood still, somebody else may lead by now: nothing is said
-        # before that is known.
+        # After an outage or a suspension another metronome may lead, so look at the record first.
         if self._ledger is None:
             return True
-        return self._looked == self._transport.generation and not self._stood_still()
+        return self._looked == self._transport.generation and not self._was_suspended()
 
     async def _look_before_speaking(self) -> None:
-        """Read the record, and wait for it while anybody else is heard."""
+        """Write the record, and wait for that while another leader's frames are heard."""
         while True:
             generation = self._transport.generation
             try:
@@ -298,7 +297,7 @@ class Leader:
                 self._look.value = True
 
     def frame(self, index: int, timeline: Timeline | None = None) -> BeatFrame:
-        """Make the frame of a beat of the present segments."""
+        """Make the frame of a beat. ``timeline`` replaces the present segments in it."""
         bar, timeline = self.beats_per_bar, timeline or self.timeline
         return BeatFrame(
             cluster_id=self._cluster_id,
@@ -319,14 +318,14 @@ class Leader:
         try:
             self._transport.publish_nowait(beat_subject(self._cluster_id), encode(frame))
         except (TransportBroken, ValueError):
-            # A server that takes only small messages is no reason to beat no more.
+            # The leader goes on even if the server does not accept messages of this size.
             self._counts.frames_unsent += 1
         else:
             self._counts.frames += 1
             self._note_announced()
 
     def _note_announced(self) -> None:
-        # Soon it is in the record, too: the next leader puts off what was never announced.
+        # Record the announcement soon: the next leader postpones a change that was not announced.
         seq = self.timeline.segments[-1].seq
         if seq > self.announced_seq:
             self.announced_seq = seq
@@ -336,7 +335,7 @@ class Leader:
 
     @trio.lowlevel.enable_ki_protection
     async def _keep_record(self) -> None:
-        # Every bar, and whenever there is a reason to look whether somebody else leads.
+        # Write the record once a bar, and whenever another metronome might lead.
         while True:
             await self._look.wait_value(True)
             self._look.value = False
@@ -355,19 +354,19 @@ class Leader:
         while True:
             await self._transport.wait_connected(False)
             await self._transport.wait_connected()
-            # At once, and not only when the next frame is due: pings are to be answered again.
+            # Do it now and not when the next frame is due, because no ping is answered before.
             await self._look_before_speaking()
 
     async def _look_for_record(self, find_record: Callable[[], Awaitable[bool]]) -> None:
         await wait_for_record(self._transport, find_record, self._logger)
-        self._step_down("there can be a record now")
+        self._step_down("a record can be kept now")
 
     def _step_down(self, why: str) -> None:
         self._why = why
         self._scope.cancel(why)
 
     def _cannot_commit(self, error: Exception) -> str:
-        """Take note that the record was not written, and return why."""
+        """Count a failed write of the record, log a new reason, and return the reason."""
         self._counts.commits_failed += 1
         why = "no answer in time" if isinstance(error, trio.TooSlowError) else str(error)
         if why not in self._uncommitted:
@@ -379,13 +378,13 @@ class Leader:
         ledger = self._ledger
         assert ledger is not None
         async with self._committing:
-            # What holds when it is this one's turn: a change may just have been committed.
+            # Take the term only now: the task that held the lock may have committed a change.
             present = replace(self.present_term(), timeline=proposed or self.timeline)
             record = present.record(self._cluster_id, self._leader_id)
             while True:
                 if self._scope.cancel_called:
                     await trio.lowlevel.checkpoint_if_cancelled()
-                    # Whoever asks is none of this term's tasks.
+                    # The caller is outside the scope that was cancelled.
                     raise MetronomeUnavailable("another metronome leads")
                 try:
                     await ledger.write(record)
@@ -400,8 +399,8 @@ class Leader:
             self._logger.info("the record can be written again")
 
     def _is_deposed(self, other: Record | None) -> bool:
-        # What this metronome wrote before, without learning of it, is written over; so is what
-        # cannot be read, what is gone, and what somebody wrote who did not know of this term.
+        # Any other record is overwritten: one of this term, whose write seemed to fail; one that is
+        # unreadable or missing; and one of a lower epoch.
         return other is not None and (other.epoch, other.nonce) > (self.epoch, self._term.nonce)
 
     # Answering.
@@ -415,7 +414,7 @@ class Leader:
         async for request in requests:
             try:
                 if request.reply and not is_inbox(request.reply):
-                    raise msgspec.ValidationError("a request from no inbox")
+                    raise msgspec.ValidationError("the reply subject is not an inbox")
                 reply = await answer(request)
             except msgspec.DecodeError:
                 self._counts.undecodable += 1
@@ -424,13 +423,13 @@ class Leader:
                 with contextlib.suppress(TransportBroken, ValueError):
                     self._transport.publish_nowait(request.reply, encode(reply))
 
-    def _own(self, cluster_id: str) -> None:
+    def _check_cluster(self, cluster_id: str) -> None:
         if cluster_id != self._cluster_id:
-            raise msgspec.ValidationError("a request for another cluster")
+            raise msgspec.ValidationError("the request is for another cluster")
 
     async def _hear(self, message: Message) -> None:
         frame = decode_frame(message.data)
-        self._own(frame.cluster_id)
+        self._check_cluster(frame.cluster_id)
         if frame.leader_id == self._leader_id and frame.epoch == self.epoch:
             return
         self._others_ns = local_ns()
@@ -439,12 +438,12 @@ class Leader:
             self._counts.frames_foreign += 1
             self._look.value = True
         if self._is_alone and (outranked or frame.epoch > self.epoch):
-            # Whoever has a record outranks one without, and of two without it the later one leads.
+            # A leader with a record outranks one without. Of two without, the later one leads.
             self._step_down(f"another metronome leads: {frame.leader_id}")
 
     async def _answer_probe(self, request: Message) -> Probe | None:
         probe = decode_probe(request.data)
-        self._own(probe.cluster_id)
+        self._check_cluster(probe.cluster_id)
         if probe.epoch > self.epoch:
             self._look.value = True
         if not self._may_speak():
@@ -452,7 +451,7 @@ class Leader:
         return Probe(self._cluster_id, self.epoch, self._leader_id)
 
     def _note_standby(self, agent_id: str) -> None:
-        # In the order in which they were heard last.
+        # Keep the names in the order in which they were last heard.
         self._standbys.pop(agent_id, None)
         if self._count_heard() < _STANDBYS:
             self._standbys[agent_id] = local_ns()
@@ -468,7 +467,7 @@ class Leader:
 
     async def _answer_sync(self, request: Message) -> SyncReply | None:
         ping = decode_sync_request(request.data)
-        self._own(ping.cluster_id)
+        self._check_cluster(ping.cluster_id)
         if ping.role == "standby":
             self._note_standby(ping.agent_id)
         if not self._may_speak():
@@ -492,7 +491,7 @@ class Leader:
 
     async def _answer_recall(self, request: Message) -> RecallReply | None:
         recall = decode_recall_request(request.data)
-        self._own(recall.cluster_id)
+        self._check_cluster(recall.cluster_id)
         if not self._may_speak():
             return None
         self._note_announced()
@@ -517,11 +516,11 @@ class Leader:
         except msgspec.DecodeError as error:
             self._counts.undecodable += 1
             return self._refuse(f"the request cannot be read: {error}")
-        self._own(wanted.cluster_id)
+        self._check_cluster(wanted.cluster_id)
         if local_ns() - request.received_ns > ASKED_NS:
-            # Whoever asked was told by now that nobody took the request.
+            # The sender has stopped waiting, and believes that the change was not made.
             self._counts.refused += 1
-            return self._refuse("the request has waited for too long")
+            return self._refuse("the leader came to the request too late")
         try:
             beat = await self.change(
                 wanted.tempo_bpm, at_beat=wanted.at_beat, over=wanted.over_beats or 0
@@ -540,7 +539,7 @@ class Leader:
         return TempoReply(self._cluster_id, ok=False, error=why, epoch=self.epoch)
 
     async def change(self, bpm: float | None, *, at_beat: int | None = None, over: int = 0) -> int:
-        """Commit a change of the grid; see `Metronome.change_tempo`."""
+        """Commit a change of the grid (see `Metronome.change_tempo`)."""
         over = check_integer("over", over, 0)
         async with self._changing:
             try:
@@ -548,24 +547,23 @@ class Leader:
             except (TempoRefused, ValueError):
                 self._counts.refused += 1
                 raise
-        still = not self.timeline.segments[0].milli_bpm
-        given_up = [s for s in self.timeline.segments[1:] if s not in timeline.segments]
+        paused = not self.timeline.segments[0].milli_bpm
+        replaced = [s for s in self.timeline.segments[1:] if s not in timeline.segments]
         self.timeline = timeline
         self._changed()
         self._counts.tempo_changes += 1
         tempo = timeline.segments[-1].milli_bpm / 1000
         if not tempo:
             self._logger.info("metronome pauses - on beat=%d", beat)
-        elif still:
-            self._logger.info("metronome goes on - tempo=%g from beat=%d", tempo, beat)
+        elif paused:
+            self._logger.info("metronome resumes - tempo=%g from beat=%d", tempo, beat)
         else:
             self._logger.info("metronome changes tempo - tempo=%g from beat=%d", tempo, beat)
-        for segment in given_up:
-            self._logger.info(
-                "given up for it - tempo=%g from beat=%d", segment.milli_bpm / 1000, segment.beat0
-            )
-        if still:
-            # A frame of a grid that stands still may come at any time: now it has news.
+        for segment in replaced:
+            tempo, beat0 = segment.milli_bpm / 1000, segment.beat0
+            self._logger.info("pending change replaced - tempo=%g from beat=%d", tempo, beat0)
+        if paused:
+            # While the grid is paused a frame may be published at any time, so announce it now.
             self.strike()
         return beat
 
@@ -588,14 +586,14 @@ class Leader:
             first = next(segment for segment in timeline.segments if segment not in known)
             frame = self.frame(max(self.sent, timeline.segments[0].beat0), timeline)
             if len(encode(frame)) > self._transport.max_payload:
-                raise TempoRefused("frames that tell of it would be larger than the server takes")
+                raise TempoRefused("frames with this change would be larger than the server takes")
             if self._ledger is None:
                 return timeline, first.beat0
             await self._commit(timeline, (first.t0_ns - now - _MARGIN_NS) / 1e9)
-            # Time has passed meanwhile, and everybody must still hear of it before it takes effect.
+            # The commit took time, and the change must still be announced before it takes effect.
             if first.t0_ns - self.cluster_ns() >= LEAD_NS // 2:
                 return timeline, first.beat0
-            # What holds is written over it.
+            # Overwrite the change in the record with the present timeline.
             self._look.value = True
             if at_beat is not None:
                 break
@@ -607,6 +605,6 @@ class Leader:
                 await self._save(timeline)
         except (TransportBroken, trio.TooSlowError) as error:
             why = self._cannot_commit(error)
-            # It may have been written after all: what holds is written over it.
+            # The change may have been written after all. Overwrite it with the present timeline.
             self._look.value = True
             raise TempoRefused(f"the change could not be committed: {why}") from None

@@ -1,4 +1,4 @@
-"""The record that metronomes keep of the grid, as one of them last saw it."""
+"""The record of the grid that metronomes share, as one of them last read or wrote it."""
 
 from __future__ import annotations
 
@@ -12,33 +12,40 @@ from .._wire import Record, decode_record, encode
 
 @final
 class Ledger:
-    """The record, as this metronome last saw it."""
+    """The record of the grid, as this metronome last read or wrote it.
+
+    Args:
+      store: where the record is kept.
+      cluster_id: the cluster; a record of another cluster counts as unreadable.
+
+    """
 
     def __init__(self, store: Store, cluster_id: str) -> None:
         self.record: Record | None = None
-        """What was read or written last; None for nothing, or what cannot be read."""
+        """The record that was read or written last; None if there was none or it was unreadable."""
         self.revision: int = 0
+        """The revision of the store that was seen last, readable or not."""
         self.unreadable: int = 0
-        """How many values were found that are no record of this cluster."""
+        """How many values were read that are not a record of this cluster."""
         self._store = store
         self._cluster_id = cluster_id
 
     async def open(self) -> bool:
-        """Make the place for the record where it is missing; return whether there can be one.
+        """Create the place for the record if it is missing, and return whether it can be kept.
 
-        A checkpoint.
+        It cannot be kept if the server has no JetStream. This is a checkpoint.
 
         Raises:
-          RecordRefused: where there never will be one.
-          TransportBroken: where that cannot be told at present.
+          RecordRefused: if the server refuses to keep the record, whatever is tried.
+          TransportBroken: if the store does not answer.
         """
         return await self._store.open()
 
     async def read(self) -> Record | None:
-        """Read the record. A checkpoint.
+        """Read the record, and return it, or None if it is missing or unreadable. A checkpoint.
 
         Raises:
-          TransportBroken: where the store does not answer.
+          TransportBroken: if the store does not answer.
         """
         self._take(await self._store.read())
         return self.record
@@ -58,17 +65,17 @@ class Ledger:
             self.unreadable += 1
 
     async def write(self, record: Record) -> None:
-        """Write a record over the one that was seen last. A checkpoint.
+        """Replace the record, if nobody has changed it since it was seen last. A checkpoint.
 
         Raises:
-          Conflict: where another one is there by now; it has been read.
-          TransportBroken: where the store does not answer; it may have been written.
+          Conflict: if another process has written a record. That one has been read.
+          TransportBroken: if the store does not answer. The record may have been written.
         """
         data = encode(record)
         try:
             self.revision = await self._store.write(data, self.revision)
         except Conflict:
-            # It may be this very write, whose answer was lost.
+            # An earlier attempt at this very write may have succeeded, with its answer lost.
             entry = await self._store.read()
             self._take(entry)
             if entry.data != data:

@@ -1,4 +1,4 @@
-"""The beat listener: hears frames and pings the leader, for a follower that makes sense of both."""
+"""The beat listener: it receives frames and pings the leader, and passes both to a `Follower`."""
 
 from __future__ import annotations
 
@@ -34,44 +34,46 @@ from .._wire import (
     sync_subject,
 )
 
-# How long an answer to a ping is waited for: so long at least, and ever longer where none comes,
-# as the way may be longer than that.
+# The time limit for an answer to a ping, in seconds: at least the first value, and at least this
+# many round trips. It doubles after each ping without an answer, up to the second value, because
+# the round trip may be longer than expected.
 _PING_TIMEOUT: Final = 0.5
 _PING_TIMEOUT_MAX: Final = 4.0
 _PING_WAYS: Final = 4
-# However much there is to ask about, there is a limit to asking.
+# Bursts are at least this many seconds apart, even if many frames must be checked.
 _ASK_EVERY: Final = 0.02
 _LOG_EVERY_NS: Final = 1_000_000_000
 
 
 class ListenerObserver:
-    """Whom a listener calls. Each method does nothing unless it is overridden."""
+    """The methods that a listener calls. Each does nothing unless it is overridden."""
 
     def on_stale(self, epoch: int) -> None:
-        """Take note of a frame of an epoch that is over."""
+        """React to a frame of a lower epoch than that of the leader."""
 
     def on_sign(self, *, alone: bool) -> None:
-        """Take note of a frame or an answer of somebody who leads, with a record or without."""
+        """React to a frame or an answer of a leader; ``alone`` if that leader has no record."""
 
     def on_recall(self) -> None:
-        """Take note that a metronome which finds no leader asks who is there."""
+        """React to a recall, which a metronome sends if it finds no leader."""
 
 
 @final
 class BeatListener(FollowerObserver):
-    """Follows the leader of a cluster over a transport, and steers a clock by it.
+    """Follow the leader of a cluster over a transport, and steer a clock by it.
 
-    It also remembers: once it is locked it answers the recalls of metronomes that find no leader.
+    Once it is locked, the listener also answers recalls: requests of metronomes that find no leader
+    and ask what others know of the grid.
 
     Args:
-      clock: is steered.
-      transport: run by somebody else.
+      clock: the clock that is steered.
+      transport: the transport; its `run` is called elsewhere.
       cluster_id: the cluster to follow.
-      agent_id: the name that goes into pings.
-      logger: where it says what it notices.
-      role: what it says it is, when it answers a recall.
-      answers_recalls: whether it answers them, and subscribes to them at all.
-      observer: is called when something has happened.
+      agent_id: the name of this agent in pings and answers.
+      logger: the logger for locks, new leaders and whatever looks wrong.
+      role: the role that is given in answers to recalls.
+      answers_recalls: whether to subscribe to recalls and answer them.
+      observer: its methods are called on each event.
 
     """
 
@@ -90,9 +92,9 @@ class BeatListener(FollowerObserver):
         self.follower: Follower = Follower(clock.grid, cluster_id=cluster_id, observer=self)
         self.locked = trio.Event()
         self.followed: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
-        """Where to wait for a frame that is followed, or a lock."""
+        """Tasks that park here are woken by the next frame that is believed, and by a lock."""
         self.recent_errors: deque[tuple[int, str]] = deque(maxlen=8)
-        """What looked odd, each with when it did, in local ns."""
+        """What looked wrong lately, each text with the local time, in ns, at which it came up."""
         self._clock = clock
         self._transport = transport
         self._cluster_id = cluster_id
@@ -102,7 +104,7 @@ class BeatListener(FollowerObserver):
         self._logger = logger
         self._logged_ns = -_LOG_EVERY_NS
         self._ask = AsyncBool(False)
-        # The time until the next burst.
+        # The wait until the next burst.
         self._pause = trio.CancelScope()
         self._agent_id = agent_id
         self._role: Role = role
@@ -111,18 +113,18 @@ class BeatListener(FollowerObserver):
         self._patience = _PING_TIMEOUT
         self._waiting = trio.CancelScope()
         self.way_ns: int = 0
-        """The round trip of the last answer."""
+        """The round trip of the last answer, in nanoseconds."""
         self._standbys: tuple[int, int] | None = None
 
     @property
     def standbys(self) -> int | None:
-        """How many stand by, as the present leader told last; None where it has not."""
+        """The number of standbys in the present leader's last answer; None before there is one."""
         if self._standbys is None or self._standbys[0] != self.follower.epoch:
             return None
         return self._standbys[1]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Listen and steer until cancelled."""
+        """Listen and steer until cancelled. It counts as started once it has subscribed."""
         async with (
             self._transport.open_subscription(beat_subject(self._cluster_id)) as messages,
             trio.open_nursery() as nursery,
@@ -137,19 +139,20 @@ class BeatListener(FollowerObserver):
                     frame = decode_frame(message.data)
                     timeline = Timeline.of(frame)
                     if abs(timeline.time_of(frame.beat_index)) > NEVER // 2:
-                        raise ValueError("a frame of a beat that does not come")
+                        raise ValueError("the beat of the frame is out of range")
                 except (msgspec.DecodeError, ValueError):
                     self.follower.counts.frames_undecodable += 1
-                    self.on_odd("a frame that cannot be decoded")
+                    self.on_odd("a frame could not be decoded")
                     continue
                 if frame.cluster_id == self._cluster_id:
                     self._observer.on_sign(alone=frame.alone is True)
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
-                    # Whoever is waited for may be gone: then another one is to be asked.
+                    # The leader whose answer is awaited may be gone. Then do not wait much longer,
+                    # so that the new leader is asked.
                     soon = trio.current_time() + self._least_patience
                     self._waiting.deadline = min(self._waiting.deadline, soon)
-                # It may have come to be sooner.
+                # The frame may have brought the next burst forward.
                 self._pause.deadline = seconds_of(self.follower.next_burst_ns)
 
     @trio.lowlevel.enable_ki_protection
@@ -168,7 +171,7 @@ class BeatListener(FollowerObserver):
 
     @trio.lowlevel.enable_ki_protection
     async def _ask_again(self) -> None:
-        # Whatever has happened meanwhile, it is known a moment after the connection is back.
+        # Ping as soon as the connection is back, because anything may have changed meanwhile.
         while True:
             await self._transport.wait_connected(False)
             await self._transport.wait_connected()
@@ -193,18 +196,18 @@ class BeatListener(FollowerObserver):
                 counts.pings_failed += 1
                 break
             except TransportBroken:
-                # Whoever does not answer one ping will hardly answer the next ones of the burst.
+                # If one ping has no answer, the next ones of the burst will hardly have any.
                 counts.pings_failed += 1
                 self._patience = min(2 * self._patience, _PING_TIMEOUT_MAX)
                 break
             except msgspec.DecodeError:
                 counts.pings_failed += 1
-                self.on_odd("an answer to a ping that cannot be decoded")
+                self.on_odd("an answer to a ping could not be decoded")
                 continue
             except ValueError as error:
-                # A server that takes only small messages: then there are frames.
+                # The server accepts only smaller messages. Then frames alone steer the clock.
                 counts.pings_failed += 1
-                self.on_odd(f"no pings: {error}")
+                self.on_odd(f"no pings can be sent: {error}")
                 break
             if reply.cluster_id == self._cluster_id:
                 ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)
@@ -257,7 +260,7 @@ class BeatListener(FollowerObserver):
             epoch=follower.epoch,
             received_ns=grid.cluster_at(received_ns),
             sent_ns=grid.cluster_at(local_ns()),
-            # What only frames have told is as good as their way.
+            # A cluster time that only frames have measured is wrong by their time on the way.
             uncertainty_ns=MIN_STEP_NS if uncertainty is None else uncertainty,
             last_beat=grid.index_at(now),
             beats_per_bar=grid.beats_per_bar,
@@ -269,11 +272,11 @@ class BeatListener(FollowerObserver):
     # What the follower calls.
 
     def on_followed(self) -> None:
-        """Wake whoever waits for a frame."""
+        """Wake the tasks that wait for a frame."""
         self.followed.unpark_all()
 
     def on_lock(self) -> None:
-        """Say whose grid it is, and let whoever waits for a lock go on."""
+        """Log whose grid it is, and wake the tasks that wait for the first lock."""
         follower = self.follower
         self._logger.info(
             "locked to the grid - leader=%s epoch=%d beat=%d",
@@ -284,17 +287,17 @@ class BeatListener(FollowerObserver):
         self.locked.set()
 
     def on_leader(self) -> None:
-        """Say who leads now."""
+        """Log who leads now."""
         follower = self.follower
         self._logger.info("another leader - leader=%s epoch=%d", follower.leader_id, follower.epoch)
 
     def on_stale(self, epoch: int) -> None:
-        """Pass on the epoch of a frame whose epoch is over."""
+        """Pass on the epoch of a frame of a lower epoch."""
         self._observer.on_stale(epoch)
 
     def on_odd(self, text: str) -> None:
-        """Keep what looked odd for `Session.health`, and log it where it is new."""
-        # Once, and not every time that it is seen; and not as often as somebody else likes.
+        """Keep a text for `Session.health`, and log it if it is new, at most once a second."""
+        # Any process can cause such texts, so neither a repeated nor a varied one fills the log.
         now = local_ns()
         others = [entry for entry in self.recent_errors if entry[1] != text]
         known = len(others) < len(self.recent_errors)

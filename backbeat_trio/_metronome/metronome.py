@@ -1,7 +1,7 @@
-"""The metronome of a cluster: alone, by turns on the in-process bus, or one of several.
+"""The metronome of a cluster: alone, one of several with a shared store, or on the in-process bus.
 
-With a store that they share, any number of metronomes run: one leads, and the others stand by. On
-the in-process bus the next one takes over where the last one stopped. Without either it runs alone.
+If metronomes share a store, one of them leads and the others stand by. On the in-process bus, the
+next leader continues where the last one stopped. Without either, a metronome runs alone.
 """
 
 from __future__ import annotations
@@ -35,59 +35,60 @@ from .ledger import Ledger
 from .standby import Standby
 from .term import MetronomeCounts, Term, wait_for_record
 
-# How soon it is asked again whether there can be a record.
+# The seconds between two attempts to open the record.
 _RETRY: Final = 1.0
 
 
 class MetronomeStatistics(NamedTuple):
-    """Counters of a metronome since it was made."""
+    """Counters of a metronome since it was made, over all its terms of leadership."""
 
     frames: int
-    """Frames published."""
+    """Frames that were published."""
     frames_unsent: int
-    """Frames that could not be published, because there was no connection."""
+    """Frames that could not be published: there was no connection, or the frame was too large."""
     syncs: int
-    """Sync requests answered."""
+    """Sync requests (pings of agents) that were answered."""
     tempo_changes: int
-    """Changes of the tempo committed, pauses and going on among them."""
+    """Changes that were committed: of the tempo, and pauses and resumptions."""
     refused: int
-    """Changes refused."""
+    """Changes that were refused."""
     undecodable: int
-    """Requests dropped because they could not be decoded, were for another cluster, or wanted their
-    answer on a subject that is nobody's inbox."""
+    """Requests that were dropped: they could not be decoded, were for another cluster, or named a
+    reply subject that is not an inbox."""
     takeovers: int
-    """Terms of leadership that were won."""
+    """Terms of leadership that a standby began by taking the lead."""
     deposed: int
-    """Terms that ended because another metronome led."""
+    """Terms that ended before the metronome was stopped: another metronome led, or a record became
+    possible."""
     probes: int
-    """Probes sent to leaders that were late."""
+    """Probes that were sent to a leader whose frame was late."""
     commits: int
-    """Writings of the record."""
+    """Successful writes of the record."""
     commits_failed: int
-    """Writings that were given up, as the store did not answer in time."""
+    """Writes of the record that failed, or that the store did not answer in time."""
     frames_foreign: int
-    """Frames of a higher epoch than the own one, heard while leading."""
+    """Frames of a leader of a higher rank or epoch that were heard while leading."""
     records_unreadable: int
-    """Values found in the record's place that were none of this cluster."""
+    """Values in the store that were not a readable record of this cluster."""
 
 
 @final
 class Metronome:
-    """A metronome of a cluster.
+    """A metronome of a cluster. It leads, or stands by for the metronome that does.
 
     Args:
-      transport: run by somebody else.
+      transport: the transport; call its `run` beside that of the metronome.
       cluster_id: the cluster to lead.
-      leader_id: the name that goes into the frames.
-      tempo_bpm: tempo of a grid that begins here, 0.1 to 6,000 beats per minute.
-      beats_per_bar: bar length of such a grid, 1 to 1,000,000 beats.
-      bus: the in-process bus whose grid it takes over and keeps; None where there is none.
-      store: what it shares with other metronomes of the cluster, such as a key in JetStream; None
-        where there is nothing.
-      logger: where it says what it does; by default ``logging.getLogger("backbeat_trio")``.
+      leader_id: the name of this metronome in frames and answers.
+      tempo_bpm: the tempo of a grid that begins here, 0.1 to 6,000 beats per minute.
+      beats_per_bar: the bar length of such a grid, 1 to 1,000,000 beats.
+      bus: the in-process bus that keeps the grid; None if there is none.
+      store: the store that this metronome shares with others of the cluster, such as a key in
+        JetStream; None to run without a record.
+      logger: the logger; by default ``logging.getLogger("backbeat_trio")``.
 
     Raises:
-      TypeError, ValueError: for a tempo or a bar length that is none; the text names it.
+      TypeError, ValueError: if the tempo or the bar length is not valid; the text names it.
 
     """
 
@@ -115,24 +116,24 @@ class Metronome:
         self._logger: Logger = logger or logging.getLogger("backbeat_trio")
         self._counts = MetronomeCounts()
         self._leader: Leader | None = None
-        # Whether it was told that there is no record.
+        # Whether it was logged that there is no record.
         self._is_recordless = False
-        # The present term's, or the last one's; and the highest that a record has named.
+        # The epoch of the present or the last term, and the highest one that a record has named.
         self._epoch = 0
         self._seen = -1
 
     @property
     def leads(self) -> bool:
-        """Whether it leads at present."""
+        """Whether this metronome leads at present."""
         return self._leader is not None
 
     @property
     def epoch(self) -> int:
-        """The number of the present term of leadership, or of the last one; 0 before there was."""
+        """The number of the present or the last term of leadership; 0 before the first one."""
         return self._epoch
 
     def statistics(self) -> MetronomeStatistics:
-        """Return the counters."""
+        """Return a snapshot of the counters. Not a checkpoint."""
         counts = self._counts
         return MetronomeStatistics(
             frames=counts.frames,
@@ -151,14 +152,14 @@ class Metronome:
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Lead whenever it is this one's turn, until cancelled. A checkpoint.
+        """Lead or stand by until cancelled. A checkpoint.
 
-        It reports itself started as soon as it leads, or has to wait. Where the transport or the
-        store is out of reach it tries on. To be run once.
+        The metronome counts as started as soon as it leads or has begun to wait. If the server or
+        the store does not answer, it tries again. Call this once.
 
         Raises:
-          TransportClosed: where the transport is closed.
-          RecordRefused: where the store will never keep the record.
+          TransportClosed: if the transport is closed.
+          RecordRefused: if the store refuses to keep the record, whatever is tried.
 
         """
         if self._bus is not None:
@@ -205,8 +206,8 @@ class Metronome:
     async def _run_by_turns(self, task_status: trio.TaskStatus[None]) -> None:
         former: Term | None = None
         if self._ledger is None:
-            # Alone there is nothing that remembers earlier terms: the milliseconds of the wall
-            # clock make a later one greater, and are used for nothing else.
+            # Without a store nothing remembers earlier terms. The wall clock's milliseconds, which
+            # are used for nothing else, make the epoch of each later term greater.
             term = self._first_term(time.time_ns() // 1_000_000, nonce=secrets.token_hex(8))
             former = await self._lead(self._make_leader(term), task_status=task_status)
         else:
@@ -223,7 +224,7 @@ class Metronome:
     async def _stand_by(
         self, ledger: Ledger | None, former: Term | None, stack: AsyncExitStack
     ) -> tuple[Leader, AsyncIterator[Message]] | None:
-        """Stand by until this one leads; None where there can be a record that there was not."""
+        """Stand by until this metronome leads; return None if a record has become possible."""
         async with trio.open_nursery() as nursery:
             standby = Standby(
                 self._transport,
@@ -244,7 +245,7 @@ class Metronome:
                 stack, self._first_term(0, nonce=secrets.token_hex(8))
             )
             leader = self._make_leader(term, ledger)
-            # It may be overdue: it waits neither for the end of standing by nor for subscriptions.
+            # The frame may be overdue, so publish it before anything else is awaited.
             leader.strike()
             nursery.cancel_scope.cancel()
             return leader, probes
@@ -252,10 +253,10 @@ class Metronome:
 
     async def _until_record(self, ledger: Ledger, scope: trio.CancelScope) -> None:
         await wait_for_record(self._transport, ledger.open, self._logger)
-        scope.cancel("there can be a record now")
+        scope.cancel("a record can be kept now")
 
     async def _find_ledger(self) -> Ledger | None:
-        """Return the record; None where the server says that there can be none."""
+        """Return the ledger of the record; None if the server says that it has no JetStream."""
         told = ""
         while self._ledger is not None:
             await self._transport.wait_connected()
@@ -322,7 +323,7 @@ class Metronome:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> Term:
         self._leader, self._epoch = leader, leader.epoch
-        # The epochs of the two kinds have nothing to do with one another.
+        # Epochs with and without a record are counted independently.
         if leader.has_record:
             self._seen = max(self._seen, leader.epoch)
         try:
@@ -340,7 +341,7 @@ class Metronome:
         """Return the index of the present beat. Not a checkpoint.
 
         Raises:
-          MetronomeUnavailable: where this metronome does not lead.
+          MetronomeUnavailable: if this metronome does not lead.
 
         """
         return self._present().current_beat()
@@ -349,7 +350,7 @@ class Metronome:
         """Return when the next frame is due, in seconds of Trio's clock. Not a checkpoint.
 
         Raises:
-          MetronomeUnavailable: where this metronome does not lead.
+          MetronomeUnavailable: if this metronome does not lead.
 
         """
         return self._present().next_beat_time()
@@ -357,20 +358,25 @@ class Metronome:
     async def change_tempo(
         self, bpm: float | None, *, at_beat: int | None = None, over: int = 0
     ) -> int:
-        """Commit a change of tempo; it rides in every frame until it takes effect. A checkpoint.
+        """Commit a change of the tempo, a pause, or its end. A checkpoint.
+
+        Every frame announces the change until it takes effect.
 
         Args:
-          bpm: beats per minute, 0.1 to 6,000; 0 has the grid stand still, None has it go on.
-          at_beat: the beat at which to change; None is the next downbeat that is at least
-            max(2 beats, 250 ms) ahead, and for a pause the next such beat.
-          over: so many beats the change takes, in steps.
+          bpm: beats per minute, 0.1 to 6,000; 0 pauses the grid, and None resumes it.
+          at_beat: the index of the beat at which the change begins. None stands for the next
+            downbeat that is at least max(2 beats, 250 ms) ahead; for a pause, for the next such
+            beat. It has no effect on the end of a pause.
+          over: the number of beats over which the tempo changes, in steps; 0 for at once.
 
         Returns:
-          The index of the beat at which it begins.
+          The index of the beat at which the change begins.
 
         Raises:
-          MetronomeUnavailable: where this metronome does not lead.
-          TempoRefused: where ``at_beat`` is past or too soon, or the change could not be committed.
-          ValueError: where ``bpm`` is out of range or NaN.
+          MetronomeUnavailable: if this metronome does not lead.
+          TempoRefused: if ``at_beat`` is past, too soon or too far ahead; if the grid is paused, or
+            ``bpm`` is None and it is not; or if the change could not be committed.
+          TypeError: if ``bpm`` is not a number, or ``over`` not an integer.
+          ValueError: if ``bpm`` is out of range or NaN, or ``over`` is negative.
         """
         return await self._present().change(bpm, at_beat=at_beat, over=over)

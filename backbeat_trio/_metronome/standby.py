@@ -1,9 +1,10 @@
-"""Standing by, joining and coming back: following the grid, and taking over when nobody leads.
+"""Standing by: a metronome follows the grid, and takes over when there is no leader.
 
-A frame that is late, where this process itself is punctual, makes a standby ask. Where nobody is
-subscribed to the leader's probes any more its process is gone, and the standby takes over at once.
-Where there is no answer it may be paused or cut off, and keeps its lease. What decides among
-several standbys is the record: only one of them writes over the revision that all have seen.
+If a frame is late and this process itself was punctual, the standby sends a probe to the leader. If
+the server says that no process is subscribed to the leader's probes, that process is gone and the
+standby takes over at once. If there is just no answer, the leader may be suspended or cut off, and
+the standby waits for the end of its lease. The record decides among several standbys: only one of
+them can replace the revision that all have seen.
 """
 
 from __future__ import annotations
@@ -49,38 +50,39 @@ from .ledger import Ledger
 from .listener import BeatListener, ListenerObserver
 from .term import MetronomeCounts, Term, lease_ns
 
-# What somebody else who has just taken over is given to be heard, and how soon the store is asked
-# again that did not answer.
+# All in seconds: the wait after another metronome got the lead, in which its frames should arrive,
+# and the wait before another attempt after the connection or the store failed.
 _GRACE: Final = 0.05
 _RETRY: Final = 0.2
-# How long a probe is waited for, at least and at most, beside what the way takes; a recall that
-# nobody has answered yet, and one that somebody has.
+# The least and the greatest time limit for an answer to a probe; that for the first answer to a
+# recall; and that for each further one. All are at least this many round trips.
 _PROBE_MIN: Final = 0.005
 _PROBE_MAX: Final = 0.1
 _RECALL_WAIT: Final = 1.0
 _RECALL_MORE: Final = 0.1
 _WAYS: Final = 3
-# For how long an answer to a recall counts.
+# For how long an answer to a recall is used.
 _MEMORY_NS: Final = 10_000_000_000
-# What the wall clocks of two machines may differ by.
+# By how much the wall clocks of two machines may differ.
 _WALL_NS: Final = 2_000_000_000
 
 
 @final
 class Standby(ListenerObserver):
-    """A metronome that does not lead: what `Presence` decides, carried out.
+    """A metronome that does not lead. It carries out what `Presence` decides.
 
     Args:
-      transport: run by somebody else.
-      ledger: the record that metronomes share; None where there is none.
+      transport: the transport; its `run` is called elsewhere.
+      ledger: the record that metronomes share; None if there is none.
       cluster_id: the cluster.
       leader_id: the name of this metronome.
-      milli_bpm: the tempo of a grid that begins here, in thousandths of a beat a minute.
-      beats_per_bar: the bar length of such a grid.
-      counts: counted up.
-      logger: where it says what it does.
-      seen: the highest epoch that was heard of in an earlier life; -1 for none.
-      former: the term that ended for this standby to begin; it may be all that is left of the grid.
+      milli_bpm: the tempo of a grid that begins here, in thousandths of a beat per minute.
+      beats_per_bar: the bar length of such a grid, in beats.
+      counts: the counters to increase.
+      logger: the logger.
+      seen: the highest epoch that this metronome led or saw in the record before; -1 for none.
+      former: this metronome's last term as leader, from which the grid can be continued if no other
+        process remembers it; None if it has not led.
 
     """
 
@@ -123,14 +125,15 @@ class Standby(ListenerObserver):
             remembers=former is not None,
             has_record=ledger is not None,
         )
-        # Where to wait for whatever may change a decision.
+        # Woken by everything that may change a decision.
         self._news = trio.lowlevel.ParkingLot()
         self._alarm = Alarm()
         self._stands_by = False
         self._troubled = False
-        # The beat that a leader which lives owes a frame of, and when the next one is late.
+        # When the next frame is due, in cluster time, and when it is late, in local time. A missing
+        # frame of a leader that is alive is excused: it was lost on the way.
         self._excused_ns = self._due_ns = self._late_ns = 0
-        # The epoch that was asked for last, and what a probe and an answer take.
+        # The epoch of the last probe, the time limit for its answer, and the last round trip.
         self._probed = -1
         self._patience = _PROBE_MIN
         self._way_ns = 0
@@ -140,7 +143,7 @@ class Standby(ListenerObserver):
     async def follow(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Follow the grid as an agent does, until cancelled. To be run beside `wait_for_turn`."""
+        """Follow the grid as an agent does, until cancelled. Run it beside `wait_for_turn`."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._clock.run)
             await nursery.start(self._listener.run)
@@ -160,21 +163,21 @@ class Standby(ListenerObserver):
     # What the listener calls.
 
     def on_stale(self, epoch: int) -> None:
-        """Tell a leader that was replaced without knowing, as it stood still or was cut off."""
+        """Tell a leader of a lower epoch that it was replaced, by a probe of the present epoch."""
         with contextlib.suppress(TransportBroken):
             self._transport.publish_nowait(
                 lead_subject(self._cluster_id, epoch), self._make_probe(self._follower.epoch)
             )
 
     def on_sign(self, *, alone: bool) -> None:
-        """Take note that somebody leads; one without a record is outranked by one who has it."""
+        """Report a sign of a leader, unless it has no record and this metronome has one."""
         if not self._follower.locked and not (alone and self._ledger is not None):
             self._presence.led(local_ns())
-            self._recalling.cancel("somebody leads")
+            self._recalling.cancel("a leader was heard")
         self._news.unpark_all()
 
     def on_recall(self) -> None:
-        """Look after the leader at once, as somebody does not find it."""
+        """Probe the leader at once, because another metronome has not found it."""
         self._presence.asked()
         self._news.unpark_all()
 
@@ -183,14 +186,14 @@ class Standby(ListenerObserver):
     async def wait_for_turn(
         self, stack: AsyncExitStack, fresh: Term
     ) -> tuple[Term, AsyncIterator[Message]]:
-        """Stand by until the record says that this metronome leads.
+        """Stand by until this metronome has the lead.
 
         Args:
-          stack: gets the subscription to the probes of the term.
-          fresh: the term with which a grid begins, where there never was one.
+          stack: the subscription to the probes of the term is entered into it.
+          fresh: the term with which a new grid begins, if there is none to continue.
 
         Returns:
-          The term, and its probes.
+          The term, and the subscription to its probes.
         """
         while True:
             self._look_around()
@@ -243,12 +246,12 @@ class Standby(ListenerObserver):
             self._patience = _PROBE_MIN
             lost = local_ns() - until_ns
             if lost > LATE_NS:
-                # It was here that time was lost.
+                # This process itself was late.
                 self._presence.lost_time(local_ns(), lost)
 
     @property
     def _followed_epoch(self) -> int:
-        # One without a record counts its epochs by itself: they say nothing to who has one.
+        # Leaders without a record count their epochs independently of those with one.
         outranked = self._follower.is_alone and self._ledger is not None
         return -1 if outranked else self._follower.epoch
 
@@ -256,7 +259,7 @@ class Standby(ListenerObserver):
         return encode(Probe(self._cluster_id, epoch, self._leader_id))
 
     async def _probe(self) -> None:
-        """Ask whoever leads, or did last as far as is known, whether it lives."""
+        """Ask the present leader, or the last one that is known, whether it is alive."""
         record = None if self._ledger is None else self._ledger.record
         epoch = max(self._followed_epoch, self._epoch_of(record))
         begun = trio.current_time()
@@ -268,14 +271,14 @@ class Standby(ListenerObserver):
                 self._make_probe(epoch),
                 timeout=max(self._patience, _WAYS * self._way_ns / 1e9),
             )
-            # What answers otherwise, such as a stream of these subjects, is no leader.
+            # Any other answer, such as that of a stream with these subjects, is not a leader's.
             decode_probe(answer.data)
         except NoResponders:
             self._presence.refused()
             return
         except (TransportBroken, msgspec.DecodeError):
             self._check_connected()
-            # Where the way is long an answer is, too, and so is the news that nobody is there.
+            # The round trip may be longer than the time limit.
             self._patience = min(2 * self._patience, _PROBE_MAX)
         else:
             self._note_way(answer)
@@ -288,11 +291,11 @@ class Standby(ListenerObserver):
         self._way_ns = max(0, answer.received_ns - answer.sent_ns)
 
     async def _recall(self) -> None:
-        """Ask everybody who remembers the grid, and hear the answers for a while."""
+        """Send a recall, and collect the answers of the processes that know the grid."""
         if self._ledger is not None:
-            # It proves that the connection works, too.
+            # This also shows that the connection works.
             await self._ledger.read()
-        # What was answered long ago may be of another grid.
+        # Old answers may be of another grid.
         since = local_ns() - _MEMORY_NS
         self._memories = {
             name: memory
@@ -308,7 +311,7 @@ class Standby(ListenerObserver):
             with self._recalling as scope, contextlib.suppress(NoResponders):
                 async for answer in replies:
                     self._hear_memory(answer)
-                    # Where one has answered the others are not far.
+                    # The other answers should arrive soon after this one.
                     soon = trio.current_time() + max(_RECALL_MORE, _WAYS * self._way_ns / 1e9)
                     scope.deadline = min(scope.deadline, soon)
 
@@ -323,7 +326,7 @@ class Standby(ListenerObserver):
         self._note_way(answer)
         ping = Ping(answer.sent_ns, reply.received_ns, reply.sent_ns, answer.received_ns)
         self._memories[reply.agent_id] = Memory(ping, reply, timeline)
-        # One that leads without a record remembers, to one who has a record.
+        # To a metronome with a record, a leader without one is just an agent that knows the grid.
         role: Role = reply.role
         if role != "agent" and reply.alone is True and self._ledger is not None:
             role = "agent"
@@ -346,14 +349,14 @@ class Standby(ListenerObserver):
         record = None if ledger is None else await ledger.read()
         self._seen = max(self._seen, self._probed, self._followed_epoch)
         if self._epoch_of(record) > self._seen:
-            # Somebody else has, meanwhile.
+            # Another metronome has taken the lead meanwhile.
             presence.led(local_ns())
             return None
         term = self._make_term(decision, record, fresh)
         if term is None:
             return None
         async with AsyncExitStack() as held:
-            # Before it is known who leads, so that whoever learns of it finds somebody to probe.
+            # Subscribe before the record names this leader, so that nobody finds it without probes.
             probes = await held.enter_async_context(
                 self._transport.open_subscription(lead_subject(self._cluster_id, term.epoch))
             )
@@ -379,16 +382,16 @@ class Standby(ListenerObserver):
     def _next_epoch(self, record: Record | None, agreed: int = -1) -> int:
         revision = 0 if self._ledger is None else self._ledger.revision
         known = (revision, self._epoch_of(record), self._seen, self._followed_epoch, agreed)
-        # One that somebody made up must not be the last that there can be.
+        # Ignore a made-up epoch that is the highest possible one: there must be a next one.
         epoch = max(epoch for epoch in known if epoch < MAX_INDEX) + 1
-        # Without a record nothing remembers earlier terms: the milliseconds of the wall clock make
-        # a later one greater.
+        # Without a record nothing remembers earlier terms. The wall clock's milliseconds make the
+        # epoch of each later term greater.
         return epoch if self._ledger is not None else max(epoch, time.time_ns() // 1_000_000)
 
     def _make_term(self, decision: Decision, record: Record | None, fresh: Term) -> Term | None:
-        """Return the term to ask the record for; None where it cannot be told yet which."""
+        """Return the term with which to take the lead; None if the answers must be asked again."""
         if self._follower.locked:
-            return self._follow_on(record, fresh)
+            return self._continue_followed(record, fresh)
         if decision.action is Action.BEGIN:
             return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
         agreement = agree(
@@ -398,10 +401,10 @@ class Standby(ListenerObserver):
             expected_ns=None if record is None else _expected_ns(record),
         )
         if agreement is not None:
-            return self._remember(agreement, record, fresh)
+            return self._continue_remembered(agreement, record, fresh)
         if self._memories:
             self._logger.warning(
-                "%d answers to a recall are not believed: they disagree, or are of another grid, or"
+                "%d answers to a recall were dropped: they disagree, or are of another grid, or"
                 " differ by more than a minute from the wall clock of this machine",
                 len(self._memories),
             )
@@ -411,13 +414,13 @@ class Standby(ListenerObserver):
         if self._former is not None:
             epoch = self._next_epoch(record)
             former = replace(self._former, epoch=epoch, nonce=fresh.nonce)
-            term = self._go_on(former, record, epoch)
+            term = self._join_record(former, record, epoch)
             if term is not None or record is None:
                 return term or former
         return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
 
-    def _follow_on(self, record: Record | None, fresh: Term) -> Term:
-        """Return the term that goes on with the grid that is followed."""
+    def _continue_followed(self, record: Record | None, fresh: Term) -> Term:
+        """Return a term that continues the grid that is followed."""
         follower, grid = self._follower, self._clock.grid
         epoch, timeline = self._next_epoch(record), grid.timeline.since(self._clock.cluster_ns())
         present = Term(
@@ -432,10 +435,12 @@ class Standby(ListenerObserver):
             announced_seq=grid.timeline.segments[-1].seq,
             uncertainty_ns=follower.uncertainty_ns(local_ns()) or 0,
         )
-        return self._go_on(present, record, epoch) or present
+        return self._join_record(present, record, epoch) or present
 
-    def _remember(self, agreement: Agreement, record: Record | None, fresh: Term) -> Term:
-        """Return the term that goes on with the grid that agents remember."""
+    def _continue_remembered(
+        self, agreement: Agreement, record: Record | None, fresh: Term
+    ) -> Term:
+        """Return a term that continues the grid that the agents remember."""
         now, epoch = local_ns(), self._next_epoch(record, agreement.epoch)
         steering = Steering()
         steering.step(agreement.offset_ns, at_ns=now)
@@ -452,10 +457,10 @@ class Standby(ListenerObserver):
             announced_seq=timeline.segments[-1].seq,
             uncertainty_ns=agreement.uncertainty_ns,
         )
-        return self._go_on(known, record, epoch) or known
+        return self._join_record(known, record, epoch) or known
 
-    def _go_on(self, known: Term, record: Record | None, epoch: int) -> Term | None:
-        """Return the term with which the grid of the record goes on; None where it is another."""
+    def _join_record(self, known: Term, record: Record | None, epoch: int) -> Term | None:
+        """Return the known term with the changes in the record; None if that is of another grid."""
         if record is None:
             return None
         committed, now = Timeline(record.segments), known.steering.cluster_at(local_ns())
@@ -465,7 +470,7 @@ class Standby(ListenerObserver):
         ):
             return None
         bar = known.beats_per_bar
-        # What was beaten was told of, too.
+        # A segment that had a frame was announced by it.
         beaten = [s.seq for s in record.segments if s.beat0 <= record.high_water]
         announced_seq = max([min(record.announced_seq, record.segments[-1].seq), *beaten])
         timeline = reschedule(
@@ -479,7 +484,7 @@ class Standby(ListenerObserver):
         return replace(
             known,
             timeline=timeline,
-            # What somebody else has beaten, unheard here, is not to come again.
+            # Another leader may have published frames that were not heard here. Do not repeat them.
             sent=max(known.sent, min(record.high_water, timeline.index_at(now) + bar)),
             milli_bpm=timeline.segments[0].milli_bpm or record.milli_bpm,
             incarnation=record.incarnation,
@@ -487,20 +492,22 @@ class Standby(ListenerObserver):
         )
 
     def _begin_again(self, record: Record | None, fresh: Term) -> Term:
-        """Return the term of another grid, where all who knew the time of the last one are gone."""
+        """Return the term of a new grid, because no process knows the time of the last one."""
         epoch, origin = fresh.epoch, fresh.timeline.segments[0].t0_ns
         fresh = replace(fresh, steering=Steering(origin - local_ns()))
         if record is None:
             segment = Segment(epoch, 0, 0, origin, self._clock.segment().milli_bpm)
             return replace(fresh, timeline=Timeline((segment,)))
         committed, bar = Timeline(record.segments), record.beats_per_bar
-        # No beat comes twice: neither those that were beaten since the record was written last, nor
-        # those that agents have counted by themselves. Only wall clocks tell how many these are.
+        # No beat may come twice: neither those since the last write of the record, nor those that
+        # agents have counted on their own. Only the wall clocks tell how many these are.
         expected = _expected_ns(record) or committed.time_of(record.high_water)
         passed = committed.index_at(expected + _WALL_NS)
         beat0 = (max(record.high_water, passed) // bar + 2) * bar
         self._logger.warning(
-            "nobody is left of epoch %d: the grid begins again with beat %d", record.epoch, beat0
+            "no process knows the time of the grid of epoch %d: a new grid begins with beat %d",
+            record.epoch,
+            beat0,
         )
         begun = [segment for segment in record.segments if segment.beat0 <= beat0]
         milli = (begun or record.segments)[-1].milli_bpm
@@ -521,7 +528,7 @@ class Standby(ListenerObserver):
 
 
 def _expected_ns(record: Record) -> int | None:
-    """Return the present cluster time, as the record and the wall clock let expect."""
+    """Compute the present cluster time from the record and the wall clock; None if it has none."""
     if record.written_ms is None:
         return None
     written_ns = record.written_ns

@@ -1,4 +1,4 @@
-"""A term of leadership: what it begins with, how long it outlives silence, and what is counted."""
+"""A term of leadership: its data, its lease, the wait for a record, and a metronome's counters."""
 
 from __future__ import annotations
 
@@ -17,30 +17,33 @@ from .._transport.protocol import Transport
 from .._transport.store import RecordRefused
 from .._wire import Record
 
-# How long standbys wait for a leader that does not answer and is not known to be gone.
+# How long standbys wait for a silent leader whose process may still be running.
 _LEASE_BEATS: Final = 2
 _LEASE_NS: Final = 1_000_000_000
-# How often a leader without a record asks whether there can be one by now.
+# The interval, in seconds, at which a metronome without a record tries to open one.
 _FIND_EVERY: Final = 5.0
 
 
 def lease_ns(milli: int) -> int:
-    """Return how long a leader may be silent before another one takes its place."""
+    """Return how long a leader may be silent before a standby replaces it, in nanoseconds.
+
+    ``milli`` is the tempo in thousandths of a beat per minute.
+    """
     return max(_LEASE_BEATS * beat_ns(milli), _LEASE_NS)
 
 
 async def wait_for_record(
     transport: Transport, find_record: Callable[[], Awaitable[bool]], logger: Logger
 ) -> None:
-    """Wait until there can be a record: ask on each connection, and every few seconds."""
+    """Wait until a record can be kept; try on each new connection, and every few seconds."""
     reported = ""
     while True:
         try:
             if await find_record():
                 return
         except (TransportBroken, RecordRefused) as error:
-            # Whoever leads goes on, however the record is refused; that the connection went away is
-            # reported elsewhere.
+            # The caller goes on without a record, so nothing is raised. The loss of a connection is
+            # logged by the transport.
             if str(error) != reported and transport.connected:
                 reported = str(error)
                 logger.warning("still without a record: %s", error)
@@ -50,26 +53,28 @@ async def wait_for_record(
 
 
 class Term(Struct, frozen=True):
-    """What a term of leadership begins with."""
+    """A term of leadership, as it is at one instant."""
 
     epoch: int
     timeline: Timeline
     steering: Steering
-    """How local time becomes cluster time, for the length of the term."""
+    """The mapping from local time to cluster time, which stays the same during the term."""
     beats_per_bar: int
     sent: int
-    """The last beat whose frame was published."""
+    """The index of the last beat whose frame was published."""
     milli_bpm: int
-    """The tempo at which a grid that stands still goes on."""
+    """The tempo at which a paused grid resumes, in thousandths of a beat per minute."""
     incarnation: str = ""
+    """The identity of the grid."""
     nonce: str = ""
+    """A random name of the term, by which its own writes are told from those of other terms."""
     announced_seq: int = -1
-    """The last segment that a frame or an answer has announced."""
+    """The number of the last segment that a frame or an answer has announced."""
     uncertainty_ns: int = 0
-    """What its cluster time may differ by from that of the grid's first leader."""
+    """By how much its cluster time may differ from that of the grid's first leader."""
 
     def record(self, cluster_id: str, leader_id: str) -> Record:
-        """Return what is to be kept of the grid as the term begins."""
+        """Return the record of the term, with the present time in it."""
         return Record(
             cluster_id=cluster_id,
             incarnation=self.incarnation,
@@ -87,7 +92,7 @@ class Term(Struct, frozen=True):
 
 
 class MetronomeCounts(Struct):
-    """What a metronome counts over its terms; `Metronome.statistics` makes a snapshot of it."""
+    """The counters of a metronome over all its terms (see `MetronomeStatistics`)."""
 
     frames: int = 0
     frames_unsent: int = 0

@@ -1,4 +1,4 @@
-"""Leading and standing by, in virtual time; the record is in memory, and fails when told to."""
+"""Leading and standing by, in virtual time, with a record in memory that can be made to fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Clock = trio.testing.MockClock
 
 
 class Memory:
-    """A store that all have."""
+    """The store that all metronomes share."""
 
     def __init__(self) -> None:
         self.entry = Entry(b"", 0)
@@ -70,7 +70,7 @@ class Memory:
 
 
 class Pulse:
-    """A metronome with a connection of its own, that can be killed."""
+    """A metronome with its own connection, which can be killed."""
 
     def __init__(self, cluster: Cluster, name: str, bpm: float) -> None:
         self.transport = backbeat.MemoryTransport(cluster.bus)
@@ -144,7 +144,7 @@ async def cluster(
 
 
 def set_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the wall clock go with the test's own."""
+    """Make the wall clock follow the test's own clock."""
     clock = trio.lowlevel.current_clock()
     monkeypatch.setattr("time.time_ns", lambda: round((clock.current_time() + 10**9) * 1e9))
 
@@ -158,7 +158,9 @@ async def test_one_leads_and_the_others_follow(autojump_clock: Clock) -> None:
             await next(p for p in pulses if not p.leads).metronome.change_tempo(120)
 
 
-async def test_the_dead_are_replaced_at_once_in_the_same_time(autojump_clock: Clock) -> None:
+async def test_a_dead_leader_is_replaced_at_once_in_the_same_cluster_time(
+    autojump_clock: Clock,
+) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         assert one.leads
         begun = made.frames[0][0]
@@ -177,9 +179,9 @@ async def test_the_dead_are_replaced_at_once_in_the_same_time(autojump_clock: Cl
         assert record.leader_id == bb.health().leader_id == "pulse-1"
 
 
-async def test_a_lost_frame_makes_a_standby_ask_and_nothing_else(autojump_clock: Clock) -> None:
+async def test_a_lost_frame_makes_a_standby_probe_and_nothing_else(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, two)):
-        # Whoever else listens misses it, too.
+        # All the others miss the frame, too.
         leader = one.metronome._leader
         assert leader is not None
         leader.sent += 1
@@ -189,15 +191,15 @@ async def test_a_lost_frame_makes_a_standby_ask_and_nothing_else(autojump_clock:
         assert two.metronome.statistics().probes == 1
 
 
-async def test_the_silent_keep_their_lease(autojump_clock: Clock) -> None:
+async def test_a_silent_leader_keeps_its_lease(autojump_clock: Clock) -> None:
     async with cluster(2) as (_, (one, two)):
-        # It says nothing, but is there: others find its subscriptions.
+        # It is silent, but its process is there: its subscriptions are found.
         one.transport.publish_nowait = lambda *_, **__: None  # type: ignore[method-assign]
         await trio.sleep(2.4)
         assert not two.leads
         await trio.sleep(0.3)
         assert two.leads
-        # It hears who leads, and looks at the record.
+        # It hears the new leader, and looks at the record.
         await trio.sleep(2)
         assert not one.leads
         assert one.metronome.statistics().deposed == 1
@@ -205,14 +207,14 @@ async def test_the_silent_keep_their_lease(autojump_clock: Clock) -> None:
 
 async def test_a_standby_that_was_late_itself_waits(autojump_clock: Clock) -> None:
     async with cluster(2) as (_, (one, two)):
-        # A jump of the clock is what a loop that stood still sees of it.
+        # To a loop that was suspended, it looks as if the clock had jumped.
         autojump_clock.jump(2.0)
         await trio.sleep(3)
         assert one.leads
         assert not two.leads
 
 
-async def test_nobody_takes_over_without_the_record(autojump_clock: Clock) -> None:
+async def test_no_standby_takes_over_while_the_store_is_out_of_reach(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         made.store.answering = False
         one.scope.cancel()
@@ -223,13 +225,13 @@ async def test_nobody_takes_over_without_the_record(autojump_clock: Clock) -> No
         made.store.answering = True
         await trio.sleep(3)
         assert two.leads
-        # In the same time: nobody noticed but by the missing frames.
+        # The cluster time is the same: only frames were missing.
         assert bb.current_beat() == beat + 3
         assert bb.statistics().locks == 1
         assert not bb.health().local_degradation
 
 
-async def test_a_lost_answer_is_read_back(autojump_clock: Clock) -> None:
+async def test_a_write_whose_answer_is_lost_is_read_back(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, two)):
         made.store.losing = True
         one.scope.cancel()
@@ -240,7 +242,7 @@ async def test_a_lost_answer_is_read_back(autojump_clock: Clock) -> None:
         assert decode_record(made.store.entry.data).epoch == two.metronome.epoch
 
 
-async def test_a_leader_without_the_record_beats_on_and_refuses_changes(
+async def test_a_leader_whose_store_fails_beats_on_and_refuses_changes(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
@@ -258,7 +260,7 @@ async def test_a_leader_without_the_record_beats_on_and_refuses_changes(
         assert bb.tempo_bpm == 120
 
 
-async def test_a_change_that_was_refused_is_written_over(autojump_clock: Clock) -> None:
+async def test_a_refused_change_that_was_stored_is_overwritten(autojump_clock: Clock) -> None:
     async with cluster(1) as (made, (one,)):
         made.store.losing = True
         with pytest.raises(backbeat.TempoRefused, match="the answer was lost"):
@@ -270,12 +272,12 @@ async def test_a_change_that_was_refused_is_written_over(autojump_clock: Clock) 
         assert one.leads
 
 
-async def test_an_unreadable_record_is_written_over(autojump_clock: Clock) -> None:
+async def test_an_unreadable_record_is_overwritten(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, two)):
         epoch = one.metronome.epoch
         for rubbish in (b"\xff", b"{}", made.store.entry.data.replace(b"test-cluster", b"another")):
             made.store.entry = Entry(rubbish, made.store.entry.revision + 1)
-            # Every bar it is written again.
+            # The record is written once a bar.
             await trio.sleep(8)
             assert decode_record(made.store.entry.data).cluster_id == CLUSTER_ID
         made.store.entry = Entry(b"rubbish", made.store.entry.revision + 1)
@@ -285,7 +287,7 @@ async def test_an_unreadable_record_is_written_over(autojump_clock: Clock) -> No
         assert two.metronome.epoch > epoch
 
 
-async def test_a_wiped_record_comes_back_with_the_same_grid(autojump_clock: Clock) -> None:
+async def test_a_deleted_record_is_written_again_with_the_same_grid(autojump_clock: Clock) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         before = decode_record(made.store.entry.data)
         made.store.entry = Entry(b"", 0)
@@ -301,7 +303,9 @@ async def test_a_wiped_record_comes_back_with_the_same_grid(autojump_clock: Cloc
         assert bb.statistics().locks == 1
 
 
-async def test_a_forged_frame_makes_a_leader_look_and_nothing_else(autojump_clock: Clock) -> None:
+async def test_a_forged_frame_makes_a_leader_read_the_record_and_nothing_else(
+    autojump_clock: Clock,
+) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         await trio.sleep(0.2)
         leader = one.metronome._leader
@@ -316,7 +320,7 @@ async def test_a_forged_frame_makes_a_leader_look_and_nothing_else(autojump_cloc
         assert one.leads
         assert not two.leads
         assert one.metronome.statistics().frames_foreign == 20
-        # Agents have asked, and do not believe it; they say so.
+        # Agents have pinged the leader, do not believe the frame, and report it.
         assert bb.health().leader_id == "pulse-0"
         assert bb.statistics().frames_unexplained >= 5
         assert any("did not confirm" in error for error in bb.health().errors)
@@ -327,7 +331,7 @@ async def test_a_forged_frame_makes_a_leader_look_and_nothing_else(autojump_cloc
         assert one.leads
 
 
-async def test_a_cluster_that_nobody_remembers_begins_again_and_repeats_no_beat(
+async def test_a_grid_that_no_process_remembers_begins_anew_and_repeats_no_beat(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(1) as (made, (one,)):
@@ -339,14 +343,14 @@ async def test_a_cluster_that_nobody_remembers_begins_again_and_repeats_no_beat(
         await trio.sleep(4.3)
         assert made.indices()[-1] > last.beat_index
         assert made.frames[-1][1].segment.beat0 > last.beat_index
-        # The tempo is that of the record, and not that of whoever came.
+        # The tempo is that of the record, and not that of the new metronome.
         assert made.frames[-1][1].tempo_bpm == 60
         assert made.frames[-1][1].incarnation != last.incarnation
         assert made.indices() == sorted(set(made.indices()))
 
 
 @pytest.mark.parametrize("away", [0.5, 4.5, 60.0, 3600.0])
-async def test_one_agent_that_remembers_keeps_the_grid(
+async def test_one_agent_that_remembers_the_grid_is_enough_to_continue_it(
     autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, away: float
 ) -> None:
     set_wall_clock(monkeypatch)
@@ -379,10 +383,10 @@ async def test_one_agent_that_remembers_keeps_the_grid(
         assert bb.statistics().locks == 1
 
 
-async def test_a_standby_is_asked_by_a_newcomer_and_takes_over_before_it(
+async def test_a_newcomers_recall_makes_a_standby_take_over_first(
     autojump_clock: Clock,
 ) -> None:
-    # At 2 beats a minute the next frame may be due in half a minute.
+    # At 2 BPM the next frame may be due in half a minute.
     async with trio.open_nursery() as nursery:
         made = Cluster(nursery)
         await nursery.start(made.transport.run)
@@ -403,7 +407,7 @@ async def test_a_standby_is_asked_by_a_newcomer_and_takes_over_before_it(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_liar_among_several_agents_changes_nothing(autojump_clock: Clock) -> None:
+async def test_one_wrong_answer_among_several_agents_changes_nothing(autojump_clock: Clock) -> None:
     async with cluster(1) as (made, (one,)), AsyncExitStack() as stack:
         sessions = [
             await stack.enter_async_context(open_session(made.bus, agent_id=f"agent-{n}"))
@@ -447,7 +451,7 @@ async def test_a_pause_outlives_its_leader(autojump_clock: Clock) -> None:
         assert made.indices() == sorted(made.indices())
 
 
-async def test_a_grid_that_stood_still_does_so_when_it_begins_again(autojump_clock: Clock) -> None:
+async def test_a_paused_grid_that_begins_anew_is_paused(autojump_clock: Clock) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         beat = await bb.pause()
         await bb.sleep_until(beat)
@@ -471,7 +475,7 @@ async def test_standbys_wait_for_the_connection(autojump_clock: Clock) -> None:
         await trio.sleep(3)
         assert one.leads
         assert not two.leads
-        # Both are away, and the leader is back a little later.
+        # Both lose their connection, and the leader is back a little later.
         one.transport.sever()
         two.transport.sever()
         await trio.sleep(5)
@@ -483,7 +487,7 @@ async def test_standbys_wait_for_the_connection(autojump_clock: Clock) -> None:
         assert not two.leads
 
 
-async def test_two_that_lead_for_a_moment_tell_the_same_grid(autojump_clock: Clock) -> None:
+async def test_two_leaders_at_the_same_time_publish_the_same_grid(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, two)), AsyncExitStack() as stack:
         bb = await stack.enter_async_context(open_session(made.bus))
         one.transport.sever()
@@ -498,7 +502,7 @@ async def test_two_that_lead_for_a_moment_tell_the_same_grid(autojump_clock: Clo
         assert len(seen) == len({index for index, _ in seen})
 
 
-async def test_whoever_subscribes_and_says_nothing_does_not_hold_up_a_newcomer(
+async def test_a_silent_subscriber_does_not_hold_up_a_newcomer(
     autojump_clock: Clock,
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -516,7 +520,7 @@ async def test_whoever_subscribes_and_says_nothing_does_not_hold_up_a_newcomer(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_stopped_leader_keeps_its_lease_as_a_newcomer_comes(
+async def test_a_suspended_leader_keeps_its_lease_when_a_newcomer_comes(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(1) as (made, (one,)):
@@ -530,13 +534,13 @@ async def test_a_stopped_leader_keeps_its_lease_as_a_newcomer_comes(
             assert two.leads
 
 
-async def test_a_change_that_a_bar_comes_in_between_of_stays_in_the_record(
+async def test_a_change_stays_in_the_record_if_a_bar_begins_during_its_commit(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         leader = one.metronome._leader
         assert leader is not None
-        # Its commit is on its way as the bar asks for the record to be written.
+        # The commit is under way when the bar begins and the record is to be written.
         downbeat = leader.steering.local_at(leader.timeline.time_of(8)) / 1e9
         await trio.sleep_until(downbeat - 0.0002)
         await one.metronome.change_tempo(120)
@@ -548,9 +552,9 @@ async def test_a_change_that_a_bar_comes_in_between_of_stays_in_the_record(
         assert bb.tempo_bpm == 120
 
 
-async def test_a_deposed_leader_changes_nothing(autojump_clock: Clock) -> None:
+async def test_a_replaced_leader_changes_nothing(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, two)):
-        # It hears nobody, and has the record all the same.
+        # It hears no other process, but can use the store.
         one.transport.sever()
         await trio.sleep(4)
         assert one.leads
@@ -563,7 +567,9 @@ async def test_a_deposed_leader_changes_nothing(autojump_clock: Clock) -> None:
         assert not one.leads
 
 
-async def test_a_stream_that_acknowledges_probes_is_no_leader(autojump_clock: Clock) -> None:
+async def test_a_stream_that_acknowledges_probes_is_not_taken_for_a_leader(
+    autojump_clock: Clock,
+) -> None:
     async with cluster(2) as (made, (one, two)), trio.open_nursery() as nursery:
 
         async def acknowledge() -> None:
@@ -576,12 +582,14 @@ async def test_a_stream_that_acknowledges_probes_is_no_leader(autojump_clock: Cl
         await trio.sleep(1)
         one.scope.cancel()
         await trio.sleep(4)
-        # It cannot be told from a leader that stands still, but it does not last longer than that.
+        # It looks like a suspended leader, so it delays the takeover by one lease.
         assert two.leads
         nursery.cancel_scope.cancel()
 
 
-async def test_a_standby_far_from_its_server_learns_who_is_gone(autojump_clock: Clock) -> None:
+async def test_a_standby_far_from_its_server_learns_that_the_leader_is_gone(
+    autojump_clock: Clock,
+) -> None:
     async with cluster(2) as (_, (one, two)):
         request = two.transport.request
 
@@ -599,11 +607,11 @@ async def test_a_standby_far_from_its_server_learns_who_is_gone(autojump_clock: 
         assert two.metronome.statistics().probes <= 3
 
 
-async def test_agents_are_told_how_many_stand_by(autojump_clock: Clock) -> None:
+async def test_agents_learn_the_number_of_standbys(autojump_clock: Clock) -> None:
     async with cluster(3) as (made, (one, two, three)), open_session(made.bus) as bb:
         await trio.sleep(70)
         assert bb.health().standbys == 2
-        # Whoever takes over stands by no more, and whoever is gone is forgotten in time.
+        # A standby that took over no longer counts, and one that is gone is forgotten in time.
         one.scope.cancel()
         await trio.sleep(70)
         assert bb.health().standbys == 1
@@ -612,7 +620,7 @@ async def test_agents_are_told_how_many_stand_by(autojump_clock: Clock) -> None:
         assert bb.health().standbys == 1
         await trio.sleep(150)
         assert bb.health().standbys == 0
-        # Anybody may say that it stands by, and a role that nobody knows is no error.
+        # Any process may say that it stands by, and an unknown role is not an error.
         for role, number in [("standby", 300), ("ghost", 5)]:
             for index in range(number):
                 ping = encode(SyncRequest(CLUSTER_ID, f"{role}-{index}", role))
@@ -642,7 +650,7 @@ async def test_a_metronome_with_a_record_outranks_one_without(autojump_clock: Cl
             assert (alone.leads, other.leads) == (False, True)
             await trio.sleep(5)
             assert (alone.leads, other.leads) == (False, True)
-            # With the grid that there was; for a moment both may have led.
+            # It continues the grid. For a moment both may have led.
             assert made.indices() == sorted(made.indices())
             assert set(made.indices()) == set(range(made.indices()[-1] + 1))
             assert bb.statistics().locks == 1
@@ -650,8 +658,8 @@ async def test_a_metronome_with_a_record_outranks_one_without(autojump_clock: Cl
         nursery.cancel_scope.cancel()
 
 
-async def test_two_grids_of_which_one_has_a_record(autojump_clock: Clock) -> None:
-    # A leaf of the cluster that was cut off began a grid of its own, and comes back.
+async def test_of_two_grids_the_one_with_a_record_wins(autojump_clock: Clock) -> None:
+    # A leaf node that was cut off began another grid, and comes back.
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         leaf = backbeat.MemoryTransport(backbeat.MemoryBus())
         alone = backbeat.Metronome(leaf, cluster_id=CLUSTER_ID, leader_id="alone", tempo_bpm=120)
@@ -671,7 +679,9 @@ async def test_two_grids_of_which_one_has_a_record(autojump_clock: Clock) -> Non
             nursery.cancel_scope.cancel()
 
 
-async def test_a_leader_that_was_replaced_by_the_dead_leads_again(autojump_clock: Clock) -> None:
+async def test_a_leader_leads_again_after_the_one_that_replaced_it_died(
+    autojump_clock: Clock,
+) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         record = decode_record(made.store.entry.data)
         dead = msgspec.structs.replace(record, epoch=record.epoch + 1, nonce="dead")
@@ -679,13 +689,13 @@ async def test_a_leader_that_was_replaced_by_the_dead_leads_again(autojump_clock
         await trio.sleep(12)
         assert one.metronome.statistics().deposed == 1
         assert one.leads
-        # With the grid that it had.
+        # It continues its grid.
         assert bb.statistics().locks == 1
         assert made.indices() == sorted(set(made.indices()))
         assert made.indices()[-1] == bb.current_beat()
 
 
-async def test_frames_that_are_too_large_do_not_end_a_leader(autojump_clock: Clock) -> None:
+async def test_a_leader_goes_on_if_its_frames_are_too_large(autojump_clock: Clock) -> None:
     async with cluster(1) as (_, (one,)):
         one.transport.max_payload = 100
         await trio.sleep(3)
@@ -695,8 +705,8 @@ async def test_frames_that_are_too_large_do_not_end_a_leader(autojump_clock: Clo
         assert one.metronome.statistics().frames_unsent >= 2
 
 
-async def test_far_from_the_clocks_origin(mock_clock: Clock) -> None:
-    # Floats are coarser than nanoseconds there.
+async def test_takeovers_work_far_from_the_origin_of_trios_clock(mock_clock: Clock) -> None:
+    # There a float of seconds cannot hold nanoseconds.
     mock_clock.jump(3e8)
     mock_clock.autojump_threshold = 0
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
@@ -705,10 +715,10 @@ async def test_far_from_the_clocks_origin(mock_clock: Clock) -> None:
         assert bb.tempo_bpm == 33.3
 
 
-# What is not to be undone, and what is not to be taken for something else.
+# Changes that must not be undone, and grids that must not be mixed up.
 
 
-async def test_a_change_in_force_outlives_a_leader_who_has_not_heard_of_it(
+async def test_a_change_in_force_stays_if_the_new_leader_has_not_heard_of_it(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
@@ -727,10 +737,10 @@ async def test_a_change_in_force_outlives_a_leader_who_has_not_heard_of_it(
         assert bb.current_beat() - indices[-1] in (0, 1)
 
 
-async def test_what_was_told_is_soon_in_the_record(autojump_clock: Clock) -> None:
+async def test_an_announcement_is_soon_in_the_record(autojump_clock: Clock) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         beat = await bb.set_tempo(240)
-        # By the answer to a ping, or with the next frame.
+        # It was announced by the answer to a ping, or by the next frame.
         await trio.sleep(1.1)
         assert bb.current_beat() < beat
         record = decode_record(made.store.entry.data)
@@ -738,7 +748,7 @@ async def test_what_was_told_is_soon_in_the_record(autojump_clock: Clock) -> Non
         assert one.leads
 
 
-async def test_a_change_for_later_is_still_for_later_when_the_grid_begins_again(
+async def test_a_pending_change_stays_pending_when_the_grid_begins_anew(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
@@ -755,7 +765,7 @@ async def test_a_change_for_later_is_still_for_later_when_the_grid_begins_again(
         assert (still.beat0, still.milli_bpm) == (200_000, 0)
 
 
-async def test_no_beat_comes_twice_though_the_record_was_out(
+async def test_no_beat_comes_twice_although_the_record_was_old(
     autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_wall_clock(monkeypatch)
@@ -771,20 +781,20 @@ async def test_no_beat_comes_twice_though_the_record_was_out(
         await made.start("pulse-9")
         await trio.sleep(5)
         assert made.indices() == sorted(set(made.indices()))
-        # Nor is any counted twice by who went on alone, and remembers the change.
+        # Nor is any repeated for an agent that went on alone and remembers the change.
         assert made.indices()[-1] > alone
         assert made.frames[-1][1].tempo_bpm == 300
         assert bb.current_beat() - made.indices()[-1] in (0, 1)
         assert bb.statistics().locks == 1
 
 
-async def test_another_grid_that_begins_just_as_the_last_one_is_another(
+async def test_a_new_grid_with_the_same_numbers_is_another_grid(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         await trio.sleep(60)
         one.scope.cancel()
-        # Whoever remembers is away, and all that was stored is gone.
+        # The agents that remember the grid are away, and the store is empty.
         transport = bb._runtime.transport
         assert isinstance(transport, backbeat.MemoryTransport)
         transport.sever()
@@ -801,7 +811,7 @@ async def test_another_grid_that_begins_just_as_the_last_one_is_another(
         assert not bb.health().local_degradation
 
 
-async def test_who_was_away_while_a_grid_began_and_changed_is_not_mistaken(
+async def test_an_agent_that_was_away_when_a_new_grid_began_moves_to_it(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(1) as (made, (one,)):
@@ -816,7 +826,7 @@ async def test_who_was_away_while_a_grid_began_and_changed_is_not_mistaken(
             await trio.sleep(600)
             await made.start("pulse-9")
             await trio.sleep(5)
-            # Its number is greater than that of all that is known far away.
+            # Its number is greater than all that the agent knows.
             await near.set_tempo(100)
             await trio.sleep(20)
             away.restore()
@@ -825,7 +835,7 @@ async def test_who_was_away_while_a_grid_began_and_changed_is_not_mistaken(
             assert far.current_position() == pytest.approx(near.current_position(), abs=1e-3)
 
 
-async def test_an_epoch_that_somebody_made_up_is_not_the_last(autojump_clock: Clock) -> None:
+async def test_a_made_up_highest_epoch_does_not_prevent_later_ones(autojump_clock: Clock) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         one.scope.cancel()
         await trio.sleep(1)
@@ -844,7 +854,7 @@ async def test_an_epoch_that_somebody_made_up_is_not_the_last(autojump_clock: Cl
         assert decode_record(made.store.entry.data).leader_id == "pulse-9"
 
 
-async def test_requests_that_nobody_waits_for_any_more_are_refused(autojump_clock: Clock) -> None:
+async def test_requests_whose_sender_no_longer_waits_are_refused(autojump_clock: Clock) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         made.store.answering = False
         asked: list[str] = []
@@ -865,7 +875,7 @@ async def test_requests_that_nobody_waits_for_any_more_are_refused(autojump_cloc
         assert one.metronome.statistics().refused == 8
 
 
-async def test_a_change_that_no_frame_has_room_for_is_refused(autojump_clock: Clock) -> None:
+async def test_a_change_that_makes_frames_too_large_is_refused(autojump_clock: Clock) -> None:
     async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
         one.transport.max_payload = 4096
         with pytest.raises(backbeat.TempoRefused, match="larger than the server takes"):
@@ -887,14 +897,16 @@ async def test_a_request_that_cannot_be_read_is_answered(autojump_clock: Clock) 
         assert one.metronome.statistics().undecodable == 1
 
 
-async def test_who_led_before_goes_on_with_what_the_one_after_it_did(autojump_clock: Clock) -> None:
+async def test_a_former_leader_continues_with_the_changes_of_its_successor(
+    autojump_clock: Clock,
+) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         one.transport.sever()
         await trio.sleep(4)
         assert two.leads
         beat = await bb.set_tempo(240)
         await bb.sleep_until(beat + 50)
-        # All that is left of the grid is a metronome that knows nothing of the last minute.
+        # Only a metronome remains, which has not heard the last minute of the grid.
         two.scope.cancel()
         one.transport.restore()
         await trio.sleep(5)
@@ -907,14 +919,14 @@ async def test_who_led_before_goes_on_with_what_the_one_after_it_did(autojump_cl
         assert bb.current_beat() - indices[-1] in (0, 1)
 
 
-async def test_a_change_whose_commit_comes_back_late_is_put_off(autojump_clock: Clock) -> None:
+async def test_a_change_whose_commit_comes_back_late_is_postponed(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, _)), open_session(made.bus) as bb:
         write, stalls = made.store.write, {b":120000}": 3.0, b":240000}": 9.0}
 
         async def stall(data: bytes, revision: int) -> int:
             written = await write(data, revision)
             for tempo in [tempo for tempo in stalls if tempo in data]:
-                # The process stands still after the store has taken it.
+                # The process is suspended after the store has accepted the write.
                 autojump_clock.jump(stalls.pop(tempo))
             return written
 
@@ -929,7 +941,7 @@ async def test_a_change_whose_commit_comes_back_late_is_put_off(autojump_clock: 
             if heard.index > beat:
                 break
         assert (tempos[beat - 1], tempos[beat]) == (60, 120)
-        # One that names its beat is refused, and nobody hears of it.
+        # A change that names its beat is refused, and is never announced.
         with pytest.raises(backbeat.TempoRefused, match="committed too late for its beat"):
             await one.metronome.change_tempo(240, at_beat=bb.current_beat() + 12)
         assert not stalls
@@ -937,12 +949,12 @@ async def test_a_change_whose_commit_comes_back_late_is_put_off(autojump_clock: 
         assert bb.tempo_bpm == 120
 
 
-async def test_a_grid_that_stands_still_can_go_on_after_a_takeover_near_its_pause(
+async def test_a_paused_grid_can_resume_after_a_takeover_near_the_pause(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         beat = await bb.pause()
-        # The last frame of the leader that anybody hears is one before the pause.
+        # The last frame of the old leader that is heard comes before the pause.
         await bb.sleep_until(beat - 1)
         await trio.sleep(0.3)
         one.scope.cancel()
@@ -957,7 +969,9 @@ async def test_a_grid_that_stands_still_can_go_on_after_a_takeover_near_its_paus
         assert not bb.health().paused
 
 
-async def test_a_leader_that_was_cut_off_looks_before_it_speaks(autojump_clock: Clock) -> None:
+async def test_a_leader_that_was_cut_off_reads_the_record_before_it_publishes(
+    autojump_clock: Clock,
+) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         one.transport.sever()
         await trio.sleep(8)
@@ -969,7 +983,7 @@ async def test_a_leader_that_was_cut_off_looks_before_it_speaks(autojump_clock: 
         made.store.delay = 0.3
         one.transport.restore()
         await trio.sleep(0.25)
-        # It has not read the record yet: neither frames nor answers.
+        # It has not read the record yet, so it sends neither frames nor answers.
         assert len(made.frames) == heard
         request = encode(SyncRequest(CLUSTER_ID, "asks"))
         with pytest.raises(backbeat.TransportBroken):
@@ -981,7 +995,7 @@ async def test_a_leader_that_was_cut_off_looks_before_it_speaks(autojump_clock: 
         assert made.indices() == sorted(set(made.indices()))
 
 
-async def test_a_leader_that_cannot_look_beats_on_where_nobody_else_is_heard(
+async def test_a_leader_that_cannot_read_the_record_beats_on_if_it_hears_no_other_leader(
     autojump_clock: Clock,
 ) -> None:
     async with cluster(1) as (made, (one,)):
@@ -996,7 +1010,7 @@ async def test_a_leader_that_cannot_look_beats_on_where_nobody_else_is_heard(
 
 
 async def bridge(one: backbeat.MemoryBus, two: backbeat.MemoryBus, seconds: float) -> None:
-    """Have each bus hear what is published on the other one, so much later."""
+    """Pass on what is published on each bus to the other one, with a delay in seconds."""
     ends = [backbeat.MemoryTransport(bus) for bus in (one, two)]
     crossed: set[bytes] = set()
 
@@ -1024,10 +1038,10 @@ async def bridge(one: backbeat.MemoryBus, two: backbeat.MemoryBus, seconds: floa
 
 
 @pytest.mark.parametrize(("bpm", "minutes"), [(60.0, 10), (120.0, 2), (600.0, 1)])
-async def test_far_metronomes_leave_the_lead_where_it_is(
+async def test_metronomes_with_a_long_round_trip_do_not_take_the_lead(
     autojump_clock: Clock, bpm: float, minutes: int
 ) -> None:
-    # 150 ms each way.
+    # Each way takes 150 ms.
     async with cluster(1, bpm) as (made, (one,)), open_session(made.bus) as bb:
         there = Cluster(made.nursery)
         there.store = made.store
@@ -1038,14 +1052,14 @@ async def test_far_metronomes_leave_the_lead_where_it_is(
         assert not far.leads
         assert far.metronome.statistics().takeovers == 0
         assert bb.statistics().locks == 1
-        # It stands by all the same.
+        # It stands by nevertheless.
         one.scope.cancel()
         await trio.sleep(10)
         assert far.leads
         assert bb.statistics().locks == 1
 
 
-async def test_metronomes_without_a_record_find_it_when_there_is_one(
+async def test_metronomes_without_a_record_find_one_as_soon_as_there_is_one(
     autojump_clock: Clock,
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -1060,7 +1074,7 @@ async def test_metronomes_without_a_record_find_it_when_there_is_one(
             await trio.sleep(5)
             assert (one.leads, two.leads) == (True, False)
             assert all(frame.alone is True for _, frame in made.frames)
-            # Without a record, too, one stands by for the other.
+            # Without a record, too, one leads and the other stands by.
             one.scope.cancel()
             await trio.sleep(3)
             assert two.leads

@@ -47,7 +47,7 @@ async def leading(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_frame_a_beat_on_its_instant(autojump_clock: Clock) -> None:
+async def test_each_beat_has_a_frame_at_its_instant(autojump_clock: Clock) -> None:
     transport = backbeat.MemoryTransport(backbeat.MemoryBus())
     metronome = Metronome(transport, cluster_id="c", leader_id="pulse-a", tempo_bpm=120.0)
     async with trio.open_nursery() as nursery:
@@ -85,7 +85,7 @@ async def test_sync_replies_are_in_cluster_time(autojump_clock: Clock) -> None:
         assert metronome.statistics().syncs == 1
 
 
-async def test_a_leader_that_is_asked_too_often_says_how_long_to_wait(
+async def test_a_leader_that_is_pinged_too_often_says_how_long_to_wait(
     autojump_clock: Clock,
 ) -> None:
     async with leading() as (_, transport):
@@ -101,7 +101,7 @@ async def test_a_leader_that_is_asked_too_often_says_how_long_to_wait(
         assert decode_sync_reply(answer.data).wait_ns is UNSET
 
 
-async def test_a_change_of_tempo_is_announced_and_then_in_force(autojump_clock: Clock) -> None:
+async def test_a_change_of_tempo_is_announced_before_it_takes_effect(autojump_clock: Clock) -> None:
     async with leading() as (_, transport):
         async with transport.open_subscription("backbeat.beat.c") as messages:
             request = encode(TempoRequest("c", 240.0, at_beat=5))
@@ -128,7 +128,7 @@ async def test_a_change_of_tempo_is_announced_and_then_in_force(autojump_clock: 
         (60, 2, "too soon"),
     ],
 )
-async def test_refusals_say_why(
+async def test_a_refused_change_says_why(
     bpm: float, at_beat: int | None, text: str, autojump_clock: Clock
 ) -> None:
     async with leading() as (metronome, transport):
@@ -143,7 +143,9 @@ async def test_refusals_say_why(
         assert metronome.statistics().tempo_changes == 0
 
 
-async def test_requests_without_a_reply_subject_and_hostile_ones(autojump_clock: Clock) -> None:
+async def test_requests_without_a_reply_subject_and_hostile_ones_are_dropped(
+    autojump_clock: Clock,
+) -> None:
     async with leading() as (metronome, transport):
         transport.publish_nowait("backbeat.tempo.c", encode(TempoRequest("c", 240.0)))
         transport.publish_nowait("backbeat.tempo.c", b'{"type":"backbeat.tempo.v1"}')
@@ -157,7 +159,7 @@ async def test_requests_without_a_reply_subject_and_hostile_ones(autojump_clock:
         assert metronome.current_beat() == 2
 
 
-async def test_it_beats_on_without_a_connection(autojump_clock: Clock) -> None:
+async def test_the_leader_goes_on_beating_without_a_connection(autojump_clock: Clock) -> None:
     async with leading() as (metronome, transport):
         transport.sever()
         await trio.sleep(2.25)
@@ -167,7 +169,7 @@ async def test_it_beats_on_without_a_connection(autojump_clock: Clock) -> None:
             assert decode_frame((await anext(messages)).data).beat_index == 5
 
 
-async def test_a_loop_that_was_blocked_sends_no_burst(mock_clock: Clock) -> None:
+async def test_a_loop_that_was_blocked_sends_one_frame_and_no_burst(mock_clock: Clock) -> None:
     async with leading() as (metronome, transport):
         async with transport.open_subscription("backbeat.beat.c") as messages:
             mock_clock.jump(5.1)
@@ -180,7 +182,9 @@ milli = st.integers(100, 6_000_000)
 
 
 @given(milli, milli, st.integers(0, 10**12), st.integers(1, 16), st.none() | st.integers(0, 400))
-def test_proposals(first: int, second: int, now: int, bar: int, ahead: int | None) -> None:
+def test_proposed_changes_lie_on_downbeats_or_named_beats(
+    first: int, second: int, now: int, bar: int, ahead: int | None
+) -> None:
     timeline = Timeline((Segment(1, 0, 0, 0, first),))
     index = timeline.index_at(now)
     at_beat = None if ahead is None else index + ahead
@@ -224,13 +228,13 @@ async def test_statistics_are_immutable(autojump_clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("bar", [0, 1_000_001])
-def test_bars_that_no_frame_could_tell_of_are_refused(bar: int) -> None:
+def test_bar_lengths_that_no_frame_can_carry_are_refused(bar: int) -> None:
     transport = backbeat.MemoryTransport(backbeat.MemoryBus())
     with pytest.raises(ValueError, match="beats_per_bar"):
         Metronome(transport, cluster_id="c", leader_id="pulse-a", beats_per_bar=bar)
 
 
-async def test_an_agent_goes_on_by_frames_where_its_pings_are_too_large(
+async def test_an_agent_follows_frames_alone_if_its_pings_are_too_large(
     autojump_clock: Clock,
 ) -> None:
     bus = backbeat.MemoryBus()
@@ -249,7 +253,7 @@ async def test_an_agent_goes_on_by_frames_where_its_pings_are_too_large(
 
 
 class Answering:
-    """A store that answers as it is told."""
+    """A store whose answers the test sets."""
 
     def __init__(self, answer: bool | Exception) -> None:
         self.answer = answer
@@ -270,7 +274,7 @@ class Answering:
         return await self.store.write(data, revision)
 
 
-async def test_a_leader_without_a_record_tells_why_and_gets_one_as_soon_as_it_can(
+async def test_a_leader_without_a_record_logs_why_and_gets_one_as_soon_as_possible(
     autojump_clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -283,7 +287,7 @@ async def test_a_leader_without_a_record_tells_why_and_gets_one_as_soon_as_it_ca
             refused = backbeat.TransportBroken("permissions refuse it")
             for answer in (refused, RecordRefused("no 3 copies")):
                 opened, store.answer = store.opened, answer
-                # Asked again and again, told once, and led on.
+                # The store was asked many times, the reason was logged once, and the leader stayed.
                 await trio.sleep(20)
                 assert store.opened >= opened + 3
                 assert caplog.messages.count(f"still without a record: {answer}") == 1
@@ -298,7 +302,7 @@ async def test_a_leader_without_a_record_tells_why_and_gets_one_as_soon_as_it_ca
         assert indices == list(range(1, 121))
 
 
-async def test_a_metronome_waits_for_a_store_that_does_not_answer_and_tells_why(
+async def test_a_metronome_waits_for_a_store_that_does_not_answer_and_logs_why(
     autojump_clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
