@@ -1,4 +1,4 @@
-"""The grid as Trio's tasks see it: budgets, iterators, and one timer for all of them.
+"""The grid in Trio: budgets, sleeps and iterators of beats, and one timer for all of them.
 
-It imports `_grid` and below.
+It imports `_grid` and the layers below that.
 """

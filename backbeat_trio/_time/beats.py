@@ -1,4 +1,4 @@
-"""The async iterators that give a session's beats, and how they wait precisely."""
+"""The async iterators of a session's beats, and their precise wait."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ from .._wire import BeatPhase, beat_phase, window_id
 from .clock import BeatClock
 from .local import local_ns, seconds_of
 
-# Trio's timers are late by a millisecond or so: what must not be is waited for in checkpoints.
+# Trio's timers are late by about a millisecond. So a precise wait sleeps until this long before the
+# beat, and then polls the clock at checkpoints.
 _NEAR_NS: Final = 2_000_000
-# Whatever else falls due on a beat runs in the same turn of Trio's loop, and at times first: so the
-# last part of the wait is no checkpoint at all.
+# Other tasks that are due on the beat run in the same turn of Trio's loop, sometimes first. So for
+# the last part of the wait there are no checkpoints.
 _SPIN_NS: Final = 100_000
-# Nor is it for ever, where Trio's clock is slow: on a real one this many looks take longer.
+# The most readings of the clock in that part, in case the clock is slow. Of a real clock, so many
+# readings take longer.
 _SPINS: Final = 2000
 
 
 class Beat(Struct, frozen=True):
-    """One beat, as the iterators of a session give it."""
+    """One beat, as the iterators `Session.beats` and `Session.downbeats` yield it."""
 
     index: int
-    """The beat's index: sequential over the life of the cluster."""
+    """The beat's index: 0 or more, and sequential over the life of the cluster."""
     downbeat: bool
-    """Whether it is the first of its bar."""
+    """Whether it is the first beat of its bar."""
     phase: BeatPhase
-    """``"downbeat"`` or ``"upbeat"``."""
+    """``"downbeat"`` on the first beat of a bar, ``"upbeat"`` on the others."""
     tempo_bpm: float
-    """Beats per minute in force."""
+    """The tempo of this beat, in beats per minute; 0 in a pause."""
     window_id: str
-    """The name of its bar."""
+    """The name of its bar, for example ``"w-1543"``."""
     skipped: int
-    """How many the consumer missed since the last one it got, because it was busy."""
+    """How many beats (or downbeats) the consumer missed before this one, because it was busy."""
 
 
 @final
 class Beats:
-    """An async iterator of beats, or of downbeats, with no queue behind it.
+    """An async iterator of beats, or of downbeats, without a queue.
 
-    However slow its consumer is, it costs the others nothing: the next `Beat` is the newest, and
-    its ``skipped`` tells how many were missed. Each step is a checkpoint.
+    A slow consumer gets the newest `Beat` next, whose ``skipped`` is the number of those it missed.
+    It does not slow down other consumers. Each step is a checkpoint.
 
     Raises:
-      SessionClosed: when the session is closed.
+      SessionClosed: if the session is closed.
 
     """
 
@@ -90,7 +92,7 @@ class Beats:
 
 def _beat(clock: BeatClock, index: int, *, skipped: int) -> Beat:
     bar, timeline = clock.grid.beats_per_bar, clock.grid.timeline
-    # Of that beat, also where the next one has begun by now.
+    # The tempo of that beat, even if the next one has begun meanwhile.
     begun = min(timeline.time_of(index), clock.cluster_ns())
     return Beat(
         index=index,
@@ -103,8 +105,8 @@ def _beat(clock: BeatClock, index: int, *, skipped: int) -> Beat:
 
 
 async def _wait_precisely(clock: BeatClock, index: int) -> None:
-    # Waits for a beat that is still to come, or for part of the way to it; at its end, without
-    # sleeping.
+    # Sleep until shortly before a beat; or, if that is now, poll the clock once. The caller repeats
+    # this until the beat has begun.
     now, edge_ns = local_ns(), clock.grid.local_at(index)
     until_ns = edge_ns - _NEAR_NS if edge_ns < NEVER else NEVER
     if until_ns <= now:
@@ -112,10 +114,10 @@ async def _wait_precisely(clock: BeatClock, index: int) -> None:
         if local_ns() != now:
             _spin(edge_ns)
             return
-        # Virtual time, which stands still until everybody sleeps: so this sleeps, too. The instant
-        # must be later than now, whatever is rounded, or time never moves.
+        # Time is virtual, and stops until every task sleeps. So sleep here, too, until an instant
+        # that is later than now after any rounding. Otherwise time would never go on.
         until_ns = max(edge_ns, now + 1)
-    # Every beat ends the wait, as the grid may be another one by then.
+    # Any beat ends the wait, because the grid may have changed by then.
     with trio.move_on_at(seconds_of(until_ns)):
         await clock.wait_beat()
 

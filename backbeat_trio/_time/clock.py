@@ -1,4 +1,4 @@
-"""The beat clock that the tasks of one run wait on."""
+"""The beat clock: it wakes the tasks that wait for beats, and ends the scopes that are due."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .timer import Alarm
 
 @final
 class BeatClock:
-    """The grid as the tasks of this run see it: the timer that follows it, and who waits for it.
+    """A grid with a timer that follows it, for the tasks of one run of Trio.
 
     Args:
       timeline: the segments of the grid.
-      steering: how local time becomes cluster time.
+      steering: the mapping from local time to cluster time.
       beats_per_bar: the length of a bar, in beats.
       enforcing: whether scopes are cancelled at their deadlines.
       on_rebase: called when the index of the present beat moves to another grid, with the number
@@ -45,9 +45,9 @@ class BeatClock:
         self.grid: Grid = Grid(timeline, steering, beats_per_bar, self)
         self.punctuality: Punctuality = Punctuality()
         self.index_shift: int = 0
-        """By how much the index has moved to other grids so far, in beats."""
+        """By how many beats all moves to other grids together have changed the index."""
         self.deadlines: Deadlines = Deadlines(self.grid, self._arm, enforcing=enforcing)
-        """The scopes on this clock; it makes them, too."""
+        """The scopes on this clock. Its methods make new ones."""
         self._enforcing = enforcing
         self._on_rebase = on_rebase
         self._timer: trio.CancelScope | None = None
@@ -56,7 +56,7 @@ class BeatClock:
         self._lot_of_last = trio.lowlevel.ParkingLot()
         self._closed = trio.Event()
         self._next_index = self.index() + 1
-        # When that beat is due, as of the last arming, and when those who wait for it were woken.
+        # When that beat is due, as of the last arming, and when its waiting tasks were woken.
         self._edge_ns = NEVER
         self._struck_ns: int | None = None
 
@@ -69,10 +69,10 @@ class BeatClock:
         enforcing: bool = True,
         on_rebase: Callable[[int], None] | None = None,
     ) -> BeatClock:
-        """Make a clock on a grid of its own, that begins now with beat 0.
+        """Make a clock on a local grid, which begins now with beat 0.
 
         Args:
-          milli: the tempo, in thousandths of a beat a minute.
+          milli: the tempo, in thousandths of a beat per minute.
           beats_per_bar: the length of a bar, in beats.
           enforcing: whether scopes are cancelled at their deadlines.
           on_rebase: as for the constructor.
@@ -84,7 +84,7 @@ class BeatClock:
     # Reading.
 
     def cluster_ns(self) -> int:
-        """Return the present cluster time."""
+        """Return the present cluster time, in nanoseconds."""
         return self.grid.cluster_at(local_ns())
 
     def index(self) -> int:
@@ -96,11 +96,11 @@ class BeatClock:
         return self.grid.position_at(local_ns())
 
     def segment(self) -> Segment:
-        """Return the segment in force."""
+        """Return the segment that is in force now."""
         return self.grid.segment_at(local_ns())
 
     def deadline_of(self, position: float) -> float:
-        """Return when a position will be reached, in seconds of Trio's clock, as things stand."""
+        """Return when the present grid reaches a position, in seconds of Trio's clock."""
         return seconds_at(self.grid, position)
 
     @property
@@ -110,28 +110,28 @@ class BeatClock:
 
     @property
     def live_scopes(self) -> int:
-        """How many scopes wait for their deadline."""
+        """The number of scopes that wait for their deadline."""
         return self.deadlines.live
 
     def raise_closed(self) -> NoReturn:
-        """Raise the error of a session that was left."""
+        """Raise the error of a closed session."""
         raise SessionClosed("the session has been closed")
 
     # Waiting.
 
     async def sleep_until(self, position: float) -> None:
-        """Wait until a position is reached; always a checkpoint."""
+        """Wait until a position, in beats, is reached. Always a checkpoint."""
         await self._sleep(self.deadlines.scope_at(position))
 
     async def sleep(self, beats: float) -> None:
-        """Wait for some beats; always a checkpoint."""
+        """Wait for some beats, 0 or more. Always a checkpoint."""
         await self._sleep(self.deadlines.scope_after(beats))
 
     async def _sleep(self, scope: BeatScope) -> None:
         with scope:
             if self._enforcing:
                 await trio.sleep_forever()
-            # Nothing is enforced, but what sleeps must wake.
+            # Scopes do not end by themselves here, but a sleep must.
             with trio.move_on_at(self.deadline_of(scope.deadline)):
                 await self._closed.wait()
         if self.closed:
@@ -141,8 +141,8 @@ class BeatClock:
         """Wait until the next beat begins, or the clock is closed. A checkpoint.
 
         Args:
-          last: whether to wait for the turn of the loop after that, too, so that all who wait for
-            the beat without this have run.
+          last: whether to wait one more turn of the loop, until all tasks that wait for the beat
+            without this have run.
 
         """
         await (self._lot_of_last if last else self._lot).park()
@@ -150,21 +150,21 @@ class BeatClock:
     # Moving.
 
     def rebased(self, beats: float, index: int) -> None:
-        """Take in that the position has moved to another grid (see `GridObserver`)."""
+        """Follow the move of the position to another grid (see `GridObserver`)."""
         self.deadlines.rebase(beats)
         self.index_shift += index
-        # A beat that is due, and was not struck yet, still is.
+        # If a beat is due and was not handled yet, it is still due.
         self._next_index += index
         if self._on_rebase is not None:
             self._on_rebase(index)
 
     def changed(self) -> None:
-        """Take in that the grid has another future (see `GridObserver`)."""
+        """Follow a change of the times of future beats (see `GridObserver`)."""
         self.deadlines.redraw()
         self._arm()
 
     def close(self) -> None:
-        """Cancel the scopes that are still open, and fail whoever waits."""
+        """Cancel the scopes that are still open, and wake the tasks that wait, which then fail."""
         self.deadlines.close()
         self._closed.set()
         self._lot.unpark_all()
@@ -179,9 +179,9 @@ class BeatClock:
             self._alarm.wake_at(due)
 
     def _fire(self) -> None:
-        # Trio has this called while it expires its deadlines, before any task of that turn runs: a
-        # beat scope is cancelled, and who waits for a beat is woken, at the same point of the loop
-        # at which a scope of Trio's would be.
+        # Trio calls this while it expires its deadlines, before any task of that turn runs. So a
+        # beat scope is cancelled, and a task that waits for a beat is woken, at the same point of
+        # the loop as with a scope of Trio's own.
         now = local_ns()
         if now >= self._edge_ns:
             self._struck_ns, self._edge_ns = now, NEVER
@@ -189,7 +189,7 @@ class BeatClock:
         self.deadlines.expire(now)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Cancel scopes as they fall due and wake whoever waits for a beat, until cancelled."""
+        """Cancel scopes that are due and wake the tasks that wait for beats, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._alarm.run)
             task_status.started()
@@ -200,7 +200,7 @@ class BeatClock:
 
         def timer_fired(_: object) -> trio.lowlevel.Abort:
             self._fire()
-            # Making and catching a `trio.Cancelled` would only keep others waiting.
+            # Reschedule the task instead of cancelling it: a `trio.Cancelled` takes more time.
             trio.lowlevel.reschedule(task)
             return trio.lowlevel.Abort.FAILED
 
@@ -213,8 +213,9 @@ class BeatClock:
                 self._arm()
                 await trio.lowlevel.wait_task_rescheduled(timer_fired)
             self._timer = None
-            # Whoever was woken comes first, and all that is to be done here has time until the next
-            # turn. It is waited for by a deadline, for what is due by then.
+            # The tasks that were woken run first. The rest can wait until the next turn of the
+            # loop. This waits for that turn with a deadline, which also handles what is due by
+            # then.
             with trio.CancelScope() as turn:
                 turn.deadline = -math.inf
                 await trio.lowlevel.wait_task_rescheduled(turn_began)
@@ -236,12 +237,12 @@ class BeatClock:
         self._struck_ns = None
 
     def _overdue_ns(self, now: int) -> int:
-        # A beat that a step has passed over was not missed by the loop.
+        # The loop is not late with a beat that a step of cluster time has passed over.
         return now - max(self.grid.local_at(self._next_index), self.grid.steering.corrected_ns)
 
     @property
     def loop_late(self) -> bool:
-        """Whether this task's own loop is late with its beats, or was lately."""
+        """Whether Trio's loop is late with a beat now, or was with one of the last eight."""
         if self.punctuality.late:
             return True
         return is_late(self._overdue_ns(local_ns()), beat_ns(self.segment().milli_bpm))

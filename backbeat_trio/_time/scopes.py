@@ -1,8 +1,9 @@
 """Cancel scopes whose deadline is a beat, and the heap that orders them.
 
-Scopes are ordered on an axis of their own, in beats: the position less a shift that changes only
-when the position moves to another grid. A change of tempo, a slew or a change of grid leaves every
-key on the axis as it is, so one heap and one armed Trio timer serve any number of scopes.
+The key of a scope in the heap is its deadline on an axis in beats: the position minus a shift. When
+the position moves to another grid, the shift changes by as much. A change of tempo, a slew or a
+move to another grid leaves the key of every relative deadline as it is. So one heap and one armed
+Trio timer serve any number of scopes.
 """
 
 from __future__ import annotations
@@ -25,26 +26,25 @@ from .._grid.grid import Grid
 from .._grid.timeline import NEVER
 from .local import local_ns, seconds_of
 
-# The largest number of beats that is a limit.
+# The largest finite number of beats.
 _MAX: Final = sys.float_info.max
-# How many scopes end in one go while Trio expires its deadlines; more would hold up the loop.
+# How many scopes are cancelled at once while Trio expires its deadlines; more would block the loop.
 _AT_ONCE: Final = 1000
 _ENDED: Final = "the beat budget ran out"
 _CLOSED: Final = "the session was closed"
 # Seconds of Trio's clock that are later than any instant of local time.
 _FAR: Final = NEVER / 1e9
 
-# The constructor of the scopes, which are made by the methods of a session.
+# `BeatScope.__init__` refuses calls, because the methods of a session make the scopes.
 _new_scope: Final[Callable[[type[BeatScope]], BeatScope]] = object.__new__
 
-# A place in the heap: the key, a number that no other has, the scope, and the task that entered it.
-# Once the scope is left, the last two are None, so that what is still in the heap keeps nobody
-# alive.
+# An entry of the heap: the key, a unique number, the scope, and the task that entered it. The last
+# two become None when the scope is left, so that the heap does not keep the objects alive.
 _Entry: TypeAlias = list[Any]
 
 
 def seconds_at(grid: Grid, position: float) -> float:
-    """Return when a position will be reached, in seconds of Trio's clock, as things stand.
+    """Return when a position will be reached by the present grid, in seconds of Trio's clock.
 
     It is ``inf`` for a position that the grid does not reach.
     """
@@ -60,23 +60,21 @@ def seconds_at(grid: Grid, position: float) -> float:
 class BeatScope:
     """A cancel scope whose deadline is a position of the grid.
 
-    It is used as `trio.CancelScope` is, and behaves as that does, with beats in the place of
-    seconds. It is made by the methods of a session: `Session.move_on_after`, `Session.move_on_at`,
-    `Session.fail_after` and `Session.fail_at`.
+    Use it like `trio.CancelScope`, with beats instead of seconds. The methods of a session make it:
+    `Session.move_on_after`, `Session.move_on_at`, `Session.fail_after` and `Session.fail_at`.
 
-    A deadline is either relative or absolute. A relative one counts beats from the entry, or from
-    the moment at which `relative_deadline` was set. When the position moves to another grid, it
-    keeps the beats that are left. An absolute one is a position: it was given to `move_on_at` or
-    `fail_at`, or by setting `deadline`. It names a beat of the cluster, and stays what it is on
-    another grid.
+    A deadline is either relative or absolute. A relative deadline counts beats from the entry, or
+    from the moment at which `relative_deadline` was set. If the position moves to another grid, the
+    beats that are left stay the same. An absolute deadline is a position, which was given to
+    `move_on_at` or `fail_at`, or by setting `deadline`. It names a beat of the cluster, and stays
+    the same on another grid.
 
-    These differ from Trio's scopes: the class itself, which cannot be subclassed or called; the
-    texts of errors and of ``repr``; and `trio.current_effective_deadline`, which cannot see
-    deadlines in beats. `Session.current_effective_deadline` sees both.
+    It differs from Trio's scopes in three ways. The class cannot be subclassed or called. The texts
+    of errors and of ``repr`` are different. And `trio.current_effective_deadline` does not see
+    deadlines in beats; `Session.current_effective_deadline` sees both kinds.
     """
 
-    # Entering and leaving happens as often as with Trio's own scopes, so the two methods call as
-    # little as they can.
+    # Scopes are entered and left very often, so these two methods make as few calls as possible.
     __slots__ = (
         "__weakref__",
         "_deadlines",
@@ -90,11 +88,12 @@ class BeatScope:
 
     _deadlines: Deadlines
     _scope: trio.CancelScope
-    # Before entering, one of these two is None: the beats from the entry, or the position.
+    # Before the entry one of these two is None: the number of beats from the entry, or the
+    # position.
     _relative: float | None
-    # Afterwards it is the position, or None where the deadline is relative.
+    # After the entry this is None if the deadline is relative.
     _position: float | None
-    # Once entered, where the deadline is on the axis.
+    # The deadline on the axis, after the entry.
     _key: float
     _fail: bool
     _entry: _Entry | None
@@ -116,10 +115,10 @@ class BeatScope:
         elif self._position is not None:
             key = self._position - deadlines._shift
         else:
-            # It was entered before, which Trio refuses.
+            # The scope was entered before. Trio raises an error for that below.
             key = self._key
         self._scope.__enter__()
-        # From here on nothing may raise: the scope would stay entered, and never be left.
+        # From here on nothing may raise, or the scope would stay entered.
         self._key = key
         self._relative = None
         if not deadlines._enforcing:
@@ -144,7 +143,8 @@ class BeatScope:
             handled = self._scope.__exit__(exc_type, exc, traceback)
         except BaseException as error:
             entry = self._entry
-            # Where an unrelated task tries to leave it, Trio refuses, and the scope stays entered.
+            # If an unrelated task tries to leave the scope, Trio refuses and the scope stays
+            # entered.
             if entry is not None and not (
                 isinstance(error, RuntimeError) and entry[3] is not current_task()
             ):
@@ -168,14 +168,14 @@ class BeatScope:
 
     @property
     def deadline(self) -> float:
-        """The position, in beats, at which the scope is cancelled; settable, ``inf`` for never.
+        """The position, in beats, at which the scope is cancelled; ``inf`` for never.
 
-        Setting it makes the deadline absolute.
+        It can be set, which makes the deadline absolute.
 
         Raises:
-          RuntimeError: where the scope was made with a relative deadline and is not yet entered.
-          TypeError: where it is set to what is no number.
-          ValueError: where it is set to NaN, or to a number that no float can hold.
+          RuntimeError: if the scope has a relative deadline and is not yet entered.
+          TypeError: if it is set to something that is not a number.
+          ValueError: if it is set to NaN, or to a number that is too large for a float.
 
         """
         if self._relative is not None:
@@ -194,16 +194,15 @@ class BeatScope:
 
     @property
     def relative_deadline(self) -> float:
-        """The beats that remain until the deadline, negative once it is past; settable.
+        """The number of beats until the deadline, negative once it is past.
 
-        Before entering it is what the deadline will be set to, counted from the entry. Setting it
-        makes the deadline relative.
+        Before the entry it is the number of beats from the entry to the deadline. It can be set,
+        which makes the deadline relative.
 
         Raises:
-          RuntimeError: where the scope was made with an absolute deadline and is not yet entered.
-          TypeError: where it is set to what is no number.
-          ValueError: where it is set to NaN, to a negative number, or to one that no float can
-            hold.
+          RuntimeError: if the scope has an absolute deadline and is not yet entered.
+          TypeError: if it is set to something that is not a number.
+          ValueError: if it is set to NaN, to a negative number, or to one too large for a float.
 
         """
         if self._relative is not None:
@@ -229,7 +228,7 @@ class BeatScope:
     def is_relative(self) -> bool | None:
         """Whether the deadline counts from the entry; None once the scope was entered.
 
-        It is False where there is no deadline.
+        It is False if there is no deadline.
         """
         if self._scope.is_relative is None:
             return None
@@ -237,14 +236,14 @@ class BeatScope:
 
     @property
     def beats_left(self) -> float:
-        """The beats that remain until the deadline; 0.0 once it is past, ``inf`` without one."""
+        """The number of beats until the deadline; 0.0 once it is past, ``inf`` without one."""
         if self._relative is not None:
             return float(self._relative)
         return max(0.0, self._left())
 
     @property
     def shield(self) -> bool:
-        """Whether cancellations from outside are kept out; settable."""
+        """Whether cancellations from outside do not reach the block. It can be set."""
         return self._scope.shield
 
     @shield.setter
@@ -253,9 +252,9 @@ class BeatScope:
 
     @property
     def cancel_called(self) -> bool:
-        """Whether cancellation was requested, by `cancel` or because the deadline has passed.
+        """Whether the scope was cancelled, by `cancel` or because the deadline has passed.
 
-        That holds for an absolute deadline that passes before the scope is entered, too.
+        An absolute deadline may pass before the scope is entered.
         """
         if not self._scope.cancel_called and self._is_past():
             self._scope.cancel(_ENDED)
@@ -267,10 +266,10 @@ class BeatScope:
         return self._scope.cancelled_caught
 
     def cancel(self, reason: str | None = None) -> None:
-        """Cancel the scope at once. Not a checkpoint; doing it again changes nothing.
+        """Cancel the scope at once. A second call has no effect. Not a checkpoint.
 
         Args:
-          reason: attached to the `trio.Cancelled` that results.
+          reason: the reason that the resulting `trio.Cancelled` carries.
 
         """
         self._scope.cancel(reason)
@@ -282,7 +281,7 @@ class BeatScope:
         return self._position - deadlines._axis_now() - deadlines._shift
 
     def _is_past(self) -> bool:
-        # Only while it matters: before the scope is entered, and until it is cancelled or left.
+        # False once the scope is cancelled or left, because then the deadline has no effect.
         deadlines = self._deadlines
         if self._entry is not None:
             return deadlines._due(self._key)
@@ -292,7 +291,7 @@ class BeatScope:
 
     def _move(self, key: float) -> None:
         self._key = key
-        # A scope that is running has an entry, until it is cancelled.
+        # A scope has an entry while it is entered and not cancelled.
         entry = self._entry
         if entry is not None:
             deadlines = self._deadlines
@@ -312,12 +311,12 @@ class BeatScope:
 
 @final
 class Deadlines:
-    """The scopes that wait for their deadline, in the order in which they end.
+    """The scopes that wait for their deadline, ordered by it.
 
     Args:
-      grid: what tells the position.
-      rearm: called when a deadline comes before what `arm` has returned.
-      enforcing: whether scopes are cancelled at their deadlines at all.
+      grid: the grid that gives the position.
+      rearm: called if a new deadline comes before the instant that `arm` has returned.
+      enforcing: whether scopes are cancelled at their deadlines.
 
     """
 
@@ -336,7 +335,7 @@ class Deadlines:
 
     @property
     def live(self) -> int:
-        """How many scopes wait for their deadline."""
+        """The number of scopes that wait for their deadline."""
         return sum(entry[2] is not None for entry in self._heap)
 
     # Making.
@@ -345,13 +344,13 @@ class Deadlines:
         """Make a scope that ends some beats after it is entered.
 
         Args:
-          beats: 0 or more; ``inf`` is no limit.
-          shield: whether cancellations from outside are kept out.
-          fail: whether leaving the scope raises `BeatBudgetExceeded` once it has caught a
-            cancellation of its own.
+          beats: the number of beats, 0 or more; ``inf`` for no limit.
+          shield: whether cancellations from outside do not reach the block.
+          fail: whether leaving the scope raises `BeatBudgetExceeded` if the scope has caught its
+            own cancellation.
 
         Raises:
-          ValueError: where ``beats`` is an int that no float can hold.
+          ValueError: if ``beats`` is an int that is too large for a float.
 
         """
         scope = _new_scope(BeatScope)
@@ -361,7 +360,7 @@ class Deadlines:
             scope._relative = beats
             scope._position = None
         else:
-            # Without a limit; an int that no float can hold is refused.
+            # `beats` is infinite, or an int that is too large for a float and is refused here.
             scope._relative = None
             scope._position = check_beats("beats", beats)
         scope._fail = fail
@@ -379,11 +378,11 @@ class Deadlines:
     def arm(self, index: int, due: int) -> float:
         """Return when a beat or the first deadline is due, whichever comes first.
 
-        Until `rearm` is called no deadline comes before that.
+        The result holds until `rearm` is called.
 
         Args:
-          index: the beat's index.
-          due: when it begins, in local time.
+          index: the index of the beat.
+          due: the local time, in nanoseconds, at which it begins.
 
         Returns:
           Seconds of Trio's clock.
@@ -392,14 +391,14 @@ class Deadlines:
         first, edge = self._first(), index - self._shift
         self._armed = min(first, edge)
         if first <= self._axis_now():
-            # However long ago that was: Trio's clock may have no number for it.
+            # The deadline may be so long past that Trio's clock has no number for it.
             return -math.inf
         if first < edge:
             due = min(due, self._due_ns(first))
         return seconds_of(due)
 
     def expire(self, now_ns: int) -> bool:
-        """Cancel scopes that are due at an instant of local time, and tell whether some remain."""
+        """Cancel scopes that are due at a local time, and return whether more may be due."""
         if self._first() == math.inf:
             return False
         limit = self._grid.position_at(now_ns) - self._shift
@@ -413,10 +412,10 @@ class Deadlines:
         return True
 
     def rebase(self, beats: float) -> None:
-        """Take in that the position has moved to another grid, and by how many beats.
+        """Follow the move of the position to another grid by some beats.
 
-        Relative deadlines keep the beats they have left: their place on the axis is the same.
-        Absolute ones keep their position, and so get another place.
+        Relative deadlines keep the beats that are left, so their keys stay the same. Absolute
+        deadlines keep their position, so their keys change.
         """
         self._shift += beats
         for entry in self._heap:
@@ -426,7 +425,7 @@ class Deadlines:
         self._prune()
 
     def close(self) -> None:
-        """Cancel the scopes that are still open, and let no more be entered."""
+        """Cancel the scopes that are still open. Entering another one raises `SessionClosed`."""
         self.closed = True
         self._line_until = -math.inf
         for entry in self._heap:
@@ -437,9 +436,9 @@ class Deadlines:
         self._heap.clear()
 
     def effective_deadline(self) -> float:
-        """Return the position at which the current task will be cancelled, as things stand."""
-        # Only Trio knows which scopes the task is in and what shields it. So the scopes that may
-        # enclose it are given their deadline in seconds for the length of this question.
+        """Return the position at which the current task will be cancelled, by the present grid."""
+        # Only Trio knows which scopes enclose the task and which of them shield it. So the scopes
+        # that may enclose it get a deadline in seconds while Trio computes the answer.
         ancestors = set()
         task: trio.lowlevel.Task | None = current_task()
         while task is not None:
@@ -448,7 +447,7 @@ class Deadlines:
         entries = sorted(
             entry for entry in self._heap if entry[0] != math.inf and entry[3] in ancestors
         )
-        # What the grid does not reach, as things stand, has no instant, but an order all the same.
+        # Deadlines that the present grid does not reach have no instant, but keep their order.
         asked: list[tuple[BeatScope, float]] = [
             (entry[2], min(seconds_at(self._grid, entry[2].deadline), _FAR + number))
             for number, entry in enumerate(entries)
@@ -481,7 +480,7 @@ class Deadlines:
             self._prune()
 
     def _prune(self) -> None:
-        # In place: the list is also held by whoever is just entering or leaving a scope.
+        # Change the list in place: a task that is entering or leaving a scope may hold it.
         heap = self._heap
         heap[:] = [entry for entry in heap if entry[2] is not None]
         heapify(heap)
@@ -494,12 +493,12 @@ class Deadlines:
         key: float = heap[0][0] if heap else math.inf
         return key
 
-    # The axis. It is read on every entry of a scope, so the straight line that holds at present is
-    # kept as (base, slope) with the local time until which it does: for ever, until the next
-    # segment, or while slewing until that is over. Once closed it holds no more.
+    # The axis. Every entry of a scope computes the position on it. So the present straight line of
+    # the grid is kept in three numbers, with the local time until which it is valid: until the next
+    # segment, the end of slewing or the end of a hold. It is never valid after `close`.
 
     def redraw(self) -> None:
-        """Take in that the grid has changed."""
+        """Compute the line again, because the grid has changed."""
         now, grid = local_ns(), self._grid
         steering, timeline = grid.steering, grid.timeline
         cluster = steering.cluster_at(now)
@@ -519,7 +518,7 @@ class Deadlines:
             self._line_beat_s = 60_000 / segment.milli_bpm / steering.rate_at(now)
             self._line_beat = position - self._shift
         else:
-            # From the segment's own beginning, which keeps whole beats whole.
+            # The line begins with the segment, so that whole beats are computed exactly.
             self._line_base = (segment.t0_ns - steering.target_at(now)) / 1e9
             self._line_beat_s = 60_000 / segment.milli_bpm
             self._line_beat = segment.beat0 - self._shift

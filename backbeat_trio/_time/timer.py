@@ -1,8 +1,8 @@
-"""A timer of the kernel that wakes Trio's loop at an instant, and not up to a millisecond later.
+"""A kernel timer that wakes Trio's loop exactly at an instant, and not up to a millisecond later.
 
-Trio waits for its deadlines with ``epoll``, whose time-out is rounded up to whole milliseconds.
-Linux has timers that count nanoseconds. They are waited for as sockets are, and take a few
-microseconds to set.
+Trio waits for its deadlines with ``epoll``, whose timeout is rounded up to whole milliseconds.
+Linux has timers (``timerfd``) that count nanoseconds. A loop can wait for them as it waits for
+sockets. It takes a few microseconds to set one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final, TypeAlias, final
 
 import trio
 
-# Whoever waits for longer than a day, in seconds, does not mind the millisecond.
+# For a wait of more than a day, in seconds, a millisecond does not matter.
 _FAR: Final = 86_400.0
 
 _SetTimer: TypeAlias = Callable[[int, int], object]
@@ -35,15 +35,15 @@ else:
         # Importing ctypes takes longer than importing the rest of this module.
         import ctypes
 
-        # Setting a timer never blocks. So it keeps the GIL, which another thread might not give
-        # back for milliseconds.
+        # Setting a timer never blocks, so keep the GIL. After a release, another thread might hold
+        # it for milliseconds.
         library = ctypes.PyDLL(None, use_errno=True)
         create, settime = library.timerfd_create, library.timerfd_settime
         # Two structs of two longs each: the interval, and the time that is left.
         setting = (ctypes.c_long * 4)()
         create.argtypes = (ctypes.c_int, ctypes.c_int)
         settime.argtypes = (ctypes.c_int, ctypes.c_int, type(setting), ctypes.c_void_p)
-        # The flags of timers have the values of those of files.
+        # The flags of a timer have the same values as those of a file.
         descriptor = create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
         if descriptor < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")
@@ -56,9 +56,9 @@ else:
 
 
 def _is_real(clock: trio.abc.Clock) -> bool:
-    # A second of another clock lasts as long as its test likes, unless it says that it is real. The
-    # class of Trio's own is not public, and what is not known is taken for virtual time: that costs
-    # punctuality and nothing else.
+    # Only a clock that counts real seconds can use a kernel timer. That is Trio's own, whose class
+    # is not public, or one that says that it is real. Any other clock counts as virtual time. A
+    # mistake here costs punctuality and nothing else.
     kind = type(clock)
     trios = kind.__name__ == "SystemClock" and kind.__module__.partition(".")[0] == "trio"
     return trios or getattr(clock, "is_real", False) is True
@@ -66,17 +66,17 @@ def _is_real(clock: trio.abc.Clock) -> bool:
 
 @final
 class Alarm:
-    """Wakes Trio's loop at an instant, as punctually as the system can.
+    """Wake Trio's loop at an instant, as punctually as the system can.
 
-    An alarm wakes the loop, and no task that anybody waits in. Whoever waits for the instant also
-    has a deadline of Trio's for it, which expires in the turn of the loop that the alarm begins. So
-    an alarm never changes what happens, or where in the loop it happens. It changes only when.
+    An alarm wakes only the loop. The task that waits for the instant also sets a deadline of Trio's
+    for it, which expires in the turn of the loop that the alarm begins. So an alarm does not change
+    what happens, or where in the loop it happens, but only when.
 
-    Trio's deadline is also what is left where there is no alarm: in virtual time, on systems
-    without such timers, and where no descriptor is free.
+    Without an alarm Trio's deadline still works. That is so in virtual time, on systems without
+    such timers, and if no file descriptor is free.
 
     An alarm belongs to the run of Trio in which it was made. A forked process shares the timer. If
-    it sets the timer, the parent is as late as Trio is, and no later.
+    it sets the timer, the parent wakes by Trio's deadline.
     """
 
     __slots__ = ("_clock", "_descriptor", "_due", "_set_timer")
@@ -89,17 +89,16 @@ class Alarm:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a timer at present."""
+        """Whether there is a kernel timer at present."""
         return self._set_timer is not None
 
     def wake_at(self, deadline: float) -> None:
-        """Have the loop wake at an instant, and no longer at the one that was named before.
+        """Set the instant at which to wake the loop. It replaces the one that was set before.
 
-        It may be called whether `run` is running or not. Not a checkpoint.
+        It can be called whether `run` is running or not. Not a checkpoint.
 
         Args:
-          deadline: seconds of Trio's clock. For an instant that is past, and for ``inf``, there is
-            no alarm.
+          deadline: seconds of Trio's clock. An instant in the past and ``inf`` set no alarm.
 
         """
         if deadline != self._due:
@@ -119,23 +118,23 @@ class Alarm:
 
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
-        """Keep a timer until cancelled; return at once where there can be none."""
+        """Keep a kernel timer until cancelled; return at once if there cannot be one."""
         if sys.platform != "linux" or not _is_real(self._clock):
             return
         try:
             self._descriptor, set_timer = _open_timer()
         except (OSError, AttributeError, ImportError):
-            # Too many files are open, or the kernel, a sandbox or the C library has no such timers.
+            # Too many files are open; or the kernel, a sandbox or the C library offers no timer.
             return
         self._set_timer = set_timer
         try:
-            # Where the loop cannot wait for the timer, it is as if there were none.
+            # If the loop cannot wait for the timer, go on without it.
             with contextlib.suppress(OSError):
                 while True:
-                    # The timer is readable for as long as it is not set again.
+                    # A timer that went off stays readable until it is set again.
                     self._arm(set_timer)
                     await trio.lowlevel.wait_readable(self._descriptor)
-                    # Whoever waits for this instant comes first.
+                    # Let the tasks that wait for this instant run first.
                     await trio.lowlevel.cancel_shielded_checkpoint()
         finally:
             self._set_timer = None
@@ -143,9 +142,9 @@ class Alarm:
                 os.close(self._descriptor)
 
     def _arm(self, set_timer: _SetTimer) -> None:
-        # Trio's clock begins anywhere, so the timer is given what is left. It begins to count a
-        # little later, so it is never early: then nothing would be due yet.
+        # The origin of Trio's clock is arbitrary, so the timer gets the time that is left. It
+        # starts a little later, so it never goes off early, when nothing would be due.
         left = self._clock.deadline_to_sleep_time(self._due)
-        # What closes all descriptors of a process closes this one, too.
+        # Code that closes all descriptors of the process has closed this one, too.
         with contextlib.suppress(OSError):
             set_timer(self._descriptor, 1 + int(left * 1e9) if 0 < left < _FAR else 0)

@@ -1,4 +1,4 @@
-"""Waiting in virtual time for edges of the grid, wherever it begins between Trio's floats."""
+"""Waits in virtual time for beats whose edges lie between the floats of Trio's clock."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from backbeat_trio._time.beats import Beats
 from backbeat_trio._time.clock import BeatClock
 from backbeat_trio._time.local import local_ns
 
-# What takes more steps of tasks than this to go on for some beats does not get anywhere.
+# A wait for some beats that takes more task steps than this makes no progress.
 MANY: Final = 2000
 
 
 class Fuse(trio.abc.Instrument):
-    """Cancels a scope after many steps of tasks, so that a loop without an end has one."""
+    """Cancel a scope after many task steps, to end a loop that would never end."""
 
     def __init__(self, scope: trio.CancelScope) -> None:
         self._scope = scope
@@ -61,7 +61,7 @@ tempos = st.integers(100, 6_000_000)
 @pytest.mark.parametrize("precise", [False, True], ids=["plain", "precise"])
 @given(start=starts, milli=tempos)
 @example(start=0.37, milli=60_000)
-def test_an_iterator_gives_every_beat_on_its_instant(
+def test_an_iterator_yields_every_beat_at_its_instant(
     precise: bool, bars: bool, start: float, milli: int
 ) -> None:
     async def listen(clock: BeatClock) -> None:
@@ -80,7 +80,7 @@ def test_an_iterator_gives_every_beat_on_its_instant(
 
 @given(start=starts, milli=tempos, wait=st.floats(0, 20))
 @example(start=0.37, milli=60_000, wait=1.0)
-def test_a_sleep_ends_where_it_should(start: float, milli: int, wait: float) -> None:
+def test_a_sleep_ends_at_its_position(start: float, milli: int, wait: float) -> None:
     async def sleep(clock: BeatClock) -> None:
         await clock.sleep_until(3)
         assert clock.index() == 3
@@ -88,7 +88,7 @@ def test_a_sleep_ends_where_it_should(start: float, milli: int, wait: float) -> 
         assert clock.index() == 7
         before = clock.position()
         await clock.sleep(wait)
-        # A nanosecond, in beats, and what the floats of Trio's clock are apart.
+        # A nanosecond in beats, and the distance between two floats of Trio's clock.
         grain = (2e-9 + 4 * math.ulp(trio.current_time())) * milli / 60_000
         assert abs(clock.position() - before - wait) <= grain + 1e-9
 
@@ -97,7 +97,7 @@ def test_a_sleep_ends_where_it_should(start: float, milli: int, wait: float) -> 
 
 @given(start=starts, milli=tempos)
 @example(start=0.37, milli=60_000)
-def test_iterators_and_sleeps_meet_on_the_beat(start: float, milli: int) -> None:
+def test_iterators_and_sleeps_wake_on_the_same_beat(start: float, milli: int) -> None:
     async def meet(clock: BeatClock) -> None:
         heard: list[tuple[str, int]] = []
 
@@ -163,10 +163,10 @@ def test_a_change_of_grid_on_the_way_loses_no_beat(precise: bool) -> None:
 
 
 @pytest.mark.parametrize("wait", ["sleep", "beats", "precise beats"])
-async def test_a_grid_that_stands_still_leaves_virtual_time_alone(
+async def test_waits_in_a_paused_grid_do_not_move_virtual_time(
     wait: str, mock_clock: trio.testing.MockClock
 ) -> None:
-    # Trio does not jump where nothing has a deadline; neither may it here.
+    # Trio's clock does not jump while nothing has a deadline, so it must not jump here.
     clock = BeatClock.local(60_000, 8)
     async with trio.open_nursery() as nursery:
         await nursery.start(clock.run)

@@ -1,4 +1,4 @@
-"""What numbers the budgets of a session take, and what a refused one leaves behind."""
+"""Which numbers the budgets of a session accept, and what happens after a refused one."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ async def test_a_refused_number_leaves_trio_as_it_was(
 
 
 @pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "disabled"])
-async def test_who_waits_for_beats_ends_with_the_session(
-    enabled: bool, autojump_clock: Clock
-) -> None:
+async def test_waits_for_beats_end_with_the_session(enabled: bool, autojump_clock: Clock) -> None:
     ended: list[str] = []
 
     async def expect_end(name: str, async_fn: Callable[..., Awaitable[Any]], *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""What Trio promises of cancel scopes, asked of Trio's own scopes and of beat scopes alike.
+"""The promises of Trio's cancel scopes, tested with Trio's own scopes and with beat scopes.
 
 Each test runs twice: once in seconds, and once in beats on a grid of one beat a second.
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Kind(NamedTuple):
-    """How scopes of one kind are made, and how their time is told."""
+    """The functions that make scopes of one kind, and read the time by which they count."""
 
     after: Callable[..., Any]
     at: Callable[..., Any]
@@ -86,7 +86,7 @@ async def expect_cancelled() -> None:
 # Cancelling.
 
 
-async def test_cancelling_twice_is_cancelling_once(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_second_cancel_has_no_effect(kind: Kind, mock_clock: Clock) -> None:
     with kind.after(9) as scope:
         scope.cancel()
         scope.cancel()
@@ -112,7 +112,9 @@ async def wake_late(kind: Kind, scope: Any) -> None:
     await trio.sleep_forever()
 
 
-async def test_what_no_checkpoint_sees_is_not_caught(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_cancellation_without_a_checkpoint_is_not_caught(
+    kind: Kind, mock_clock: Clock
+) -> None:
     with kind.after(9) as scope:
         scope.cancel()
         await trio.lowlevel.cancel_shielded_checkpoint()
@@ -121,7 +123,9 @@ async def test_what_no_checkpoint_sees_is_not_caught(kind: Kind, mock_clock: Clo
     assert not scope.cancelled_caught
 
 
-async def test_only_its_own_cancellation_leaves_a_group(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_scope_takes_only_its_own_cancellation_out_of_a_group(
+    kind: Kind, mock_clock: Clock
+) -> None:
     async def fail() -> None:
         raise KeyError
 
@@ -135,7 +139,7 @@ async def test_only_its_own_cancellation_leaves_a_group(kind: Kind, mock_clock: 
         assert scope.cancelled_caught
 
 
-async def test_the_outermost_of_several_catches(kind: Kind, mock_clock: Clock) -> None:
+async def test_the_outermost_cancelled_scope_catches(kind: Kind, mock_clock: Clock) -> None:
     with kind.after(9) as outer:
         with kind.after(9) as middle:
             with kind.after(9) as inner:
@@ -149,7 +153,7 @@ async def test_the_outermost_of_several_catches(kind: Kind, mock_clock: Clock) -
     assert not outer.cancelled_caught
 
 
-async def test_shields(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_shield_keeps_out_outer_cancellations(kind: Kind, mock_clock: Clock) -> None:
     with kind.after(9) as outer:
         with kind.after(9) as inner:
             outer.cancel()
@@ -174,7 +178,7 @@ async def test_shields(kind: Kind, mock_clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("name", ["after", "fail_after"])
-async def test_a_shield_that_is_made_with_the_scope(
+async def test_a_shield_can_be_given_when_the_scope_is_made(
     kind: Kind, name: str, mock_clock: Clock
 ) -> None:
     with kind.after(9) as outer, getattr(kind, name)(9, shield=True) as inner:
@@ -184,7 +188,7 @@ async def test_a_shield_that_is_made_with_the_scope(
         await expect_cancelled()
 
 
-async def test_a_shield_that_comes_while_it_is_cancelled(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_shield_can_be_set_during_a_cancellation(kind: Kind, mock_clock: Clock) -> None:
     with kind.after(9) as outer, kind.after(9) as inner:
         outer.cancel()
         try:
@@ -196,7 +200,7 @@ async def test_a_shield_that_comes_while_it_is_cancelled(kind: Kind, mock_clock:
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "afterwards"])
-async def test_another_task_cancels(kind: Kind, early: bool, mock_clock: Clock) -> None:
+async def test_another_task_can_cancel_a_scope(kind: Kind, early: bool, mock_clock: Clock) -> None:
     scope = kind.after(9)
 
     async def wait() -> None:
@@ -212,7 +216,7 @@ async def test_another_task_cancels(kind: Kind, early: bool, mock_clock: Clock) 
     assert scope.cancelled_caught
 
 
-async def test_a_shield_from_before_the_entry(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_shield_can_be_set_before_the_entry(kind: Kind, mock_clock: Clock) -> None:
     scope = kind.scope()
     scope.shield = True
     assert scope.shield is True
@@ -255,7 +259,7 @@ async def test_two_tasks_cannot_share_a_scope(kind: Kind, mock_clock: Clock) -> 
         nursery.cancel_scope.cancel()
 
 
-async def test_leaving_in_the_wrong_order(kind: Kind, mock_clock: Clock) -> None:
+async def test_leaving_scopes_in_the_wrong_order_is_an_error(kind: Kind, mock_clock: Clock) -> None:
     with ExitStack() as stack:
         stack.enter_context(kind.after(5))
         with kind.after(9) as inner:
@@ -297,7 +301,9 @@ async def test_scopes_nest_deeply(kind: Kind, mock_clock: Clock) -> None:
 # Deadlines.
 
 
-async def test_a_deadline_that_is_set_and_not_waited_for(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_set_deadline_that_does_not_pass_has_no_effect(
+    kind: Kind, mock_clock: Clock
+) -> None:
     start = kind.now()
     with kind.scope() as scope:
         assert scope.deadline == math.inf
@@ -318,7 +324,7 @@ async def test_a_deadline_ends_the_block(kind: Kind, mock_clock: Clock) -> None:
     assert scope.cancelled_caught
 
 
-async def test_a_deadline_that_is_moved_ahead_of_now(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_deadline_that_is_moved_into_the_past(kind: Kind, mock_clock: Clock) -> None:
     start = kind.now()
     with kind.scope() as scope:
         await trio.lowlevel.checkpoint()
@@ -331,7 +337,7 @@ async def test_a_deadline_that_is_moved_ahead_of_now(kind: Kind, mock_clock: Clo
         await expect_cancelled()
 
 
-async def test_a_deadline_that_was_moved_before_anybody_looked(
+async def test_a_past_deadline_that_is_moved_before_a_checkpoint(
     kind: Kind, mock_clock: Clock
 ) -> None:
     with kind.after(5) as scope:
@@ -352,7 +358,7 @@ async def test_an_unentered_scope_whose_deadline_has_passed(kind: Kind, mock_clo
     scope.deadline -= 1
     assert scope.cancel_called
     scope.deadline += 1
-    # What is cancelled stays so.
+    # A cancelled scope stays cancelled.
     assert scope.cancel_called
     with scope:
         await trio.lowlevel.checkpoint()
@@ -394,7 +400,9 @@ async def test_relative_deadlines_count_from_the_entry(kind: Kind, mock_clock: C
     assert (scope.deadline, scope.relative_deadline) == (start + 4, -1)
 
 
-async def test_what_an_unentered_scope_does_not_have(kind: Kind, mock_clock: Clock) -> None:
+async def test_an_unentered_scope_has_only_its_own_kind_of_deadline(
+    kind: Kind, mock_clock: Clock
+) -> None:
     relative = kind.after(5)
     with pytest.raises(RuntimeError, match="does not have an absolute deadline"):
         _ = relative.deadline
@@ -411,7 +419,7 @@ async def test_what_an_unentered_scope_does_not_have(kind: Kind, mock_clock: Clo
 
 @pytest.mark.parametrize("name", ["after", "at"])
 @pytest.mark.parametrize("turn", ["relative", "absolute", "neither"])
-async def test_a_scope_without_a_deadline_is_neither(
+async def test_a_scope_without_a_deadline_accepts_both_kinds(
     kind: Kind, name: str, turn: str, mock_clock: Clock
 ) -> None:
     scope = getattr(kind, name)(math.inf)
@@ -435,7 +443,7 @@ async def test_a_scope_without_a_deadline_is_neither(
 
 
 @pytest.mark.parametrize("value", [math.nan, -1, -math.inf])
-async def test_relative_deadlines_that_are_none(
+async def test_invalid_relative_deadlines_are_refused(
     kind: Kind, value: float, mock_clock: Clock
 ) -> None:
     for scope in (kind.after(5), kind.scope()):
@@ -460,10 +468,10 @@ async def test_a_deadline_that_is_moved_often(kind: Kind, mock_clock: Clock) -> 
     assert scope.cancelled_caught
 
 
-# Failing and sleeping.
+# `fail_after`, `fail_at` and sleeps.
 
 
-async def test_failing(kind: Kind, mock_clock: Clock) -> None:
+async def test_fail_after_and_fail_at(kind: Kind, mock_clock: Clock) -> None:
     mock_clock.autojump_threshold = 0
     for make, start in ((kind.fail_after, 0), (kind.fail_at, kind.now() + 3)):
         before = kind.now()
@@ -484,7 +492,7 @@ async def test_failing(kind: Kind, mock_clock: Clock) -> None:
     assert outer.cancelled_caught
 
 
-async def test_moving_on_in_spite_of_a_shield(kind: Kind, mock_clock: Clock) -> None:
+async def test_a_shielded_scope_ends_at_its_own_deadline(kind: Kind, mock_clock: Clock) -> None:
     mock_clock.autojump_threshold = 0
     start = kind.now()
     with kind.scope() as outer, kind.after(3, shield=True) as inner:
@@ -494,7 +502,7 @@ async def test_moving_on_in_spite_of_a_shield(kind: Kind, mock_clock: Clock) -> 
     assert kind.now() == start + 3
 
 
-async def test_sleeping(kind: Kind, mock_clock: Clock) -> None:
+async def test_sleeps_end_at_their_time(kind: Kind, mock_clock: Clock) -> None:
     mock_clock.autojump_threshold = 0
     start = kind.now()
     await kind.sleep(2)
@@ -517,7 +525,7 @@ async def test_a_sleep_is_cancelled_from_outside(kind: Kind, mock_clock: Clock) 
         assert scope.cancelled_caught
 
 
-# Asking.
+# The effective deadline.
 
 
 async def test_the_effective_deadline(kind: Kind, mock_clock: Clock) -> None:
@@ -542,7 +550,7 @@ async def test_the_effective_deadline(kind: Kind, mock_clock: Clock) -> None:
 
 
 async def test_trio_cannot_see_deadlines_in_beats(beats: Kind, mock_clock: Clock) -> None:
-    # What the docstring of `BeatScope` says is different.
+    # The docstring of `BeatScope` says that this differs.
     with beats.after(5):
         assert trio.current_effective_deadline() == math.inf
         assert beats.effective() == 5

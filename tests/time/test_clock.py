@@ -1,4 +1,4 @@
-"""Beat scopes, sleeps and iterators, in virtual time; where Trio has the same thing, against it."""
+"""Beat scopes, sleeps and iterators in virtual time, compared with Trio's own where it has any."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def test_moving_to_another_grid_keeps_what_is_left(
         assert clock.position() == 12_003.75
 
 
-async def test_a_change_that_is_learnt_late_never_takes_the_position_back(
+async def test_a_change_that_is_learnt_late_never_moves_the_position_back(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with running(bpm=60) as clock:
@@ -109,7 +109,7 @@ async def test_a_change_that_is_learnt_late_never_takes_the_position_back(
         assert positions[-1] == slower.position_at(clock.cluster_ns()) == 58.0
 
 
-async def test_a_change_that_is_learnt_late_is_caught_up_with(
+async def test_a_position_that_is_behind_after_a_late_change_catches_up(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with running(bpm=60) as clock:
@@ -152,7 +152,7 @@ async def test_a_body_without_a_checkpoint_is_not_cancelled(
 async def test_the_first_checkpoint_after_the_deadline_cancels(
     mock_clock: trio.testing.MockClock,
 ) -> None:
-    # As with Trio's own, without a look at the scope: often, as a race would show only sometimes.
+    # The test does not read the scope, as with Trio's own. It repeats because a race is rare.
     async with running() as clock:
         for _ in range(50):
             with after(clock, 1) as scope:
@@ -173,7 +173,7 @@ async def test_errors_name_the_budget_and_its_beat(autojump_clock: trio.testing.
 
 
 async def test_a_budget_and_a_sleep_on_one_beat(autojump_clock: trio.testing.MockClock) -> None:
-    # The outer scope wins, as with Trio's own.
+    # The outer scope catches, as with Trio's own.
     async with running() as clock:
         for _ in range(20):
             with after(clock, 2) as scope:
@@ -290,7 +290,7 @@ PROBES: dict[str, Callable[[Any], object]] = {
 async def test_a_beat_scope_answers_as_trio_does(
     scope: str, probe: str, entered: bool | None
 ) -> None:
-    # On a grid of one beat a second that began at 0, with virtual time at 0, the two must be equal.
+    # At one beat a second, with grid and virtual time beginning at 0, both must be equal.
     async def answers(made: Any) -> list[object]:
         heard: list[object] = []
 
@@ -387,7 +387,7 @@ async def test_effective_deadline(autojump_clock: trio.testing.MockClock) -> Non
                         heard.append(clock.deadlines.effective_deadline())
 
                 with after(clock, 1):
-                    # Started in here, but the nursery is outside of it.
+                    # The task is started inside the scope, but its nursery is outside.
                     nursery.start_soon(child)
                     assert clock.deadlines.effective_deadline() == 1.0
             assert heard == [5.0]
@@ -397,7 +397,7 @@ async def test_effective_deadline(autojump_clock: trio.testing.MockClock) -> Non
             assert clock.deadlines.effective_deadline() == -math.inf
 
 
-async def test_beats_are_given_to_any_number_of_consumers(
+async def test_every_consumer_gets_all_beats(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with running(beats_per_bar=4) as clock, trio.open_nursery() as nursery:
@@ -450,7 +450,7 @@ async def test_an_iterator_is_a_checkpoint_at_every_step(
         assert (await anext(beats)).index == 2
 
 
-async def test_sleeps(autojump_clock: trio.testing.MockClock) -> None:
+async def test_sleeps_end_on_their_beat(autojump_clock: trio.testing.MockClock) -> None:
     async with running(bpm=120) as clock:
         start = trio.current_time()
         await clock.sleep(3)
@@ -533,7 +533,7 @@ async def test_scopes_that_were_left_are_forgotten(autojump_clock: trio.testing.
     async with running() as clock:
         with after(clock, 1_000_000):
             for number in range(10_000):
-                # Entered in an order in which the last one is not the last of the heap.
+                # In this order, the scope that was entered last is not last in the heap.
                 with after(clock, 1000 - number / 100), after(clock, 5000):
                     pass
             assert clock.live_scopes == 1
@@ -553,7 +553,7 @@ async def test_precise_beats_come_in_virtual_time(autojump_clock: trio.testing.M
 
 
 class StepClock(trio.abc.Clock):
-    """A clock that moves on by a little whenever it is read."""
+    """A clock that advances a little whenever it is read."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -569,7 +569,7 @@ class StepClock(trio.abc.Clock):
         return 0.0
 
 
-def test_a_precise_beat_comes_before_what_falls_due_with_it() -> None:
+def test_a_precise_beat_comes_before_other_tasks_that_are_due_on_it() -> None:
     late = []
 
     async def main() -> None:
@@ -619,7 +619,7 @@ async def test_repr(autojump_clock: trio.testing.MockClock) -> None:
 
 
 @pytest.mark.parametrize("far", [1e300, 1.7e308, -1e300, -1.7e308])
-async def test_deadlines_that_no_clock_can_tell(
+async def test_deadlines_that_trios_clock_cannot_represent(
     far: float, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with running() as clock:
@@ -639,7 +639,7 @@ async def test_deadlines_that_no_clock_can_tell(
         assert scope.cancelled_caught
 
 
-async def test_what_is_due_in_the_turn_after_a_beat_ends_when_trios_own_does(
+async def test_a_budget_that_is_due_just_after_a_beat_ends_in_the_same_turn_as_trios_own(
     mock_clock: trio.testing.MockClock,
 ) -> None:
     ended: list[tuple[str, int]] = []
@@ -668,6 +668,6 @@ async def test_what_is_due_in_the_turn_after_a_beat_ends_when_trios_own_does(
         beats = Beats(clock, bars=False)
         mock_clock.jump(1)
         assert (await anext(beats)).index == 1
-        # Both are due by the next turn, in which the clock still has to take in the beat.
+        # Both are due by the next turn, in which the clock still has to handle the beat.
         mock_clock.jump(0.75)
     assert [turn for _, turn in ended] == [ended[0][1]] * 2

@@ -1,4 +1,4 @@
-"""What waits while a position is held, as the agent was ahead of its cluster."""
+"""Waits while the position is held because the agent is ahead of its cluster."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ async def running() -> AsyncGenerator[BeatClock, None]:
 
 
 def steer(clock: BeatClock, error: float) -> None:
-    """Find out that the position is ahead by some seconds."""
+    """Correct the clock: the position is ahead by some seconds."""
     now = local_ns()
     clock.grid.steer(clock.grid.steering.target_at(now) - round(error * SECOND), now)
 
 
 def rebase(clock: BeatClock, behind: float) -> None:
-    """Move to the next incarnation, that lies behind the position by some beats."""
+    """Move to the next incarnation, which is behind the position by some beats."""
     now, epoch = local_ns(), clock.grid.timeline.segments[0].epoch + 1
     position = clock.position() - behind
     segment = Segment(epoch, 0, 0, epoch * 10**15, 60_000)
@@ -47,7 +47,7 @@ def rebase(clock: BeatClock, behind: float) -> None:
     clock.grid.rebase(Timeline((segment,)), offset, now, beats_per_bar=8, hold_beats=16)
 
 
-async def test_whatever_waits_for_a_position_waits_longer(autojump_clock: Clock) -> None:
+async def test_every_wait_for_a_position_takes_longer(autojump_clock: Clock) -> None:
     ended: dict[str, float] = {}
     async with running() as clock, trio.open_nursery() as nursery:
         start = trio.current_time()
@@ -76,7 +76,7 @@ async def test_whatever_waits_for_a_position_waits_longer(autojump_clock: Clock)
             with clock.deadlines.scope_after(1) as inside:
                 await trio.sleep(2)
                 assert inside.beats_left == 1
-                # A position that was reached is past, and the next one is not.
+                # The held position was reached, and the next one was not.
                 past, next_one = clock.deadlines.scope_at(5.2), clock.deadlines.scope_at(5.3)
                 assert past.cancel_called
                 assert not next_one.cancel_called
@@ -88,7 +88,7 @@ async def test_whatever_waits_for_a_position_waits_longer(autojump_clock: Clock)
     assert ended == {"after": 14, "sleep": 15, "at": 16}
 
 
-async def test_a_beat_that_is_due_is_struck_all_the_same(mock_clock: Clock) -> None:
+async def test_a_beat_that_is_due_before_the_hold_still_comes(mock_clock: Clock) -> None:
     async with running() as clock:
         beats, found = Beats(clock, bars=False), list[int]()
 
@@ -100,7 +100,7 @@ async def test_a_beat_that_is_due_is_struck_all_the_same(mock_clock: Clock) -> N
             nursery.start_soon(collect)
             await trio.testing.wait_all_tasks_blocked()
             mock_clock.jump(1.25)
-            # Before the timer has had its turn.
+            # The timer has not handled the beat yet.
             steer(clock, 1)
             await trio.testing.wait_all_tasks_blocked()
             assert found == [1]
@@ -114,7 +114,9 @@ async def test_a_beat_that_is_due_is_struck_all_the_same(mock_clock: Clock) -> N
             nursery.cancel_scope.cancel()
 
 
-async def test_the_next_incarnation_is_waited_for(autojump_clock: Clock) -> None:
+async def test_the_position_is_held_until_the_next_incarnation_reaches_it(
+    autojump_clock: Clock,
+) -> None:
     moved: list[int] = []
     clock = BeatClock.local(60_000, 8, on_rebase=moved.append)
     async with trio.open_nursery() as nursery:
@@ -131,7 +133,7 @@ async def test_the_next_incarnation_is_waited_for(autojump_clock: Clock) -> None
             await trio.sleep_forever()
         assert relative.cancelled_caught
         assert trio.current_time() - start == pytest.approx(12)
-        # Too far behind to be waited for: the position moves, and what counts beats along with it.
+        # The grid is too far behind, so the position moves, and relative deadlines move along.
         beats = Beats(clock, bars=False)
         with clock.deadlines.scope_after(5) as relative:
             rebase(clock, 17)
@@ -148,7 +150,7 @@ steps = st.lists(
 
 
 @given(steps, st.booleans())
-def test_no_beat_comes_twice_and_timers_fire(
+def test_no_beat_comes_twice_and_scopes_end(
     plan: list[tuple[float, Callable[[BeatClock, float], None], float]], precise: bool
 ) -> None:
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""What moves along when the position moves to another grid, and what stays where it is."""
+"""Budgets and sleeps when the position moves to another grid: which move along, and which stay."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def running() -> AsyncGenerator[BeatClock, None]:
 
 
 def move(clock: BeatClock, position: float) -> None:
-    """Move to another grid of one beat a second, on which the present position is another one."""
+    """Move to another grid of one beat a second, on which the position differs."""
     whole, now = math.floor(position), local_ns()
     segment = Segment(clock.grid.timeline.segments[0].epoch + 1, 0, whole, 0, 60_000)
     offset = round((position - whole) * 1e9) - now
@@ -120,7 +120,9 @@ async def test_a_position_that_is_past_on_the_other_grid_ends_at_once(mock_clock
 
 @pytest.mark.parametrize("entered", ["unentered", "entered"])
 @pytest.mark.parametrize("name", ["deadline", "relative_deadline"])
-async def test_what_was_set_last_decides(name: str, entered: str, autojump_clock: Clock) -> None:
+async def test_the_kind_of_deadline_that_was_set_last_counts(
+    name: str, entered: str, autojump_clock: Clock
+) -> None:
     async with running() as clock:
         if entered == "unentered":
             scope = clock.deadlines.scope_at(math.inf)
@@ -139,7 +141,7 @@ async def test_what_was_set_last_decides(name: str, entered: str, autojump_clock
         assert clock.position() == scope.deadline == (1010 if name == "deadline" else 2010)
 
 
-async def test_what_was_left_keeps_its_kind(mock_clock: Clock) -> None:
+async def test_a_scope_that_was_left_keeps_its_kind_of_deadline(mock_clock: Clock) -> None:
     async with running() as clock:
         with clock.deadlines.scope_after(10) as relative, clock.deadlines.scope_at(10) as absolute:
             pass
@@ -150,7 +152,7 @@ async def test_what_was_left_keeps_its_kind(mock_clock: Clock) -> None:
         assert not absolute.cancel_called
 
 
-async def test_the_order_is_another_one(autojump_clock: Clock) -> None:
+async def test_a_move_can_change_the_order_of_deadlines(autojump_clock: Clock) -> None:
     ended: list[tuple[str, float]] = []
     async with running() as clock, trio.open_nursery() as nursery:
 
@@ -193,7 +195,7 @@ steps = st.one_of(
 
 
 class Model:
-    """A budget as it should be: what it counts, and whether it goes on."""
+    """The model of a budget: its deadline, and whether it is still running."""
 
     def __init__(self, relative: bool, value: float) -> None:
         self.relative, self.value = relative, value
@@ -204,7 +206,7 @@ class Model:
 
 
 @given(st.lists(steps, max_size=25))
-def test_budgets_are_what_a_simple_model_says(plan: list[tuple[Any, ...]]) -> None:
+def test_budgets_agree_with_a_simple_model(plan: list[tuple[Any, ...]]) -> None:
     async def main(mock_clock: Clock) -> None:
         position = 0.0
         made: list[tuple[BeatScope, Model]] = []
@@ -250,7 +252,7 @@ def test_budgets_are_what_a_simple_model_says(plan: list[tuple[Any, ...]]) -> No
                     assert scope.beats_left == max(0, left)
                     if model.entered or not model.relative:
                         assert scope.deadline == position + left
-                    # What was cancelled once stays so, wherever its deadline goes.
+                    # A cancelled scope stays cancelled, wherever its deadline moves.
                     due = left <= 0 and (model.entered or not model.relative)
                     assert scope.cancel_called or not due
                     assert model.ended == (model.entered and scope.cancel_called)
@@ -265,8 +267,8 @@ def test_budgets_are_what_a_simple_model_says(plan: list[tuple[Any, ...]]) -> No
     trio.run(main, mock_clock, clock=mock_clock)
 
 
-async def test_tasks_that_ended_are_let_go(mock_clock: Clock) -> None:
-    # A deadline that comes first keeps all later ones in the heap, though not what they were for.
+async def test_scopes_do_not_keep_ended_tasks_alive(mock_clock: Clock) -> None:
+    # An early deadline keeps later entries in the heap, but not their scopes and tasks.
     gone: list[weakref.ref[object]] = []
 
     async def work(number: int) -> None:

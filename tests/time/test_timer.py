@@ -30,7 +30,7 @@ from backbeat_trio._time.clock import BeatClock
 from backbeat_trio._time.timer import Alarm
 from backbeat_trio.testing import open_session
 
-# By how much what has a timer is less late, at least, at the median. Far more is usual.
+# The least gain in punctuality by a timer, at the median. It is usually far more.
 BETTER: Final = 0.75
 TRIES: Final = 8
 
@@ -44,7 +44,7 @@ def timers() -> int:
         try:
             found += os.readlink(descriptor) == "anon_inode:[timerfd]"
         except OSError:
-            # The one by which the folder was read.
+            # The descriptor by which the folder was read.
             continue
     return found
 
@@ -70,7 +70,7 @@ async def running(bpm: int) -> AsyncGenerator[BeatClock, None]:
 
 
 class Turns(trio.abc.Instrument):
-    """Counts the turns of the loop, and those for which it waits."""
+    """Count the turns of the loop, and those in which it waited."""
 
     def __init__(self) -> None:
         self.all = self.waits = 0
@@ -106,7 +106,7 @@ async def is_better(wait: Callable[[], Awaitable[float]]) -> bool:
     return False
 
 
-# Punctual.
+# Punctuality.
 
 
 @linux
@@ -153,7 +153,7 @@ async def test_an_alarm_is_never_early() -> None:
                 before = turns.waits
                 await alarm.sleep_until(instant)
                 assert trio.current_time() >= instant
-                # A loop that woke too early would have waited for what was left.
+                # A loop that woke too early would have waited once more.
                 assert turns.waits == before + 1
 
 
@@ -173,7 +173,7 @@ async def test_an_alarm_that_went_off_leaves_the_loop_alone(then: str) -> None:
 
 @linux
 @guarded(120)
-async def test_an_alarm_that_was_taken_back_wakes_nobody() -> None:
+async def test_an_alarm_that_was_taken_back_does_not_wake_the_loop() -> None:
     async with open_alarm() as alarm:
         for later in (math.inf, trio.current_time() + 1e6):
             alarm.wake_at(trio.current_time() + 0.05)
@@ -207,17 +207,17 @@ async def test_a_budget_ends_in_the_turn_in_which_trios_own_does() -> None:
                     nursery.start_soon(end_by_beat, clock, position, turns)
                     nursery.start_soon(end_by_second, instant, turns)
                     await trio.testing.wait_all_tasks_blocked()
-                    # On a busy machine it may be past before both have begun to wait.
+                    # On a busy machine the deadline may pass before both have begun to wait.
                     both_wait = trio.current_time() < instant
                 if both_wait:
                     earlier.append(ended["second"] - ended["beat"])
-    # Where a beat falls due just before a budget, Trio has looked at its clock once for all its
-    # deadlines, and the beat clock looks once more.
+    # If a beat is due just before a budget, Trio reads its clock once for all its deadlines, and
+    # the beat clock reads it once more.
     assert set(earlier) <= {0, 1}
     assert earlier.count(0) > 30
 
 
-# No timer.
+# Without a timer.
 
 
 @linux
@@ -230,7 +230,7 @@ async def test_no_timer_is_left_behind() -> None:
     assert timers() == before
     async with open_session(tempo_bpm=600) as bb:
         await bb.sleep(2)
-        # Its metronome has one, too.
+        # The metronome of the session has a timer, too.
         assert timers() == before + 2
     assert timers() == before
     alarm = Alarm()
@@ -244,7 +244,7 @@ async def test_no_timer_is_left_behind() -> None:
 
 
 @linux
-async def test_in_virtual_time_there_is_none(autojump_clock: trio.testing.MockClock) -> None:
+async def test_there_is_no_timer_in_virtual_time(autojump_clock: trio.testing.MockClock) -> None:
     before = timers()
     async with open_alarm() as alarm, running(bpm=2) as clock:
         assert not alarm.is_open
@@ -256,7 +256,7 @@ async def test_in_virtual_time_there_is_none(autojump_clock: trio.testing.MockCl
 
 
 @linux
-async def test_a_virtual_clock_that_runs_has_none() -> None:
+async def test_there_is_no_timer_for_a_virtual_clock_that_runs() -> None:
     def run(rate: float) -> bool:
         async def main() -> bool:
             async with open_alarm() as alarm:
@@ -342,7 +342,7 @@ async def main():
         alarm.wake_at(instant)
         child = os.fork()
         if not child:
-            # Both timers are the parent's, too.
+            # The parent shares both timers.
             alarm.wake_at(float("inf"))
             clock._alarm.wake_at(float("inf"))
             os._exit(0)
@@ -381,7 +381,7 @@ async def test_an_alarm_that_is_not_run_sleeps_as_trio_does() -> None:
     await alarm.sleep_until(instant)
     assert trio.current_time() >= instant
     assert not alarm.is_open
-    # The instant that was named before is the one it begins with.
+    # `run` begins with the instant that was set before.
     alarm.wake_at(trio.current_time() + 0.05)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(alarm.run)
