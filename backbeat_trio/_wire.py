@@ -96,16 +96,36 @@ class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v
 class StatusClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat.statusclaim.v1"):
     """A status message of one operation, or of an agent's health.
 
-    ``beats_left`` is in beats, ``progress`` from 0.0 to 1.0.
+    The fields after `notes` are optional. Agents of earlier versions leave them out, and a claim of
+    an agent's health has `cluster_id` only. A field that a claim does not have is `msgspec.UNSET`,
+    which is false, so ``claim.operation_type or ""`` is always a string.
     """
 
     agent_id: str
+    """The agent that published the claim."""
     task_id: str
+    """The id of the operation; ``"chorus-p2p-health"`` in a claim of the agent's health."""
     beat_index: int
+    """The index of the beat on which the claim was made."""
     state: ClaimState
+    """``"executing"``, ``"done"``, ``"failed"`` or ``"waiting"``."""
     beats_left: int
+    """How many beats of the estimate are left, 0 or more."""
     progress: float
+    """How much of the estimate has passed, from 0.0 to 1.0; 0.0 after a failure."""
     notes: str
+    """The same for people to read, and the reason of a failure."""
+    cluster_id: str | UnsetType = UNSET
+    """The cluster whose beats the claim counts."""
+    operation_type: str | UnsetType = UNSET
+    """The type of the operation, such as ``"election"``."""
+    phase: str | UnsetType = UNSET
+    """The phase of the operation in lower case, from ``"started"`` to ``"completed"``, or
+    ``"failed"``. Later versions may add phases."""
+    peers: int | UnsetType = UNSET
+    """How many peers take part in the operation."""
+    estimated_beats: int | UnsetType = UNSET
+    """How many beats the operation was expected to take when it started."""
 
 
 class SyncRequest(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):

@@ -26,6 +26,7 @@ from backbeat_trio._wire import ClaimArrays
 AGENT_ID: Final = "bench-agent"
 NODE_ID: Final = "bench-node"
 TYPE: Final = "task_coordination"
+CLUSTER_ID: Final = "test-cluster"
 END: Final = b"end"
 """The message that ends a round."""
 MARK: Final = b"mark"
@@ -164,7 +165,10 @@ async def listen(url: str, subject: str) -> None:
 def _claims(count: int) -> list[StatusClaim]:
     notes = f"P2P {TYPE}: started (peers: 0, node: {NODE_ID})"
     return [
-        StatusClaim(AGENT_ID, f"operation-{number:06}", 12345, "executing", 15, 0.25, notes)
+        StatusClaim(
+            *(AGENT_ID, f"operation-{number:06}", 12345, "executing", 15, 0.25, notes),
+            *(CLUSTER_ID, TYPE, "started", 0, 100_000),
+        )
         for number in range(count)
     ]
 

@@ -63,6 +63,45 @@ def test_a_claim_to_the_letter() -> None:
     assert wire.decode_claims(b"[]") == []
 
 
+def test_the_optional_fields_of_a_claim_to_the_letter() -> None:
+    claim = msgspec.structs.replace(
+        CLAIM,
+        cluster_id="chorus-production",
+        operation_type="election",
+        phase="started",
+        peers=0,
+        estimated_beats=5,
+    )
+    text = (
+        f'{CLAIM_JSON[:-1]},"cluster_id":"chorus-production","operation_type":"election",'
+        '"phase":"started","peers":0,"estimated_beats":5}'
+    )
+    assert wire.encode(claim).decode() == text
+    assert wire.decode_claims(text.encode()) == [claim]
+
+
+def test_a_claim_of_an_earlier_version_has_no_optional_field() -> None:
+    (claim,) = wire.decode_claims(CLAIM_JSON.encode())
+    assert claim.cluster_id is claim.operation_type is claim.phase is msgspec.UNSET
+    assert claim.peers is claim.estimated_beats is msgspec.UNSET
+
+
+def test_readers_of_earlier_versions_ignore_the_optional_fields() -> None:
+    # The struct as it was before these fields.
+    class Earlier(msgspec.Struct, tag_field="type", tag="backbeat.statusclaim.v1"):
+        agent_id: str
+        task_id: str
+        beat_index: int
+        state: wire.ClaimState
+        beats_left: int
+        progress: float
+        notes: str
+
+    claim = msgspec.structs.replace(CLAIM, cluster_id="c", phase="started", peers=1)
+    earlier = msgspec.json.decode(wire.encode(claim), type=Earlier)
+    assert wire.encode(earlier).decode() == CLAIM_JSON
+
+
 def test_unknown_fields_are_ignored() -> None:
     value = json.loads(FRAME_JSON) | {"weather": {"rain": True}}
     assert wire.decode_frame(json.dumps(value).encode()) == FRAME
@@ -178,6 +217,7 @@ claims = st.builds(
     st.integers(0, 100),
     st.floats(0, 1),
     st.text(st.characters(codec="utf-8"), max_size=400),
+    st.sampled_from([msgspec.UNSET, "cluster"]),
 )
 
 

@@ -8,6 +8,7 @@ from typing import final
 
 import msgspec
 import trio
+from msgspec import UNSET
 
 from .._transport.protocol import Message
 from .._wire import StatusClaim, decode_claims
@@ -31,13 +32,23 @@ class ClaimCounts(msgspec.Struct):
 class ClaimBatches:
     """An async iterator of the claims that came in one message, of the speaker alone.
 
-    A batch is never empty: a message without a claim that its speaker may make is passed over. This
-    is no generator, as a generator ends where one of its steps is cancelled.
+    A batch is never empty: a message without a claim to give is passed over. This is no generator,
+    as a generator ends where one of its steps is cancelled.
+
+    Args:
+      messages: what the agents publish.
+      counts: what is no claim, or is a claim of another agent than its speaker, is counted there.
+      cluster_id: the cluster whose claims are given. A claim that names no cluster is given, too,
+        as agents of earlier versions publish it. None gives the claims of all clusters.
+
     """
 
-    def __init__(self, messages: AsyncIterator[Message], counts: ClaimCounts) -> None:
+    def __init__(
+        self, messages: AsyncIterator[Message], counts: ClaimCounts, cluster_id: str | None = None
+    ) -> None:
         self._messages = messages
         self._counts = counts
+        self._cluster_id = cluster_id
 
     def __aiter__(self) -> ClaimBatches:
         return self
@@ -53,6 +64,9 @@ class ClaimBatches:
             speaker = message.subject.rpartition(".")[2]
             own = [claim for claim in claims if claim.agent_id == speaker]
             self._counts.claims_undecodable += len(claims) - len(own)
+            if self._cluster_id is not None:
+                wanted = (self._cluster_id, UNSET)
+                own = [claim for claim in own if claim.cluster_id in wanted]
             if own:
                 return own
 

@@ -108,7 +108,9 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     """The transport's counters; None where there is no transport."""
 
 
-def health_claim(health: Health, agent_id: str, index: int, milli_bpm: int) -> StatusClaim:
+def health_claim(
+    health: Health, agent_id: str, cluster_id: str, index: int, milli_bpm: int
+) -> StatusClaim:
     """Make the claim that tells of an agent's health."""
     return StatusClaim(
         agent_id,
@@ -120,4 +122,5 @@ def health_claim(health: Health, agent_id: str, index: int, milli_bpm: int) -> S
         f"CHORUS P2P {'unhealthy' if health.errors else 'healthy'}: "
         f"connected={str(health.connected).lower()}, operations={health.active_operations}, "
         f"tempo={format_bpm(milli_bpm)} BPM, node={health.node_id}",
+        cluster_id,
     )

@@ -95,7 +95,18 @@ class Operation:
     operation has ended raises `InvalidTransition`.
     """
 
-    __slots__ = ("_notes", "_start", "_table", "beats", "data", "id", "peers", "phase", "type")
+    __slots__ = (
+        "_notes",
+        "_phase_name",
+        "_start",
+        "_table",
+        "beats",
+        "data",
+        "id",
+        "peers",
+        "phase",
+        "type",
+    )
 
     id: str
     type: str
@@ -107,6 +118,7 @@ class Operation:
     peers: int
     """How many peers take part."""
     _notes: str
+    _phase_name: str
     _start: int
     _table: Operations
 
@@ -182,11 +194,13 @@ class Operations:
       agent_id: who the claims are of.
       node_id: the node that their notes name.
       host: tells the present beat, and takes the claims.
+      cluster_id: the cluster that the claims name.
 
     """
 
-    def __init__(self, agent_id: str, node_id: str, host: Host) -> None:
+    def __init__(self, agent_id: str, node_id: str, host: Host, cluster_id: str) -> None:
         self._agent_id = agent_id
+        self._cluster_id = cluster_id
         self._node_id = node_id
         self._host = host
         self._live: dict[str, Operation] = {}
@@ -274,7 +288,7 @@ class Operations:
             operation.peers = check_integer("peers", peers, 0)
         operation.phase = Phase.COMPLETED
         self._annotate(operation)
-        self._end(operation, "done", 1.0, operation._notes)
+        self._end(operation, "done", 1.0)
 
     def fail(self, operation: Operation, reason: str) -> None:
         """End an operation for a reason."""
@@ -289,13 +303,14 @@ class Operations:
 
     def _fail(self, operation: Operation, reason: str) -> None:
         operation.phase = Phase.FAILED
-        notes = f"P2P operation failed: {reason} (type: {operation.type})"
-        self._end(operation, "failed", 0.0, notes)
+        self._annotate(operation)
+        operation._notes = f"P2P operation failed: {reason} (type: {operation.type})"
+        self._end(operation, "failed", 0.0)
 
     def claims(self, operations: Iterable[Operation], beat: int) -> list[StatusClaim]:
         """Return the beat's claims of those among ``operations`` that still live."""
         # As `_claim` does, without a call for each: this is where a beat's time goes.
-        agent_id, since = self._agent_id, beat - self._shift
+        agent_id, cluster_id, since = self._agent_id, self._cluster_id, beat - self._shift
         return [
             StatusClaim(
                 agent_id,
@@ -305,9 +320,27 @@ class Operations:
                 left,
                 (since - operation._start) / operation.beats,
                 operation._notes,
+                cluster_id,
+                operation.type,
+                operation._phase_name,
+                operation.peers,
+                operation.beats,
             )
             if (left := operation.beats - since + operation._start) > 0
-            else StatusClaim(agent_id, operation.id, beat, "executing", 0, 1.0, operation._notes)
+            else StatusClaim(
+                agent_id,
+                operation.id,
+                beat,
+                "executing",
+                0,
+                1.0,
+                operation._notes,
+                cluster_id,
+                operation.type,
+                operation._phase_name,
+                operation.peers,
+                operation.beats,
+            )
             for operation in operations
             if operation.phase < _COMPLETED
         ]
@@ -320,8 +353,9 @@ class Operations:
         self._host.check_open()
 
     def _annotate(self, operation: Operation) -> None:
+        operation._phase_name = operation.phase.name.lower()
         operation._notes = (
-            f"P2P {operation.type}: {operation.phase.name.lower()} "
+            f"P2P {operation.type}: {operation._phase_name} "
             f"(peers: {operation.peers}, node: {self._node_id})"
         )
 
@@ -337,10 +371,27 @@ class Operations:
             max(0, left),
             passed / estimate if left > 0 else 1.0,
             operation._notes,
+            self._cluster_id,
+            operation.type,
+            operation._phase_name,
+            operation.peers,
+            estimate,
         )
 
-    def _end(self, operation: Operation, state: ClaimState, progress: float, notes: str) -> None:
+    def _end(self, operation: Operation, state: ClaimState, progress: float) -> None:
         del self._live[operation.id]
-        beat = self.current_beat()
-        claim = StatusClaim(self._agent_id, operation.id, beat, state, 0, progress, notes)
+        claim = StatusClaim(
+            self._agent_id,
+            operation.id,
+            self.current_beat(),
+            state,
+            0,
+            progress,
+            operation._notes,
+            self._cluster_id,
+            operation.type,
+            operation._phase_name,
+            operation.peers,
+            operation.beats,
+        )
         self._host.emit(claim, terminal=True)

@@ -58,7 +58,9 @@ class Runtime:
         self.logger: Logger = logger
         self.transport: Transport | None = transport
         self._run_token = trio.lowlevel.current_trio_token()
-        self.operations: Operations = Operations(config.agent_id, config.node_id, self)
+        self.operations: Operations = Operations(
+            config.agent_id, config.node_id, self, config.cluster_id
+        )
         self.clock: BeatClock = BeatClock.local(
             milli_bpm("tempo_bpm", config.tempo_bpm),
             config.beats_per_bar,
@@ -216,8 +218,9 @@ class Runtime:
             self.emitter.beat()
         every = self.config.health_beats
         if every and index // every != (index - skipped - 1) // every:
-            tempo = self.clock.segment().milli_bpm
-            self.emit(health_claim(self.health(), self.config.agent_id, index, tempo))
+            config, tempo = self.config, self.clock.segment().milli_bpm
+            claim = health_claim(self.health(), config.agent_id, config.cluster_id, index, tempo)
+            self.emit(claim)
 
     async def _watch_connection(
         self,

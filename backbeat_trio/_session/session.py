@@ -495,23 +495,31 @@ class Session:
 
     @overload
     def open_claims(
-        self, agent_id: str = "*", *, batched: Literal[False] = False
+        self,
+        agent_id: str = "*",
+        *,
+        batched: Literal[False] = False,
+        all_clusters: bool = False,
     ) -> AbstractAsyncContextManager[AsyncIterator[StatusClaim]]: ...
 
     @overload
     def open_claims(
-        self, agent_id: str = "*", *, batched: Literal[True]
+        self, agent_id: str = "*", *, batched: Literal[True], all_clusters: bool = False
     ) -> AbstractAsyncContextManager[AsyncIterator[list[StatusClaim]]]: ...
 
     @asynccontextmanager
     async def open_claims(
-        self, agent_id: str = "*", *, batched: bool = False
+        self, agent_id: str = "*", *, batched: bool = False, all_clusters: bool = False
     ) -> AsyncGenerator[AsyncIterator[Any], None]:
         """Listen to the claims of agents for the length of a block.
 
         The iterator gives one claim after the other, of operations and of health. With ``batched``
         it gives a list of all claims that came in one message: of every live operation of an agent
         at once, and at a fraction of the cost. A list is never empty.
+
+        Agents of several clusters may share a server. The iterator gives the claims of the
+        session's own cluster. It also gives claims that name no cluster, as agents of earlier
+        versions publish them.
 
         What does not decode, or speaks for another agent than its subject does, is counted and
         dropped; so are the newest messages where the consumer falls far behind. Several tasks may
@@ -521,6 +529,7 @@ class Session:
         Args:
           agent_id: the agent to listen to; ``"*"`` is all of them.
           batched: whether a step gives a list of claims and not a single one.
+          all_clusters: whether claims of all clusters are given.
 
         Raises:
           ValueError: where ``agent_id`` is no subject token.
@@ -535,7 +544,8 @@ class Session:
         if transport is None:
             raise BackbeatError("there are no claims to hear: the session is disabled")
         async with transport.open_subscription(status_subject(agent_id)) as messages:
-            batches = ClaimBatches(messages, self._runtime.claim_counts)
+            cluster_id = None if all_clusters else self._runtime.config.cluster_id
+            batches = ClaimBatches(messages, self._runtime.claim_counts, cluster_id)
             yield batches if batched else Claims(batches)
 
 

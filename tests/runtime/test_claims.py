@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -81,6 +82,61 @@ async def test_a_batch_holds_what_one_message_said_for_its_speaker(autojump_cloc
     assert await anext(batches) == [claim("a"), claim("b")]
     assert await anext(batches) == [claim("c")]
     assert counts.claims_undecodable == 3
+
+
+@pytest.mark.parametrize(
+    ("cluster_id", "wanted"), [("here", ["here", "unnamed"]), (None, ["here", "there", "unnamed"])]
+)
+async def test_a_batch_holds_the_claims_of_one_cluster(
+    cluster_id: str | None, wanted: list[str], autojump_clock: Clock
+) -> None:
+    here, there = (
+        msgspec.structs.replace(claim(name), cluster_id=name) for name in ("here", "there")
+    )
+    counts = ClaimCounts()
+    messages = Messages(message(there), message(here, there, claim("unnamed")))
+    claims = Claims(ClaimBatches(messages, counts, cluster_id))
+    heard = []
+    with trio.move_on_after(1):
+        async for each in claims:
+            heard.append(each.task_id)
+    if cluster_id is None:
+        wanted = ["there", *wanted]
+    assert heard == wanted
+    assert counts.claims_undecodable == 0
+
+
+@pytest.mark.parametrize("batched", [False, True])
+async def test_a_session_hears_its_own_cluster_unless_it_asks_for_all(
+    batched: bool, autojump_clock: Clock
+) -> None:
+    bus = backbeat.MemoryBus()
+    options: dict[str, Any] = {"tempo_bpm": 60.0, "lock_timeout": 0.0, "health_beats": 0}
+    heard: dict[bool, set[str]] = {False: set(), True: set()}
+
+    async def listen(bb: backbeat.Session, all_clusters: bool) -> None:
+        if batched:
+            async with bb.open_claims(batched=True, all_clusters=all_clusters) as batches:
+                async for batch in batches:
+                    heard[all_clusters].update(each.task_id for each in batch)
+        else:
+            async with bb.open_claims(all_clusters=all_clusters) as claims:
+                async for each in claims:
+                    heard[all_clusters].add(each.task_id)
+
+    async with (
+        open_session(bus, cluster_id="here", agent_id="one", **options) as one,
+        open_session(bus, cluster_id="there", agent_id="two", **options) as two,
+        trio.open_nursery() as nursery,
+    ):
+        for all_clusters in heard:
+            nursery.start_soon(listen, one, all_clusters)
+        await trio.testing.wait_all_tasks_blocked()
+        one.start_operation("election", id="mine")
+        two.start_operation("election", id="another's")
+        await trio.sleep(0.5)
+        nursery.cancel_scope.cancel()
+    assert heard == {False: {"mine"}, True: {"mine", "another's"}}
 
 
 async def test_a_session_hears_all_operations_of_a_beat_in_one_batch(autojump_clock: Clock) -> None:

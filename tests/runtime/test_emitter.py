@@ -75,7 +75,7 @@ async def emitting(
     emitter = ClaimEmitter(
         BeatClock.local(60_000, 4),
         transport,
-        Operations("a", "n", Host()),
+        Operations("a", "n", Host(), "test-cluster"),
         agent_id="a",
         counts=ClaimCounts(),
         logger=logging.getLogger("backbeat_trio"),

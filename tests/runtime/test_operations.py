@@ -25,7 +25,7 @@ class Owner:
     """What a session is to its operations, without one."""
 
     def __init__(self) -> None:
-        self.table = Operations("agent", "node-1", self)
+        self.table = Operations("agent", "node-1", self, "test-cluster")
         self.beat = 100
         self.claims: list[StatusClaim] = []
         self.closed = False
@@ -59,13 +59,17 @@ def test_the_claims_of_a_life() -> None:
         StatusClaim(
             *("agent", "election-leader-2025", 100, "executing", 5, 0.0),
             notes.format("started", 0),
+            *("test-cluster", "election", "started", 0, 5),
         ),
         StatusClaim(
             *("agent", "election-leader-2025", 102, "executing", 3, 0.4),
             notes.format("connecting", 3),
+            *("test-cluster", "election", "connecting", 3, 5),
         ),
         StatusClaim(
-            *("agent", "election-leader-2025", 102, "done", 0, 1.0), notes.format("completed", 3)
+            *("agent", "election-leader-2025", 102, "done", 0, 1.0),
+            notes.format("completed", 3),
+            *("test-cluster", "election", "completed", 3, 5),
         ),
     ]
 
@@ -76,7 +80,22 @@ def test_a_failure_to_the_letter() -> None:
     assert owner.claims[-1] == StatusClaim(
         *("agent", "op", 100, "failed", 0, 0.0),
         "P2P operation failed: quorum not reached within timeout (type: election)",
+        *("test-cluster", "election", "failed", 0, 10),
     )
+
+
+@pytest.mark.parametrize("passed", [1, 5, 9])
+def test_the_claims_of_a_beat_have_the_fields_of_a_transition(passed: int) -> None:
+    owner = Owner()
+    operation = owner.start(beats=5)
+    operation.advance(Phase.EXECUTING, peers=4)
+    owner.beat += passed
+    (claim,) = owner.table.claims([operation], owner.beat)
+    operation.advance(Phase.EXECUTING)
+    assert claim == owner.claims[-1]
+    fields = (claim.cluster_id, claim.operation_type, claim.phase, claim.peers)
+    assert fields == ("test-cluster", "election", "executing", 4)
+    assert claim.estimated_beats == 5
 
 
 def test_progress_and_beats_left_are_clamped() -> None:

@@ -279,6 +279,8 @@ async def test_health_claims(
     )
     assert executing.state == "executing"
     assert "operations=1" in executing.notes
+    assert waiting.cluster_id == executing.cluster_id == "test-cluster"
+    assert not waiting.operation_type
 
 
 async def test_health_claims_can_be_left_out(

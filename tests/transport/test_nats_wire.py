@@ -38,7 +38,16 @@ def same(found: Any, wanted: Any) -> bool:
     return bool(found == wanted)
 
 
-def claim(task_id: str, beat: int, state: str, left: int, progress: float, notes: str) -> object:
+def claim(
+    task_id: str,
+    beat: int,
+    state: str,
+    left: int,
+    progress: float,
+    notes: str,
+    operation: tuple[str, str, int, int] | None = None,
+) -> object:
+    fields = ("operation_type", "phase", "peers", "estimated_beats")
     return {
         "type": "backbeat.statusclaim.v1",
         "agent_id": AGENT,
@@ -48,6 +57,8 @@ def claim(task_id: str, beat: int, state: str, left: int, progress: float, notes
         "beats_left": left,
         "progress": progress,
         "notes": notes,
+        "cluster_id": CLUSTER_ID,
+        **dict(zip(fields, operation or (), strict=operation is not None)),
     }
 
 
@@ -146,18 +157,22 @@ async def test_claims_on_the_wire() -> None:
     begun, advanced, done = (message["beat_index"] for message in transitions)
     assert start == begun <= advanced <= done <= ended
 
-    def running_claim(task_id: str, beat: int, notes: str) -> object:
-        passed = beat - start
-        return claim(task_id, beat, "executing", max(0, 4 - passed), min(1.0, passed / 4), notes)
+    def running_claim(beat: int, phase: str, peers: int) -> object:
+        left, passed = max(0, 4 - beat + start), min(1.0, (beat - start) / 4)
+        operation = ("election", phase, peers, 4)
+        notes = note % (phase, peers)
+        return claim("election-leader-2025", beat, "executing", left, passed, notes, operation)
 
     note = f"P2P election: %s (peers: %d, node: {NODE})"
-    assert same(transitions[0], running_claim("election-leader-2025", begun, note % ("started", 0)))
-    assert same(
-        transitions[1], running_claim("election-leader-2025", advanced, note % ("connecting", 3))
-    )
+    assert same(transitions[0], running_claim(begun, "started", 0))
+    assert same(transitions[1], running_claim(advanced, "connecting", 3))
     assert same(
         transitions[2],
-        claim("election-leader-2025", done, "done", 0, 1.0, note % ("completed", 4)),
+        claim(
+            *("election-leader-2025", done, "done", 0, 1.0),
+            note % ("completed", 4),
+            ("election", "completed", 4, 4),
+        ),
     )
     gossip = objects(other.id)
     assert same(
@@ -169,6 +184,7 @@ async def test_claims_on_the_wire() -> None:
             0,
             0.0,
             "P2P operation failed: no peers (type: gossip)",
+            ("gossip", "failed", 0, 8),
         ),
     )
     # One array a beat, with each live operation once.
@@ -177,8 +193,7 @@ async def test_claims_on_the_wire() -> None:
         beat = array[0]["beat_index"]
         beats.append(beat)
         if array[0]["task_id"] == "election-leader-2025":
-            notes = note % ("connecting", 3)
-            assert same(array[0], running_claim("election-leader-2025", beat, notes))
+            assert same(array[0], running_claim(beat, "connecting", 3))
         for entry in array:
             assert entry["beat_index"] == beat
             assert entry["state"] == "executing"
