@@ -131,6 +131,8 @@ class Follower:
         """Whether the leader has no record."""
         self.last_due_ns: int = 0
         """The instant, in cluster time, at which the last frame that was followed was due."""
+        self.last_frame_ns: int | None = None
+        """When that frame came, in local time; None before there was one."""
         self.question: Heard | None = None
         """A frame that waits for the answers to a burst of pings before it is believed."""
         self.drift: Drift = Drift()
@@ -264,6 +266,7 @@ class Follower:
             # Frames of a paused grid are all alike. So its arrival tells which of them this is.
             due = timeline.last_beat(late + MIN_STEP_NS)
         self.last_due_ns, self._last_heard_ns = due, received_ns
+        self.last_frame_ns = received_ns
         beat = beat_ns(frame.segment.milli_bpm)
         # A missing frame may have announced a change that takes effect before the next frame.
         missing = self.grid.steering.local_at(self.due_ns()) + max(beat // 2, MIN_STEP_NS)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import msgspec
 
 from .._grid.punctuality import TempoDrift
 from .._transport.protocol import TransportStatistics
 from .._wire import HEALTH_TASK_ID, StatusClaim, format_bpm
+
+GridState: TypeAlias = Literal["locked", "holdover", "local"]
 
 
 class PendingChange(msgspec.Struct, frozen=True):
@@ -58,13 +62,21 @@ class Health(msgspec.Struct, frozen=True):
     epoch: int | None
     """The term of leadership that is followed; None on a local grid."""
     leader_id: str | None
-    """Who leads; None on a local grid."""
+    """The metronome that leads; None unless `grid` is ``"locked"``."""
     standbys: int | None
     """How many metronomes stand by, as the leader told last; None on a local grid, and where it has
     not told. One that died counts for up to 150 s more."""
     pending: tuple[PendingChange, ...]
     """The changes to come, in the order of their beats; each step of a ramp is one. A grid that
     stands still goes on with a change on the beat on which it stands."""
+    grid: GridState
+    """Which grid the session counts on. ``"locked"``: the cluster's, and a metronome is heard.
+    ``"holdover"``: the cluster's, continued by the local clock, because there is no connection or
+    two beat frames in a row are missing. ``"local"``: a grid of its own from beat 0, at the tempo
+    of the settings, because no metronome has been heard since the session began."""
+    last_frame_age: float | None
+    """Seconds since the last beat frame of the cluster arrived that the session followed; None
+    before the first one."""
 
 
 class SessionStatistics(msgspec.Struct, frozen=True):

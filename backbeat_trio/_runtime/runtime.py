@@ -24,7 +24,7 @@ from .._transport.protocol import Transport, TransportStatistics
 from .._wire import StatusClaim, format_bpm
 from .claims import ClaimCounts
 from .emitter import ClaimEmitter, Journal
-from .health import Health, PendingChange, SessionStatistics, health_claim
+from .health import GridState, Health, PendingChange, SessionStatistics, health_claim
 from .operations import Operations
 from .services import ServiceGroup
 
@@ -261,6 +261,8 @@ class Runtime:
             uncertainty += clock.grid.hold_ns(now)
         counters = None if transport is None else transport.statistics()
         segment = clock.segment()
+        grid = self._grid_state(now, connected=connected)
+        heard = None if follower is None else follower.last_frame_ns
         return Health(
             enabled=config.enabled,
             started=self.started,
@@ -277,13 +279,21 @@ class Runtime:
             paused=not segment.milli_bpm,
             uncertainty=None if uncertainty is None else uncertainty / 1e9,
             epoch=None if followed is None else followed.epoch,
-            leader_id=None if followed is None else followed.leader_id,
+            leader_id=followed.leader_id if followed is not None and grid == "locked" else None,
             standbys=None if followed is None or self.listener is None else self.listener.standbys,
             pending=tuple(
                 PendingChange(segment.beat0, segment.milli_bpm / 1000)
                 for segment in clock.grid.timeline.since(clock.cluster_ns()).segments[1:]
             ),
+            grid=grid,
+            last_frame_age=None if heard is None else max(0, now - heard) / 1e9,
         )
+
+    def _grid_state(self, now: int, *, connected: bool) -> GridState:
+        follower = None if self.listener is None else self.listener.follower
+        if follower is None or not follower.locked:
+            return "local"
+        return "locked" if connected and not follower.in_holdover(now) else "holdover"
 
     def _recent_errors(self, counters: TransportStatistics, off: str | None) -> tuple[str, ...]:
         beats = 2 * self.config.health_beats

@@ -460,6 +460,31 @@ async def test_uncertainty_is_unknown_without_pings(autojump_clock: Clock) -> No
         assert bb.health().uncertainty is None
 
 
+async def test_health_says_which_grid_it_is(autojump_clock: Clock) -> None:
+    async with leading(answer=False) as (leader, bb):
+        await trio.sleep(10)
+        assert (bb.health().grid, bb.health().last_frame_age) == ("local", None)
+        await leader.beat(3)
+        assert (bb.health().grid, bb.health().last_frame_age) == ("locked", 0.0)
+        # The leader dies: it is not named for ever.
+        await trio.sleep(1.5)
+        assert (bb.health().grid, bb.health().leader_id) == ("locked", "by-hand")
+        await trio.sleep(8.5)
+        assert bb.health().last_frame_age == pytest.approx(10.0)
+        assert (bb.health().grid, bb.health().leader_id) == ("holdover", None)
+        await leader.beat(1)
+        assert (bb.health().grid, bb.health().leader_id) == ("locked", "by-hand")
+        # No frame can come over a connection that is lost.
+        assert isinstance(bb._runtime.transport, backbeat.MemoryTransport)
+        bb._runtime.transport.sever()
+        assert (bb.health().grid, bb.health().leader_id) == ("holdover", None)
+
+
+async def test_a_disabled_session_counts_on_a_local_grid(autojump_clock: Clock) -> None:
+    async with open_session(enabled=False) as bb:
+        assert (bb.health().grid, bb.health().last_frame_age) == ("local", None)
+
+
 async def test_a_pause_that_was_heard_of_too_late(autojump_clock: Clock) -> None:
     async with leading() as (leader, bb):
         await leader.beat(2)
