@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
 import os
 import re
 import secrets
 import socket
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Final, TypedDict, Unpack
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import msgspec
 
-from ._errors import ConfigError
+from ._errors import ConfigError, Logger
 from ._grid.timeline import milli_bpm
 from ._wire import MAX_BEATS_PER_BAR, MAX_TOKEN, is_token
 
@@ -52,6 +54,39 @@ class Server(msgspec.Struct, frozen=True):
 def _default_node_id() -> str:
     host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:48] or "node"
     return f"{host}-{secrets.token_hex(4)}"
+
+
+class ConfigFields(TypedDict, total=False):
+    """The fields of `BackbeatConfig` as keyword arguments, for type checkers."""
+
+    enabled: bool
+    cluster_id: str
+    agent_id: str
+    node_id: str
+    nats_url: str
+    tempo_bpm: float
+    beats_per_bar: int
+    lock_timeout: float
+    connect_timeout: float
+    grace_period: float
+    require_connection: bool
+    health_beats: int
+    answer_recalls: bool
+    store_claims: bool
+    claims_stream: str
+    claims_max_age: float
+    claims_max_bytes: int
+    claims_replicas: int | None
+    user: str | None
+    password: str | None
+    token: str | None
+    creds: str | None
+    nkey: str | None
+    tls_ca: str | None
+    tls_cert: str | None
+    tls_key: str | None
+    tls_first: bool
+    inbox_prefix: str
 
 
 class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -168,25 +203,38 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             self.servers  # noqa: B018 - for its checks
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None, **overrides: Any) -> BackbeatConfig:
+    def from_env(
+        cls,
+        env: Mapping[str, str] | None = None,
+        *,
+        logger: Logger | None = None,
+        **overrides: Unpack[ConfigFields],
+    ) -> BackbeatConfig:
         """Read the settings from variables named ``CHORUS_BACKBEAT_<FIELD>``.
 
-        An empty variable counts as absent, and one that names no field is not looked at.
+        An empty variable counts as absent. One that has the prefix and names no field is ignored,
+        and logged at WARNING with the name that is nearest to it.
 
         Args:
           env: the variables; None means those of the process.
+          logger: by default ``logging.getLogger("backbeat_trio")``.
           **overrides: fields that take precedence over the variables.
 
         Raises:
           ConfigError: naming the variable and its value.
+          TypeError: for an override that names no field.
 
         """
+        check_fields("BackbeatConfig.from_env", overrides)
+        env = os.environ if env is None else env
         fields = {field.encode_name: field for field in msgspec.structs.fields(cls)}
         values: dict[str, Any] = {}
-        for variable, text in (os.environ if env is None else env).items():
+        for variable, text in env.items():
             if not variable.startswith(PREFIX) or not text:
                 continue
             name = variable.removeprefix(PREFIX).lower()
+            if name not in fields:
+                _warn_of_variable(variable, logger or logging.getLogger("backbeat_trio"))
             if name in overrides or name not in fields:
                 continue
             try:
@@ -200,7 +248,7 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
                 error.args = (f"{PREFIX}{error.field.upper()}={error.problem}",)
             raise
 
-    def __replace__(self, **changes: Any) -> BackbeatConfig:
+    def __replace__(self, **changes: Unpack[ConfigFields]) -> BackbeatConfig:
         """Return these settings with some fields changed.
 
         An `agent_id` that was made from the node's id follows a `node_id` that changes. On Python
@@ -211,8 +259,10 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
         Raises:
           ConfigError: for a value that cannot work.
+          TypeError: for a change that names no field.
 
         """
+        check_fields("BackbeatConfig.__replace__", changes)
         if self._follows_node:
             changes.setdefault("agent_id", "")
         return msgspec.structs.replace(self, **changes)
@@ -248,6 +298,35 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         # Without it rich would show what `msgspec.Struct` tells it: everything.
         return list(self._shown().items())
+
+
+def check_fields(function: str, names: Iterable[str]) -> None:
+    """Raise unless all names are fields of `BackbeatConfig`.
+
+    Args:
+      function: the function that was called with them, for the text of the error.
+      names: its keyword arguments.
+
+    Raises:
+      TypeError: for the first that is none, with the name of the nearest field.
+
+    """
+    for name in names:
+        if name not in BackbeatConfig.__struct_fields__:
+            near = _nearest_field(name)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def _nearest_field(name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name, BackbeatConfig.__struct_fields__, 1)), None)
+
+
+def _warn_of_variable(variable: str, logger: Logger) -> None:
+    # Without its value, as it may be a misspelt password.
+    near = _nearest_field(variable.removeprefix(PREFIX).lower())
+    hint = f"did you mean {PREFIX}{near.upper()}?" if near else "no setting has a similar name"
+    logger.warning("the variable %s is ignored, because it names no setting: %s", variable, hint)
 
 
 def redact_url(url: str) -> str:

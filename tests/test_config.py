@@ -233,7 +233,7 @@ def test_an_agent_id_that_was_not_given_follows_the_node() -> None:
     assert config == given
     assert repr(config) == repr(given)
     with pytest.raises(TypeError, match="clusterid"):
-        config.__replace__(clusterid="x")
+        config.__replace__(clusterid="x")  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="^node_id='a b'"):
         config.__replace__(node_id="a b")
 

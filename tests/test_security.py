@@ -762,7 +762,7 @@ NAMES: Final = {
 }
 
 
-def configured(way: str, fields: dict[str, str], home: Path) -> BackbeatConfig:
+def configured(way: str, fields: dict[str, Any], home: Path) -> BackbeatConfig:
     """Give settings in one of the ways there are."""
     env = {"CHORUS_BACKBEAT_REQUIRE_CONNECTION": "true", "CHORUS_BACKBEAT_LOCK_TIMEOUT": "0"}
     flags: list[str] = []

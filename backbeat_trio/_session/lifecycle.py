@@ -16,11 +16,11 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import Any, final
+from typing import Unpack, final
 
 import trio
 
-from .._config import BackbeatConfig
+from .._config import BackbeatConfig, ConfigFields, check_fields
 from .._errors import Logger
 from .._metronome.metronome import Metronome
 from .._runtime.runtime import Runtime
@@ -36,7 +36,7 @@ def session(
     *,
     transport: Transport | None = None,
     logger: Logger | None = None,
-    **overrides: Any,
+    **overrides: Unpack[ConfigFields],
 ) -> AbstractAsyncContextManager[Session]:
     """Open a session: this task is part of the cluster for the length of the block.
 
@@ -55,9 +55,11 @@ def session(
       ConfigError: on entering, where a setting cannot work.
       TransportBroken: on entering, with ``require_connection``, where the first connection cannot
         be made; or its subclasses `AuthenticationFailed` and `TLSFailed`.
+      TypeError: for an override that names no field.
       RuntimeError: on entering, where ``transport`` stops running before it has started.
 
     """
+    check_fields("session", overrides)
     return _SessionManager(_open(config, transport, logger, overrides))
 
 
@@ -89,10 +91,10 @@ async def _open(
     config: BackbeatConfig | None,
     transport: Transport | None,
     logger: Logger | None,
-    overrides: dict[str, Any],
+    overrides: ConfigFields,
 ) -> AsyncGenerator[Session, None]:
     if config is None:
-        config = BackbeatConfig.from_env(**overrides)
+        config = BackbeatConfig.from_env(logger=logger, **overrides)
     elif overrides:
         config = config.__replace__(**overrides)
     failure: BaseException | None = None
