@@ -47,6 +47,7 @@ from ._errors import (
     NoResponders as NoResponders,
     OperationExists as OperationExists,
     OperationNotFound as OperationNotFound,
+    PermissionDenied as PermissionDenied,
     SessionClosed as SessionClosed,
     TempoRefused as TempoRefused,
     TLSFailed as TLSFailed,

@@ -72,6 +72,10 @@ class NoResponders(TransportBroken):
     """Nobody is subscribed to the subject of a request."""
 
 
+class PermissionDenied(TransportBroken):
+    """The server's permissions refuse a request, or the subscription on which its answer comes."""
+
+
 class Logger(Protocol):
     """What a session logs to; `logging.Logger` is one."""
 

@@ -405,7 +405,7 @@ async def test_publications_that_are_refused(
                 statistics = transport.statistics()
                 assert statistics.permission_errors == number, subject
                 # nats-py tells of it in small letters.
-                assert f'"{subject.lower()}"' in statistics.recent_errors[-1][1]
+                assert subject.lower() in statistics.recent_errors[-1][1].lower()
             for hearer in (leader, observer):
                 await hearer.flush()
             assert leader.statistics().received == before
@@ -614,10 +614,9 @@ async def test_refusals_show_in_health_and_statistics(files: Files) -> None:
             return transport.permission_errors
 
         await until(lambda: bb.health().connected)
-        assert refused(bb) == 0
         bb.start_operation("election")
         await until(lambda: bb.health().errors)
-        assert "permissions violation" in bb.health().errors[-1].lower()
+        assert "permission denied" in bb.health().errors[-1]
         assert "backbeat.status.agent-2" in bb.health().errors[-1]
         assert refused(bb) >= 1
         assert bb.health().connected
@@ -625,7 +624,7 @@ async def test_refusals_show_in_health_and_statistics(files: Files) -> None:
         # A forgotten inbox prefix, too, is told of.
         forgotten = login(server, files, "agent-2") | {"inbox_prefix": "_INBOX"}
         async with open_session(**forgotten, lock_timeout=0.0) as other:
-            await until(lambda: any('"_inbox.' in error for error in other.health().errors))
+            await until(lambda: any("_INBOX.>" in error for error in other.health().errors))
             assert refused(other) >= 1
 
 

@@ -16,6 +16,7 @@ from .._config import BackbeatConfig
 from .._errors import (
     BackbeatError,
     MetronomeUnavailable,
+    PermissionDenied,
     SessionClosed,
     TempoRefused,
     TransportBroken,
@@ -303,6 +304,7 @@ class Session:
           TempoRefused: where the leader refuses: the beat is past or too soon, the grid stands
             still, or the change cannot be committed.
           MetronomeUnavailable: where no leader can be reached.
+          PermissionDenied: if the server's permissions do not let this user ask for a change.
           SessionClosed: where the session was left.
 
         """
@@ -326,6 +328,7 @@ class Session:
           TypeError, ValueError: for what is no index, from 0 to 2**53.
           TempoRefused: where the leader refuses, as for `set_tempo`.
           MetronomeUnavailable: where no leader can be reached.
+          PermissionDenied: if the server's permissions do not let this user ask for a change.
           SessionClosed: where the session was left.
 
         """
@@ -343,6 +346,7 @@ class Session:
         Raises:
           TempoRefused: where the grid does not stand still, or the change cannot be committed.
           MetronomeUnavailable: where no leader can be reached.
+          PermissionDenied: if the server's permissions do not let this user ask for a change.
           SessionClosed: where the session was left.
 
         """
@@ -363,6 +367,8 @@ class Session:
             reply = decode_tempo_reply(answer.data)
         except TransportClosed:
             raise SessionClosed("the session has been closed") from None
+        except PermissionDenied:
+            raise
         except TransportBroken as error:
             raise MetronomeUnavailable(f"no metronome took the request: {error}") from error
         except msgspec.DecodeError as error:

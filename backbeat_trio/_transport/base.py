@@ -9,7 +9,7 @@ import itertools
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import final
+from typing import Final, final
 
 import trio
 from trio_util import AsyncValue
@@ -24,6 +24,9 @@ from .protocol import (
     check_pattern,
     check_subject,
 )
+
+# How many different errors are kept.
+_ERRORS: Final = 16
 
 
 class State(enum.Enum):
@@ -77,7 +80,13 @@ class BaseTransport(abc.ABC):
         self._received = self._dropped = self._permission_errors = 0
         self._refused: Counter[str] = Counter()
         self._last_error: str | None = None
-        self._errors: deque[tuple[int, str]] = deque(maxlen=16)
+        self._errors: deque[tuple[int, str]] = deque(maxlen=_ERRORS)
+        self.complaints: deque[str] = deque(maxlen=_ERRORS)
+        """The newest errors that left the connection as it was, each once."""
+        self.failure: TransportBroken | None = None
+        """Why there is no connection, as in `TransportStatistics.last_error`."""
+        self.noted: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
+        """Where to wait for the next error."""
 
     @property
     def connected(self) -> bool:
@@ -147,8 +156,25 @@ class BaseTransport(abc.ABC):
             self._dropped += 1
 
     def note_error(self, error: str) -> None:
-        """Keep an error for whoever looks at the statistics."""
-        self._errors.append((local_ns(), error))
+        """Keep an error that did not end the connection."""
+        if error in self.complaints:
+            self.complaints.remove(error)
+        self.complaints.append(error)
+        self._note(error)
+
+    def _note_down(self, failure: TransportBroken) -> None:
+        """Keep the reason why there is no connection."""
+        error = str(failure)
+        # The same failure over and over is one error to report.
+        if error != self._last_error:
+            self._note(error)
+        self._last_error, self.failure = error, failure
+
+    def _note(self, error: str) -> None:
+        # One that comes again and again must not push the others out.
+        others = (entry for entry in self._errors if entry[1] != error)
+        self._errors = deque((*others, (local_ns(), error)), maxlen=_ERRORS)
+        self.noted.unpark_all()
 
     def _check_open(self) -> None:
         if self._state.value is State.CLOSED:

@@ -8,7 +8,7 @@ from typing import Final, final
 
 import trio
 
-from .._errors import NoResponders
+from .._errors import NoResponders, TransportBroken
 from .._time.local import local_ns
 from .base import BaseTransport, Mailbox, State
 from .protocol import Message, Reply, matches
@@ -88,15 +88,14 @@ class MemoryTransport(BaseTransport):
     def sever(self) -> None:
         """Cut the connection, as an outage would; for tests."""
         self._check_open()
-        self._last_error = "the connection was severed"
-        self.note_error(self._last_error)
+        self._note_down(TransportBroken("the connection was severed"))
         self._state.value = State.DOWN
 
     def restore(self) -> None:
         """Connect, or connect again after `sever`."""
         self._check_open()
         self.generation += 1
-        self._last_error = None
+        self._last_error = self.failure = None
         self._state.value = State.UP
 
     def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:

@@ -19,8 +19,9 @@ from typing import Any, Final, TypeVar, final
 
 import trio
 
-from .._config import BackbeatConfig
-from .._errors import ConfigError, NoResponders, TransportBroken
+from .._config import PREFIX, BackbeatConfig
+from .._errors import ConfigError, NoResponders, PermissionDenied, TransportBroken
+from .._wire import beat_subject, recall_subject, status_subject, sync_subject, tempo_subject
 from .base import BaseTransport, Mailbox, State
 from .nats_client import INBOX, Client, Incoming, Publish, Subscribe, Unsubscribe
 from .protocol import Message, Reply
@@ -73,12 +74,13 @@ class Backoff:
 class _Answers:
     """An async iterator of the answers to one request; see `Transport.open_request`."""
 
-    __slots__ = ("_answers", "_check_open", "_client", "_lot", "_sent", "_subject")
+    __slots__ = ("_answers", "_check_open", "_client", "_lot", "_refusal", "_sent", "subject")
 
     def __init__(self, client: Client, subject: str, check_open: Callable[[], None]) -> None:
         self._client = client
         self._check_open = check_open
-        self._subject = subject
+        self.subject = subject
+        self._refusal: PermissionDenied | None = None
         self._answers: deque[tuple[Incoming, int]] = deque()
         self._lot = trio.lowlevel.ParkingLot()
         self._sent = 0
@@ -88,8 +90,13 @@ class _Answers:
         self._answers.append((item, behind_ns))
         self._lot.unpark_all()
 
+    def refuse(self, error: PermissionDenied) -> None:
+        """Take note that the server did not take the request."""
+        self._refusal = error
+        self._lot.unpark_all()
+
     def wake(self) -> None:
-        """Have whoever waits look whether the connection still stands."""
+        """Have whoever waits look whether an answer can still come."""
         self._lot.unpark_all()
 
     def __aiter__(self) -> _Answers:
@@ -102,10 +109,13 @@ class _Answers:
             self._check_open()
             if self._client.lost.is_set():
                 raise TransportBroken(str(self._client.error))
+            denied = self._refusal or self._client.no_answers
+            if denied is not None:
+                raise PermissionDenied(str(denied))
             await self._lot.park()
         item, behind_ns = self._answers.popleft()
         if item.status == "503":
-            raise NoResponders(f"nobody answers on {self._subject}")
+            raise NoResponders(f"nobody answers on {self.subject}")
         # The stamp of its departure comes with the first answer only.
         self._sent = self._sent or item.sent
         return Reply(item.data, self._sent + behind_ns, item.stamp + behind_ns)
@@ -125,6 +135,7 @@ class NatsTransport(BaseTransport):
         self.connect_timeout = config.connect_timeout
         self.limiter = trio.CapacityLimiter(_UNENDED_CLIENTS)
         self._servers = config.servers
+        self._agent_id, self._cluster_id = config.agent_id, config.cluster_id
         self._options = _options(config, name or f"backbeat {config.agent_id}")
         self._client: Client | None = None
         self._requests: dict[str, _Answers] = {}
@@ -152,7 +163,7 @@ class NatsTransport(BaseTransport):
             try:
                 await client.open()
             except TransportBroken as error:
-                self._note_down(str(error))
+                self._note_down(error)
                 if attempt == len(self._servers) and not self.generation:
                     self._first_error = error
                     self._attempted.set()
@@ -164,18 +175,12 @@ class NatsTransport(BaseTransport):
                 connected = trio.current_time()
                 await client.lost.wait()
                 backoff.lost(trio.current_time() - connected)
-                self._note_down(str(client.error))
+                self._note_down(_failure_of(client))
             finally:
                 # In the background: what hangs there must not hold up the next attempt.
                 nursery.start_soon(client.close)
             delay = backoff.next_delay()
             await trio.sleep(random.uniform(delay / 2, delay))
-
-    def _note_down(self, error: str) -> None:
-        # The same failure over and over is one error to report.
-        if error != self._last_error:
-            self.note_error(error)
-        self._last_error = error
 
     def _use(self, client: Client) -> None:
         self._client = client
@@ -183,7 +188,7 @@ class NatsTransport(BaseTransport):
         self.generation += 1
         for number, mailbox in self._mailboxes.items():
             client.send(Subscribe(number, mailbox.subject))
-        self._last_error = None
+        self._last_error = self.failure = None
         self._attempted.set()
         self._state.value = State.UP
 
@@ -308,16 +313,66 @@ class NatsTransport(BaseTransport):
         """Count messages that came faster than the thread could hand them over."""
         self._dropped += messages
 
-    def note_error(self, error: str) -> None:
-        """Keep an error that did not end the connection."""
+    def client_complained(self, client: Client, error: str) -> None:
+        """Keep an error that did not end the connection, and fail what it refuses."""
         if "permissions violation" in error.lower():
             self._permission_errors += 1
             refusal = _REFUSAL.search(error.lower())
             if refusal is not None:
-                what = f"{refusal[1]} to {refusal[2]}"
-                if what in self._refused or len(self._refused) < _REFUSALS:
-                    self._refused[what] += 1
-        super().note_error(error)
+                error = self._refuse(client, refusal[1], refusal[2])
+        self.note_error(error)
+
+    def _refuse(self, client: Client, verb: str, subject: str) -> str:
+        # Returns what to tell of it. nats-py gives the subject in lower case.
+        what = f"{verb} to {subject}"
+        if what in self._refused or len(self._refused) < _REFUSALS:
+            self._refused[what] += 1
+        if verb == "subscription":
+            if subject == f"{client.inbox}.*".lower():
+                # Its name is another one on each connection.
+                text = (
+                    f"permission denied: this user may not subscribe to {self._inbox_prefix}.>, "
+                    "where answers to its requests come; set `inbox_prefix` "
+                    f"({PREFIX}INBOX_PREFIX) to the one that the server's permissions allow "
+                    "(see docs/security.md)"
+                )
+                client.no_answers = PermissionDenied(text)
+                self._wake_waiters()
+                return text
+            return self._denied("subscribe", self._spelling(subject))
+        text = self._denied("publish", self._spelling(subject))
+        for answers in self._requests.values():
+            if answers.subject.lower() == subject:
+                answers.refuse(PermissionDenied(text))
+        return text
+
+    def _denied(self, verb: str, subject: str) -> str:
+        advice = ""
+        if subject == status_subject(self._agent_id):
+            advice = f"`agent_id` ({PREFIX}AGENT_ID) must be the one in the server's permissions; "
+        elif subject in (beat_subject(self._cluster_id), sync_subject(self._cluster_id)):
+            advice = f"`cluster_id` ({PREFIX}CLUSTER_ID) must be the one in them; "
+        elif subject == recall_subject(self._cluster_id) and verb == "subscribe":
+            advice = f"one who only looks on sets `answer_recalls` ({PREFIX}ANSWER_RECALLS) false; "
+        return (
+            f"permission denied: this user may not {verb} to {subject}; "
+            f"{advice}docs/security.md says what each role may do"
+        )
+
+    def _spelling(self, subject: str) -> str:
+        cluster_id = self._cluster_id
+        known = [
+            status_subject(self._agent_id),
+            *(of(cluster_id) for of in (beat_subject, sync_subject, tempo_subject, recall_subject)),
+            *(mailbox.subject for mailbox in self._mailboxes.values()),
+            *(answers.subject for answers in self._requests.values()),
+        ]
+        return next((own for own in known if own.lower() == subject), subject)
+
+
+def _failure_of(client: Client) -> TransportBroken:
+    error = client.error
+    return error if isinstance(error, TransportBroken) else TransportBroken(str(error))
 
 
 def _options(config: BackbeatConfig, name: str) -> dict[str, Any]:

@@ -58,6 +58,9 @@ _CLOSE_PATIENCE: Final = 1.0
 # nats-py's flush must never be cut short, as that ends its read loop; so it gets for ever.
 _FOREVER: Final = 10**9
 
+# Errors after which nats-py gives the connection up.
+_LOSSES: Final = (nats.errors.UnexpectedEOF, nats.errors.StaleConnectionError)
+
 INBOX: Final = 0
 
 
@@ -126,7 +129,7 @@ class Owner(Protocol):
     def client_lost(self, client: Client, /) -> None: ...
     def dispatch(self, item: Incoming, behind_ns: int, /) -> None: ...
     def count_dropped(self, messages: int, /) -> None: ...
-    def note_error(self, error: str, /) -> None: ...
+    def client_complained(self, client: Client, error: str, /) -> None: ...
 
 
 @final
@@ -166,6 +169,8 @@ class Client:
         self.error: Exception | None = None
         self.max_payload = 0
         self.inbox = ""
+        self.no_answers: TransportBroken | None = None
+        """Why no answer can arrive, if permissions refuse the subscription to the inbox."""
         self.room = trio.Event()
         self.waiting = False
         self._options = options
@@ -445,7 +450,10 @@ class Client:
         if not self._up:
             # Otherwise the first connect is tried again for minutes.
             raise error
-        self._to_trio(self.owner.note_error, str(error))
+        # The loss of the connection is told of by itself.
+        if not isinstance(error, _LOSSES):
+            text = str(error).removeprefix("nats: ")
+            self._to_trio(self.owner.client_complained, self, text)
 
     async def _on_lost(self) -> None:
         self._end()

@@ -77,6 +77,9 @@ def _redirect(record: logging.LogRecord) -> bool:
     # warn of in our threads are consequences of a lost connection, which is reported anyway.
     if record.levelno < logging.WARNING or not (record.threadName or "").startswith(THREAD):
         return True
+    if "eof_received" in record.getMessage():
+        # asyncio says so whenever a TLS connection ends; it means nothing.
+        return False
     _LOGGER.debug("%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
     return False
 

@@ -131,6 +131,8 @@ class Transport(Protocol):
 
         Raises:
           NoResponders: where nobody is subscribed to the subject.
+          PermissionDenied: if the server's permissions refuse the message, or the subscription on
+            which its answer comes.
           TransportBroken: where no answer comes in time, or the connection goes away.
 
         """
@@ -142,8 +144,9 @@ class Transport(Protocol):
         """Send a message, and hear every answer to it for the length of a block.
 
         Entering and each step of the iterator are checkpoints. The iterator raises `NoResponders`
-        where nobody is subscribed to the subject, and `TransportBroken` where the connection goes
-        away. It does not end by itself.
+        where nobody is subscribed to the subject, `PermissionDenied` if the server's permissions
+        refuse the message, and `TransportBroken` where the connection goes away. It does not end by
+        itself.
 
         Raises:
           TransportBroken: where no connection stands.
