@@ -1,4 +1,4 @@
-"""Budgets: nested, with a clean-up that is shielded, and under a change of tempo."""
+"""Three budgets: nested ones, one with a shielded clean-up, and one during a change of tempo."""
 
 import trio
 
@@ -6,7 +6,7 @@ import backbeat_trio as backbeat
 
 
 async def nested(bb: backbeat.Session) -> None:
-    # The nearest deadline counts, and each scope knows whether it was its own.
+    # The nearest deadline cancels. Each scope says whether it was the one that did so.
     with bb.move_on_after(6) as outer:
         with bb.move_on_after(2) as inner:
             await trio.sleep_forever()
@@ -16,7 +16,8 @@ async def nested(bb: backbeat.Session) -> None:
 
 
 async def cleaned_up(bb: backbeat.Session) -> None:
-    # A clean-up gets a budget of its own, which the one that has run out does not cut short.
+    # A shielded clean-up has a budget of its own, and the outer one, which has run out, does not
+    # cancel it.
     try:
         with bb.fail_after(2):
             try:
@@ -32,8 +33,8 @@ async def cleaned_up(bb: backbeat.Session) -> None:
 
 
 async def under_a_change_of_tempo(bb: backbeat.Session) -> None:
-    # The budget is sixteen beats. Half-way they begin to last half as long, and it ends on the
-    # same beat as before: sooner by the clock, with not a beat less of work.
+    # The budget is sixteen beats. From the change on, each beat lasts half as long. The budget ends
+    # on the same beat as it would have without the change, only sooner in seconds.
     start, first = trio.current_time(), bb.current_position()
     with bb.move_on_after(16) as scope:
         effective = await bb.set_tempo(2 * bb.tempo_bpm)

@@ -1,4 +1,4 @@
-"""A thousand operations at once: started, reported on every beat, completed."""
+"""Start a thousand operations, watch their claims go out on every beat, and complete them."""
 
 import trio
 

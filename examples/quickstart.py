@@ -1,6 +1,6 @@
-"""One agent, one operation, one budget: the smallest program that shows all three.
+"""The smallest program with an agent, an operation and a budget.
 
-It needs no server: the URL names a bus inside this process, with a metronome of its own.
+It needs no server. The URL names a bus inside this process, which has a metronome of its own.
 """
 
 import trio
@@ -15,9 +15,10 @@ async def ask_for_votes(bb: backbeat.Session) -> int:
 
 async def main() -> None:
     async with backbeat.session(nats_url="memory://quickstart", tempo_bpm=120) as bb:
+        # Five beats are an estimate, from which progress is reported. They do not end anything.
         async with bb.operation("election", id="election-leader-2025", beats=5) as op:
             op.advance(backbeat.Phase.CONNECTING, peers=3)
-            with bb.fail_after(2):  # two beats, whatever they last
+            with bb.fail_after(2):  # a budget: two beats, however long they last
                 votes = await ask_for_votes(bb)
             op.advance(backbeat.Phase.EXECUTING, peers=votes)
         # Leaving the block completed the operation; an exception would have failed it.
