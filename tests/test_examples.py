@@ -17,7 +17,7 @@ from helpers import free_ports
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 README = (ROOT / "README.md").read_text()
-AGENT, TESTS = blocks(README, "python")
+(AGENT,) = blocks(README, "python")
 DEMO, NOX, ALONE, CLUSTER = blocks(README, "sh")
 
 
@@ -81,13 +81,6 @@ async def test_the_agent_of_the_readme_on_a_server(tmp_path: Path) -> None:
     # Nobody but a metronome of the cluster has a name like this.
     leader = r"beat \d+ led by (?!None)\S+"
     assert re.search(leader, await run("sh", "-c", script, cwd=tmp_path, env=SCRIPTS))
-
-
-async def test_the_test_of_the_readme(tmp_path: Path) -> None:
-    (tmp_path / "test_readme.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
-    output = await run(sys.executable, "-m", "pytest", "-q", cwd=tmp_path)
-    assert "1 passed" in output
 
 
 def test_every_command_of_the_readme_exists() -> None:
