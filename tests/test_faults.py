@@ -300,8 +300,13 @@ async def test_leader_is_killed(bpm: float, thorough: bool, report: Report) -> N
                 former, heard = leader(first), len(first.frames)
                 await pulses.kill(former)
                 await led_anew(everybody, former)
-                news = (f for f in first.frames[heard:] if f[0].leader_id != former)
-                late.append(first.lateness(*next(news)))
+
+                # An answer to a ping may have named the new leader before its first frame does.
+                def news(heard: int = heard, former: str = former) -> list[tuple[BeatFrame, int]]:
+                    return [f for f in first.frames[heard:] if f[0].leader_id != former]
+
+                await until(news)
+                late.append(first.lateness(*news()[0]))
                 await pulses.start()
                 # It has to be up and following before the next one dies.
                 await trio.sleep(1.0)

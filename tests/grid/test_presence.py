@@ -275,6 +275,8 @@ class Anything(RuleBasedStateMachine):
     def be_asked(self) -> None:
         self.presence.asked()
 
+    # Only a metronome that follows nobody sends a recall.
+    @precondition(lambda self: not self.follows)
     @rule(role=st.sampled_from(["leader", "standby", "agent"]))
     def be_answered(self, role: Any) -> None:
         self.shown = self.now
