@@ -1,4 +1,4 @@
-"""Checks of arguments. Each names the parameter in the error that it raises."""
+"""Checks of arguments. The error that a check raises names the parameter."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ._wire import MAX_INDEX
 
 
 def check_beats(name: str, value: SupportsFloat | SupportsIndex) -> float:
-    """Return a number of beats as a float.
+    """Return a value as a float; raise unless it is a valid number of beats.
 
     Args:
-      name: what the value is called, for the error's text.
-      value: a number of 0 or more, for example an int, a `decimal.Decimal` or a
-        `fractions.Fraction`; ``inf`` is fine.
+      name: the name of the parameter, for the error's text.
+      value: a real number, 0 or more, for example an int, a float, a `decimal.Decimal` or a
+        `fractions.Fraction`. ``inf`` is valid.
 
     Raises:
-      TypeError: where the value is no real number; a bool and a str are none.
-      ValueError: where it is negative, NaN, or finite and too large for a float.
+      TypeError: if the value is not a real number. A bool and a str are not.
+      ValueError: if it is negative or NaN, or finite but too large for a float.
 
     """
     beats = _real(name, value, "a number of beats")
@@ -29,16 +29,16 @@ def check_beats(name: str, value: SupportsFloat | SupportsIndex) -> float:
 
 
 def check_position(name: str, value: SupportsFloat | SupportsIndex) -> float:
-    """Return a position in beats as a float.
+    """Return a value as a float; raise unless it is a valid position in beats.
 
     Args:
-      name: what the value is called, for the error's text.
-      value: any number, for example an int, a `decimal.Decimal` or a `fractions.Fraction`; ``inf``
-        and ``-inf`` are fine.
+      name: the name of the parameter, for the error's text.
+      value: a real number, for example an int, a float, a `decimal.Decimal` or a
+        `fractions.Fraction`. ``inf`` and ``-inf`` are valid.
 
     Raises:
-      TypeError: where the value is no real number; a bool and a str are none.
-      ValueError: where it is NaN, or finite and too large for a float.
+      TypeError: if the value is not a real number. A bool and a str are not.
+      ValueError: if it is NaN, or finite but too large for a float.
 
     """
     return _real(name, value, "a position in beats")
@@ -46,7 +46,7 @@ def check_position(name: str, value: SupportsFloat | SupportsIndex) -> float:
 
 def _real(name: str, value: SupportsFloat | SupportsIndex, what: str) -> float:
     if not isinstance(value, (float, int)):
-        # `float` reads strings and bytes as well, which are no numbers.
+        # `float` also accepts strings and bytes, which are refused here.
         convertible = isinstance(value, (SupportsFloat, SupportsIndex))
     else:
         convertible = not isinstance(value, bool)
@@ -57,19 +57,30 @@ def _real(name: str, value: SupportsFloat | SupportsIndex, what: str) -> float:
     except OverflowError:
         number = math.inf
     except ValueError:
-        # The signaling NaN of `decimal`.
+        # `decimal` has a signaling NaN, which `float` refuses.
         number = math.nan
-    if number != number:  # noqa: PLR0124 - NaN is what differs from itself
+    if number != number:  # noqa: PLR0124 - only NaN differs from itself
         raise ValueError(f"`{name}` must not be NaN")
     if math.isinf(number) and value != number:
-        # Not its digits in the text: there may be more than Python is willing to print.
+        # The text leaves out the digits: Python refuses to print an int with too many of them.
         raise ValueError(f"`{name}` must be {what} that a float can hold")
     return number
 
 
 def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:
-    """Return an integer; raise unless it is one of at least ``minimum``."""
-    if value != value:  # noqa: PLR0124 - NaN is what differs from itself
+    """Return a value as an int; raise unless it is an integer of at least ``minimum``.
+
+    Args:
+      name: the name of the parameter, for the error's text.
+      value: an int, or an integer of another library, such as NumPy's.
+      minimum: the least valid value.
+
+    Raises:
+      TypeError: if the value is not an integer. A bool and a float are not.
+      ValueError: if it is NaN, or less than ``minimum``.
+
+    """
+    if value != value:  # noqa: PLR0124 - only NaN differs from itself
         raise ValueError(f"`{name}` must not be NaN")
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, not {value!r}")
@@ -83,8 +94,18 @@ def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:
 
 
 def check_index(name: str, value: SupportsIndex) -> int:
-    """Return a beat index; raise unless it is an integer from 0 to 2**53."""
-    # What no message can carry would be dropped by the leader, and look as if there were none.
+    """Return a beat index as an int; raise unless it is an integer from 0 to 2**53.
+
+    Args:
+      name: the name of the parameter, for the error's text.
+      value: the beat index.
+
+    Raises:
+      TypeError: if the value is not an integer.
+      ValueError: if it is out of range.
+
+    """
+    # The leader would drop a message with a larger index, as if it had not been sent.
     index = check_integer(name, value, 0)
     if index > MAX_INDEX:
         raise ValueError(f"`{name}` must be at most {MAX_INDEX}, not {index}")

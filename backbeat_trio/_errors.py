@@ -1,4 +1,4 @@
-"""The small tree of errors: what was refused, what you closed, what broke; and what logs it."""
+"""The errors that this package raises, all below `BackbeatError`, and the `Logger` protocol."""
 
 from __future__ import annotations
 
@@ -8,56 +8,65 @@ import trio
 
 
 class BackbeatError(Exception):
-    """Root of every error that this package raises on its own account."""
+    """The base class of the errors of this package.
+
+    Invalid arguments raise `TypeError` or `ValueError`, as usual.
+    """
 
 
 class ConfigError(BackbeatError, ValueError):
-    """A setting was refused before anything was connected; the text names it and its value."""
+    """A setting is not valid.
+
+    It is raised before anything is connected. The text names the setting and its value.
+    """
 
     field: str | None = None
-    """The field of `BackbeatConfig` that was refused, where it is one."""
+    """The field of `BackbeatConfig` that is not valid; None if the error is not about a field."""
     problem: str = ""
     """The value of that field, unless it is a secret, and what is wrong with it."""
 
 
 class SessionClosed(BackbeatError):
-    """The session was used after its block had been left, or while it was being left."""
+    """The session was used while its block was being left, or after that."""
 
 
 class BeatBudgetExceeded(BackbeatError, trio.TooSlowError):
-    """A budget of beats ran out, in ``fail_after``, ``fail_at`` or what is built on them."""
+    """A block took longer than its budget in beats.
+
+    `Session.fail_after`, `Session.fail_at` and the methods that use them raise it.
+    """
 
 
 class OperationNotFound(BackbeatError, LookupError):
-    """No live operation has this id: it was never started, or it has already ended."""
+    """No live operation has this id. It was never started, or it has already ended."""
 
 
 class OperationExists(BackbeatError):
-    """An operation with this id is already live in this session."""
+    """A live operation of this session already has this id."""
 
 
 class InvalidTransition(BackbeatError):
-    """An operation was asked to go back, or to leave a phase that is final."""
+    """An operation cannot go back to an earlier phase, or leave `COMPLETED` or `FAILED`."""
 
 
 class TempoRefused(BackbeatError):
-    """The metronome's leader will not make this tempo change; the text says why."""
+    """The leader of the metronomes refused a change of the tempo or a pause; the text says why."""
 
 
 class MetronomeUnavailable(BackbeatError):
-    """No metronome answered: none is running for this cluster, or none can be reached."""
+    """No metronome of this cluster answered: none is running, or none can be reached."""
 
 
 class TransportError(BackbeatError):
-    """Root of what a transport raises."""
+    """The base class of the errors that a transport raises."""
 
 
 class TransportClosed(TransportError):
-    """The transport was used after you closed it."""
+    """The transport was used after it was closed."""
 
 
 class TransportBroken(TransportError):
-    """The connection is not there or went away; what was asked for may or may not have happened."""
+    """There is no connection, or it was lost. The request may have been carried out or not."""
 
 
 class AuthenticationFailed(TransportBroken):
@@ -65,11 +74,11 @@ class AuthenticationFailed(TransportBroken):
 
 
 class TLSFailed(TransportBroken):
-    """No trusted TLS connection could be made: certificate, host name, or a server without TLS."""
+    """The TLS connection failed: by the certificate, the host name, or a server without TLS."""
 
 
 class NoResponders(TransportBroken):
-    """Nobody is subscribed to the subject of a request."""
+    """No process is subscribed to the subject of the request."""
 
 
 class PermissionDenied(TransportBroken):
@@ -77,7 +86,7 @@ class PermissionDenied(TransportBroken):
 
 
 class Logger(Protocol):
-    """What a session logs to; `logging.Logger` is one."""
+    """The methods that a session calls to log. A `logging.Logger` has them."""
 
     def debug(self, msg: object, /, *args: object) -> Any: ...
     def info(self, msg: object, /, *args: object) -> Any: ...

@@ -1,4 +1,4 @@
-"""A real nats-server of one's own, on a free loopback port, for demonstrations and tests."""
+"""Run a real nats-server on a free loopback port, for demonstrations and tests."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _STOP: Final = 5.0
 
 
 def find_nats_server() -> str:
-    """Return the path of the nats-server program, the one of the ``server`` extra first.
+    """Return the path of the nats-server program.
+
+    The program of the ``server`` extra is preferred to one on the search path.
 
     Raises:
-      FileNotFoundError: where there is none.
+      FileNotFoundError: if there is no such program.
     """
     path = shutil.which("nats-server", path=sysconfig.get_path("scripts"))
     path = path or shutil.which("nats-server")
@@ -34,11 +36,16 @@ def find_nats_server() -> str:
 
 @final
 class NatsServer:
-    """A nats-server process on 127.0.0.1 in a temporary folder; a context manager that stops it.
+    """A nats-server process on 127.0.0.1, with its files in a temporary folder.
+
+    As an asynchronous context manager it starts the server, and stops it at the end of the block.
 
     Args:
       arguments: further arguments for the program, such as ``("--user", "u", "--pass", "p")``.
-      config: text of a configuration file; the address and the port are given beside it.
+      config: the text of a configuration file. The address and the port are set by arguments.
+
+    Raises:
+      FileNotFoundError: if there is no nats-server program.
 
     """
 
@@ -49,7 +56,7 @@ class NatsServer:
         self._folder = tempfile.TemporaryDirectory(prefix="backbeat-nats-")
         self._process: subprocess.Popen[bytes] | None = None
         self.port: int = 0
-        """The port it listens on; kept from one start to the next."""
+        """The port on which the server listens, 0 before the first start. It stays the same."""
 
     @property
     def url(self) -> str:
@@ -58,28 +65,29 @@ class NatsServer:
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """The process id of the server, once it was started."""
         assert self._process is not None, "the server was not started"
         return self._process.pid
 
     @property
     def log(self) -> str:
-        """What the server has logged."""
+        """The text that the server has logged so far."""
         path = Path(self._folder.name, "log")
         return path.read_text(errors="replace") if path.exists() else ""
 
     async def start(self) -> None:
-        """Start the server, on its earlier port where it had one, and wait until it takes clients.
+        """Start the server, and wait until it accepts clients. A checkpoint.
 
-        A start that fails or is cancelled leaves no process. A checkpoint.
+        A server that was started before gets the same port. If the start fails or is cancelled, no
+        process is left.
 
         Raises:
-          RuntimeError: where it does not come up, and the text has its log; where it runs already;
-            or in virtual time, which does not wait for a process.
+          RuntimeError: if the server does not start within 10 seconds, with its log in the text; if
+            it is already running; or if time is virtual, because a process takes real time.
         """
         if self._process is not None and self._process.poll() is None:
-            raise RuntimeError(f"this nats-server runs already: {self.url}")
-        # Imported on use: whoever runs a server outside of tests has no need of it.
+            raise RuntimeError(f"this nats-server is already running: {self.url}")
+        # Imported here because only tests need it.
         from trio.testing import MockClock
 
         clock = trio.lowlevel.current_clock()
@@ -92,7 +100,7 @@ class NatsServer:
             path = folder / "server.conf"
             path.write_text(self._config)
             command += ["-c", str(path)]
-        # In a session of its own, as Ctrl-C in a terminal is for those who use it, not for it.
+        # The server gets its own process session, so that Ctrl-C in a terminal does not stop it.
         self._process = process = subprocess.Popen(  # noqa: ASYNC220 - it takes a millisecond
             [*command, *self._arguments], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -108,29 +116,34 @@ class NatsServer:
             self.kill()
             raise
         self.kill()
-        raise RuntimeError(f"nats-server did not come up: {self.log or process.returncode}")
+        raise RuntimeError(f"nats-server did not start: {self.log or process.returncode}")
 
     def kill(self) -> None:
-        """End the server at once, as ``kill -9`` does."""
+        """Kill the server at once, as ``kill -9`` does, and wait for its end. Not a checkpoint."""
         self._signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait(_STOP)
 
     def pause(self) -> None:
-        """Stop the process in its tracks; its connections stay half-open."""
+        """Suspend the process (``SIGSTOP``). Its connections stay open, but do not answer."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused process go on."""
+        """Continue a suspended process (``SIGCONT``)."""
         self._signal(signal.SIGCONT)
 
     def reload(self, config: str) -> None:
-        """Have the server read another configuration."""
+        """Write another configuration file, and have the server read it.
+
+        Args:
+          config: the text of the file. Use it only if the server was made with a ``config``.
+
+        """
         Path(self._folder.name, "server.conf").write_text(config)
         self._signal(signal.SIGHUP)
 
     def close(self) -> None:
-        """Stop the server, and remove its folder."""
+        """Stop the server, and remove its folder. Not a checkpoint: it waits for at most 5 s."""
         try:
             self.resume()
             self._signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""A kit for testing what is built on this: sessions in virtual time, and no server.
+"""A pytest plug-in for programs that use this package: sessions in virtual time without a server.
 
-Have pytest load the fixtures, with ``trio_mode = true`` or ``@pytest.mark.trio`` for the tests::
+Load the fixtures in a ``conftest.py``. Set ``trio_mode = true``, or mark tests as ``trio``::
 
     # conftest.py
     pytest_plugins = ["backbeat_trio.testing"]
@@ -10,14 +10,15 @@ Have pytest load the fixtures, with ``trio_mode = true`` or ``@pytest.mark.trio`
             await trio.sleep_forever()
         assert scope.cancelled_caught
 
-`backbeat_session` follows a clock that jumps to the next deadline when nothing is left to do.
-`backbeat_metronome` ticks on demand instead, and does not move by itself. `backbeat_claims` records
-what every agent on the same bus says. `nats_server` is a real server on a free loopback port.
+`backbeat_session` is a session whose clock jumps to the next deadline when all tasks wait.
+`backbeat_metronome` is a metronome whose clock moves only when the test says so. `backbeat_claims`
+records the claims of all agents on the bus of `backbeat_session`. `nats_server` is a real server on
+a free loopback port.
 
-A test has one clock: fixtures with different clocks in one test are an error when it is set up. In
-virtual time a test that waits for what never comes would hang, or have the clock jump for ever. It
-fails instead, after `PATIENCE` seconds of real time, or as many as pytest's setting
-``backbeat_patience`` says.
+A test has one clock. If its fixtures need different clocks, its set-up fails. In virtual time, a
+test that waits for an event that never comes would hang, or the clock would jump on for ever. Such
+a test fails after `PATIENCE` seconds of real time, or after the number of seconds in pytest's
+setting ``backbeat_patience``.
 """
 
 from __future__ import annotations
@@ -58,16 +59,16 @@ from ._wire import ClaimState, StatusClaim
 from .nats_server import NatsServer as NatsServer
 
 CLUSTER_ID: Final = "test-cluster"
-"""The cluster of the kit's sessions and metronomes."""
+"""The cluster of the sessions and metronomes that this module makes."""
 AGENT_ID: Final = "test-agent"
-"""The agent that the kit's session is."""
+"""The agent id of a session that this module makes."""
 NODE_ID: Final = "test-node"
-"""The node that the kit's session is on."""
+"""The node id of a session that this module makes."""
 PATIENCE: Final = 10.0
-"""How long virtual time may lead nowhere before the test fails, in seconds of real time."""
+"""The seconds of real time after which a test without progress in virtual time fails."""
 
 _PACKAGE: Final = os.path.dirname(__file__)
-# Frames in these say nothing about where a test is.
+# Stack frames in these files do not show where a test waits.
 _MACHINERY: Final = (
     _PACKAGE + os.sep,
     os.path.dirname(trio.__file__) + os.sep,
@@ -88,8 +89,8 @@ def _fixture(function: F) -> F:
 async def _open_background() -> AsyncGenerator[trio.Nursery, None]:
     """Open a nursery for tasks that are cancelled at the end of the block.
 
-    What the block raises leaves as itself, and so does the exception of a task that fails. Where
-    both raise, the two leave together in a group.
+    An exception of the block or of a task leaves without a group. If both raise, the two exceptions
+    leave in one group.
     """
     failure: BaseException | None = None
     try:
@@ -98,24 +99,24 @@ async def _open_background() -> AsyncGenerator[trio.Nursery, None]:
                 yield nursery
             except BaseException as error:
                 if nursery.cancel_scope.cancel_called:
-                    # It may be the cancellation by which the nursery answers a task that failed.
+                    # A task failed, and the nursery may have cancelled the block for that.
                     raise
                 failure = error
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         errors = [*group.exceptions] if failure is None else [failure, *group.exceptions]
         failure = errors[0] if len(errors) == 1 else group.derive(errors)
-    # Outside of the handler, so that the exception does not get the group for its context.
+    # Raise it outside of the handler, so that its context is not the group.
     if failure is not None:
         try:
             raise failure
         finally:
-            # Its traceback holds this frame, and this frame would hold it.
+            # Its traceback refers to this frame. Do not let the frame refer to it.
             del failure
 
 
 def _is_virtual(clock: trio.abc.Clock) -> bool:
-    # A mock clock with a rate runs along with real time.
+    # A mock clock with a rate advances with real time.
     return isinstance(clock, trio.testing.MockClock) and clock.rate == 0
 
 
@@ -129,12 +130,12 @@ def _may_be_woken() -> bool:
     io = trio.lowlevel.current_statistics().io_statistics
     names = ("tasks_waiting_read", "tasks_waiting_write", "tasks_waiting_overlapped")
     waiting = getattr(io, "tasks_waiting", 0) + sum(getattr(io, name, 0) for name in names)
-    # One task of Trio's own always waits, for calls from other threads.
+    # One task of Trio's own always waits, for calls of other threads.
     return waiting > 1 or trio.testing.active_thread_count() > 0
 
 
 def _where() -> Generator[str, None, None]:
-    """Give the tasks that are not the kit's own, each with the line at which it waits."""
+    """Yield the tasks that are not this package's own, each with the line at which it waits."""
     root = trio.lowlevel.current_root_task()
     tasks = [] if root is None else [root]
     for task in tasks:
@@ -149,10 +150,10 @@ def _where() -> Generator[str, None, None]:
 
 
 class _Watch(trio.abc.Instrument):
-    """What notices that virtual time leads a test nowhere.
+    """Notice that a test makes no progress in virtual time.
 
-    On a clock that stands still Trio's loop then sleeps: nothing would ever wake it. On one that
-    jumps, only the tasks of this package run, and none of the test's own waits for a time.
+    If the clock does not move by itself, Trio's loop then sleeps and nothing wakes it. If the clock
+    jumps, only the tasks of this package run, and no task of the test waits for a time.
     """
 
     def __init__(self, clock: trio.testing.MockClock, patience: float) -> None:
@@ -168,7 +169,7 @@ class _Watch(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         now = time.perf_counter()
-        # So that a debugger or a machine that was asleep does not count.
+        # The limit leaves out the time in a debugger, or while the machine sleeps.
         self._spent += min(now - self._last, 0.1)
         self._last = now
         if self._clock.rate:
@@ -199,7 +200,7 @@ class _Watch(trio.abc.Instrument):
                 self._deadlines[task] = trio.current_effective_deadline()
 
     def _time_is_awaited(self) -> bool:
-        # Beats are counted apart: Trio does not know of deadlines in beats.
+        # Trio does not see deadlines in beats, so these are checked separately.
         now = self._clock.current_time()
         return any(now < deadline < math.inf for deadline in self._deadlines.values()) or any(
             bb.tempo_bpm and bb.statistics().live_scopes for bb in self.sessions
@@ -211,7 +212,7 @@ class _Watch(trio.abc.Instrument):
 
 
 class _Limit(trio.abc.Instrument):
-    """What cancels a scope while tasks run, once some seconds of real time are over."""
+    """Cancel a scope after some seconds of real time, even if tasks always run."""
 
     def __init__(self, scope: trio.CancelScope, seconds: float) -> None:
         self._scope = scope
@@ -266,11 +267,11 @@ _watches: Final[trio.lowlevel.RunVar[_Watch | None]] = trio.lowlevel.RunVar(
 
 @asynccontextmanager
 async def _open_watch(patience: float) -> AsyncGenerator[_Watch | None, None]:
-    """Have the block fail where virtual time leads nowhere; with a real clock, do nothing."""
+    """Fail the block if virtual time makes no progress; with a real clock, do nothing."""
     clock = trio.lowlevel.current_clock()
     watch = _watches.get()
     if not isinstance(clock, trio.testing.MockClock) or watch is not None:
-        # Two that notice the same would have both errors leave in a group.
+        # A second watch would notice the same, and both errors would leave in a group.
         yield watch
         return
     async with _open_background() as nursery:
@@ -292,21 +293,21 @@ async def open_session(
     patience: float = PATIENCE,
     **overrides: Any,
 ) -> AsyncGenerator[Session, None]:
-    """Open a session on an in-process bus, with settings that depend on no environment.
+    """Open a session on an in-process bus, with settings that do not depend on the environment.
 
-    What the body raises leaves as itself. Entering and leaving are checkpoints.
+    An exception of the block leaves without a group. Entering and leaving are checkpoints.
 
     Args:
-      bus: the bus to be on, with whoever leads there; None is one of its own, with a metronome.
-      transport: used in place of one over the bus.
+      bus: the bus, on which another metronome leads; None for a new bus with a metronome.
+      transport: the transport to use instead of one over the bus.
       logger: as for `backbeat_trio.session`.
-      patience: in virtual time, how long only the tasks of this package may run, or none at all,
-        in seconds of real time.
+      patience: in virtual time, for how many seconds of real time the test may make no progress:
+        only tasks of this package run, or none at all.
       **overrides: fields of `BackbeatConfig`.
 
     Raises:
-      RuntimeError: where ``patience`` is over; the text has the lines at which tasks wait. A
-        thread of `trio.to_thread` and a file that a task waits for are waited for in any case.
+      RuntimeError: if the test makes no progress for ``patience`` seconds; the text has the lines
+        at which tasks wait. A wait for a thread of `trio.to_thread` or for a file does not count.
     """
     if transport is None and bus is not None:
         transport = MemoryTransport(bus)
@@ -332,9 +333,9 @@ async def open_session(
 
 @final
 class ManualMetronome:
-    """A metronome whose time stands still but for what a test asks of it.
+    """A metronome in virtual time, which passes only by `tick` and `pass_time`.
 
-    Made by `open_metronome` or the fixture ``backbeat_metronome``.
+    `open_metronome` and the fixture ``backbeat_metronome`` make it.
     """
 
     def __init__(
@@ -348,7 +349,7 @@ class ManualMetronome:
         self._metronome = metronome
         self._patience = patience
         self.bus = bus
-        """The bus that it leads on, for `open_session`."""
+        """The bus on which it leads, for `open_session`."""
 
     @property
     def beat(self) -> int:
@@ -356,36 +357,36 @@ class ManualMetronome:
         return self._metronome.current_beat()
 
     async def tick(self, beats: int = 1) -> int:
-        """Go to the beginning of the next beat, or of a later one, and let everybody react.
+        """Let time pass until the next beat, or a later one, and let all tasks react.
 
-        Time passes as with `pass_time`, so no beat and no deadline on the way is skipped. Where
-        the grid stands still, a second passes in place of each beat. A checkpoint.
+        Time passes as with `pass_time`, so no beat and no deadline on the way is skipped. While the
+        grid is paused, a second passes instead of each beat. A checkpoint.
 
         Args:
-          beats: how many, 1 or more.
+          beats: the number of beats, 1 or more.
 
         Returns:
           The index of the present beat.
 
         Raises:
-          RuntimeError: as `pass_time`.
+          RuntimeError: as `pass_time` does.
         """
         for _ in range(beats):
             await self._pass_until(self._metronome.next_beat_time())
         return self.beat
 
     async def pass_time(self, seconds: float) -> None:
-        """Let some seconds of virtual time pass, and let everybody react to it.
+        """Let some seconds of virtual time pass, and let all tasks react.
 
         Time stops at each deadline on the way until all tasks that it wakes are blocked again. So
         tasks see the same order of events as on a real clock. A checkpoint.
 
         Args:
-          seconds: how many, 0 or more.
+          seconds: the number of seconds, 0 or more.
 
         Raises:
-          RuntimeError: where a task runs on and on without waiting for a later time.
-          ValueError: where ``seconds`` is negative, infinite or NaN.
+          RuntimeError: if a task never waits for a later time.
+          ValueError: if ``seconds`` is negative, infinite or NaN.
         """
         if not 0 <= seconds < math.inf:
             raise ValueError("`seconds` must be 0 or more, and finite")
@@ -403,22 +404,18 @@ class ManualMetronome:
             await trio.testing.wait_all_tasks_blocked()
         if scope.cancelled_caught:
             raise RuntimeError(
-                f"a task runs on and on: for {self._patience:g} s of real time there was always "
-                "one that could go on, so virtual time cannot pass. Does it sleep for no time in "
-                "a loop?"
+                f"a task runs on and on: for {self._patience:g} s of real time, there was always "
+                "a task that could run, so virtual time cannot pass. Does one sleep for 0 seconds "
+                "in a loop?"
             )
 
     async def set_tempo(
         self, bpm: float | None, *, at_beat: int | None = None, over: int = 0
     ) -> int:
-        """Commit a change of tempo, and return the beat at which it begins.
+        """Commit a change of the tempo, and return the index of the beat at which it begins.
 
-        A tempo of 0 has the grid stand still, and None has it go on. See
-        `backbeat_trio.Metronome.change_tempo`.
-
-        Raises:
-          TempoRefused: where the beat is past or too soon.
-          ValueError: where the tempo is out of range.
+        A tempo of 0 pauses the grid, and None resumes it. The arguments, errors and checkpoints are
+        those of `backbeat_trio.Metronome.change_tempo`.
         """
         return await self._metronome.change_tempo(bpm, at_beat=at_beat, over=over)
 
@@ -431,21 +428,21 @@ async def open_metronome(
     beats_per_bar: int = 8,
     patience: float = PATIENCE,
 ) -> AsyncGenerator[ManualMetronome, None]:
-    """Run a metronome that ticks on demand, on a bus of its own.
+    """Run a metronome on a new bus, in virtual time that passes only on demand.
 
-    What the body raises leaves as itself. Entering and leaving are checkpoints.
+    An exception of the block leaves without a group. Entering and leaving are checkpoints.
 
     Args:
       clock: the clock of this Trio run; it must neither run nor jump by itself.
       tempo_bpm: beats per minute, 0.1 to 6,000.
-      beats_per_bar: the length of a bar.
-      patience: how long all tasks may wait while time stands still, or run while it should pass,
-        in seconds of real time.
+      beats_per_bar: the length of a bar, in beats.
+      patience: for how many seconds of real time all tasks may wait, or one may run while time
+        should pass.
 
     Raises:
-      RuntimeError: where ``patience`` is over; the text has the lines at which tasks wait. A
-        thread of `trio.to_thread` and a file that a task waits for are waited for in any case.
-      ValueError: where ``clock`` is not the clock of this Trio run, or moves by itself.
+      RuntimeError: if all tasks wait for ``patience`` seconds; the text has the lines at which they
+        wait. A wait for a thread of `trio.to_thread` or for a file does not count.
+      ValueError: if ``clock`` is not the clock of this Trio run, or moves by itself.
     """
     if clock is not trio.lowlevel.current_clock():
         raise ValueError("`clock` must be the clock of this Trio run")
@@ -469,24 +466,25 @@ async def open_metronome(
 
 @final
 class ClaimRecorder:
-    """All claims that were heard, in order. Made by `open_recorder` or ``backbeat_claims``."""
+    """The claims that a session has heard. `open_recorder` and ``backbeat_claims`` make it."""
 
     def __init__(self) -> None:
         self.claims: list[StatusClaim] = []
-        """What was heard so far."""
+        """All claims so far, in the order in which they were heard."""
         self._awaited: dict[tuple[str, ClaimState], trio.Event] = {}
 
     def of(self, task_id: str) -> list[StatusClaim]:
-        """Return the claims of one operation."""
+        """Return the claims of one operation so far, by its id."""
         return [claim for claim in self.claims if claim.task_id == task_id]
 
     async def wait_for(self, task_id: str, state: ClaimState) -> StatusClaim:
-        """Wait for a claim of one operation in some state; a checkpoint where it must wait."""
+        """Return the first claim of one operation in a state. A checkpoint only if it must wait."""
         while True:
             for claim in self.of(task_id):
                 if claim.state == state:
                     return claim
-            # Other claims do not wake it: a test that waits in vain would seem to be busy.
+            # Only such a claim wakes this task. Otherwise a test that waits in vain would seem
+            # busy.
             await self._awaited.setdefault((task_id, state), trio.Event()).wait()
 
     async def _record(self, claims: AsyncIterator[StatusClaim]) -> None:
@@ -499,9 +497,9 @@ class ClaimRecorder:
 
 @asynccontextmanager
 async def open_recorder(bb: Session, agent_id: str = "*") -> AsyncGenerator[ClaimRecorder, None]:
-    """Record the claims that a session hears, for the length of a block.
+    """Record the claims that a session hears during a block.
 
-    What the body raises leaves as itself. Leaving is a checkpoint.
+    An exception of the block leaves without a group. Leaving is a checkpoint.
     """
     recorder = ClaimRecorder()
     async with bb.open_claims(agent_id) as claims, _open_background() as nursery:
@@ -514,24 +512,24 @@ _PATIENCE_SETTING: Final = "backbeat_patience"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the setting of the fixtures' patience."""
+    """Add the setting ``backbeat_patience``."""
     parser.addini(
         _PATIENCE_SETTING,
-        "how long virtual time may lead a test nowhere before it fails, in seconds of real time",
+        "seconds of real time after which a test without progress in virtual time fails",
         default=str(PATIENCE),
     )
 
 
 def _clocks(item: pytest.Item) -> dict[str, trio.abc.Clock]:
-    # Those that other fixtures ask for are among them.
+    # These include the clocks that other fixtures ask for.
     values: dict[str, Any] = getattr(item, "funcargs", {})
     return {name: value for name, value in values.items() if isinstance(value, trio.abc.Clock)}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Run tests that use a fixture of virtual time on that fixture's clock."""
-    # pytest-trio only looks for a clock among the arguments of the test itself. What it runs a test
-    # with is an argument of its marker, though.
+    # pytest-trio looks for a clock only among the arguments of the test itself. But the function
+    # that runs the test can be given to its marker.
     if not _VIRTUAL.intersection(getattr(item, "fixturenames", ())):
         return
 
@@ -564,7 +562,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
         virtual = [name for name, clock in sorted(clocks.items()) if _is_virtual(clock)]
         raise pytest.UsageError(
             f"`nats_server` needs a real clock, but {', '.join([*kit, *virtual])} "
-            "brings virtual time, which does not wait for a server. For a session on the server "
+            "brings virtual time, which does not wait for a server. For a session on the server, "
             "use `open_session(nats_url=nats_server.url)`"
         )
     return result
@@ -578,7 +576,7 @@ def _patience(request: pytest.FixtureRequest) -> float:
 async def backbeat_session(
     autojump_clock: trio.testing.MockClock, request: pytest.FixtureRequest
 ) -> AsyncGenerator[Session, None]:
-    """Give a session in virtual time that jumps: 60 beats a minute, 8 beats a bar, from beat 0."""
+    """Open a session whose virtual time jumps: 60 BPM, 8 beats a bar, beginning with beat 0."""
     async with open_session(tempo_bpm=60.0, patience=_patience(request)) as bb:
         yield bb
 
@@ -594,13 +592,13 @@ async def backbeat_claims(backbeat_session: Session) -> AsyncGenerator[ClaimReco
 async def backbeat_metronome(
     mock_clock: trio.testing.MockClock, request: pytest.FixtureRequest
 ) -> AsyncGenerator[ManualMetronome, None]:
-    """Give a metronome that ticks on demand, in virtual time that stands still otherwise."""
+    """Run a metronome in virtual time that passes only on demand."""
     async with open_metronome(mock_clock, patience=_patience(request)) as metronome:
         yield metronome
 
 
 @_fixture
 async def nats_server() -> AsyncGenerator[NatsServer, None]:
-    """Give a real nats-server of the test's own, on a free loopback port."""
+    """Run a real nats-server on a free loopback port, for one test."""
     async with NatsServer() as server:
         yield server

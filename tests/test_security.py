@@ -737,7 +737,7 @@ async def test_server_does_not_start_without_a_password(
     variable: str, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(variable)
-    with pytest.raises(RuntimeError, match="did not come up"):
+    with pytest.raises(RuntimeError, match="did not start"):
         async with NatsServer(config=CONFIG):
             pytest.fail("the server came up")
 

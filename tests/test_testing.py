@@ -480,7 +480,7 @@ async def test_a_server_does_not_start_in_virtual_time(
 
 async def test_a_server_that_runs_is_not_started_again(nats_server: NatsServer) -> None:
     pid = nats_server.pid
-    with pytest.raises(RuntimeError, match="runs already"):
+    with pytest.raises(RuntimeError, match="already running"):
         await nats_server.start()
     assert nats_server.pid == pid
     async with open_session(nats_url=nats_server.url, require_connection=True) as bb:

@@ -30,7 +30,7 @@ from backbeat_trio._time.clock import BeatClock
 from backbeat_trio._time.timer import Alarm
 from backbeat_trio.testing import open_session
 
-# The least gain in punctuality by a timer, at the median. It is usually far more.
+# The median lateness with a timer must be below this part of that of Trio's sleep.
 BETTER: Final = 0.75
 TRIES: Final = 8
 
