@@ -39,10 +39,10 @@ ESTIMATES: Final = {
     "election": (3, 10),
     "task_coordination": (5, 20),
 }
-"""Minimum and maximum of beats of the operation types known by name; the maximum is the budget."""
+"""Minimum and maximum of beats of the operation types known by name; the maximum is the default."""
 
 DEFAULT_ESTIMATE: Final = 8
-"""Budget, in beats, of an operation of another type that names none: a bar by default."""
+"""Estimate, in beats, of an operation of another type that names none: a bar by default."""
 
 # The most characters of a type or an id.
 _MAX_NAME: Final = 1000

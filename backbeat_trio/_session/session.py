@@ -391,6 +391,9 @@ class Session:
     ) -> AsyncGenerator[Operation, None]:
         """Run a block as an operation: leaving it completes the operation, an exception fails it.
 
+        ``beats`` is an estimate: it says how long the operation will probably take, and nothing
+        happens when it runs out. With ``enforce=True`` it is a budget: the block is cancelled then.
+
         An operation that was ended in the block stays as it is. Entering is a checkpoint, leaving
         is not.
 
@@ -399,7 +402,7 @@ class Session:
           id: unique among the live operations of the session; by default made up.
           beats: the estimate, in whole beats, 1 or more; by default the type's maximum.
           data: kept with the operation, in this process.
-          enforce: whether the block is cancelled at the end of its budget.
+          enforce: whether the estimate is a budget, at whose end the block is cancelled.
 
         Raises:
           OperationExists: where an operation with the id is live.
@@ -425,7 +428,9 @@ class Session:
     ) -> Operation:
         """Start an operation that has no block of its own, and queue its first claim.
 
-        Not a checkpoint. An operation that is live when the session is left fails then.
+        ``beats`` is an estimate: nothing happens when it runs out. To end work at a budget, use
+        `fail_after`, or `operation` with ``enforce=True``. An operation that is live when the
+        session is left fails then. Not a checkpoint.
 
         Args:
           type: one of the known types or any other name, of at most 1,000 characters.
