@@ -40,6 +40,7 @@ from ._errors import (
     AuthenticationFailed as AuthenticationFailed,
     BackbeatError as BackbeatError,
     BeatBudgetExceeded as BeatBudgetExceeded,
+    ClaimsUnavailable as ClaimsUnavailable,
     ConfigError as ConfigError,
     InvalidTransition as InvalidTransition,
     Logger as Logger,

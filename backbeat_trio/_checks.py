@@ -28,6 +28,14 @@ def check_beats(name: str, value: SupportsFloat | SupportsIndex) -> float:
     return beats
 
 
+def check_seconds(name: str, value: SupportsFloat | SupportsIndex) -> float:
+    """Return a number of seconds as a float; raise unless it is one of 0 or more, or ``inf``."""
+    seconds = _real(name, value, "a number of seconds")
+    if seconds < 0:
+        raise ValueError(f"`{name}` must be non-negative")
+    return seconds
+
+
 def check_position(name: str, value: SupportsFloat | SupportsIndex) -> float:
     """Return a value as a float; raise unless it is a valid position in beats.
 

@@ -85,6 +85,10 @@ class PermissionDenied(TransportBroken):
     """The server's permissions refuse a request, or the subscription on which its answer comes."""
 
 
+class ClaimsUnavailable(BackbeatError):
+    """Stored claims cannot be read, as nothing stores them; the text says what is missing."""
+
+
 class Logger(Protocol):
     """The methods that a session calls to log. A `logging.Logger` has them."""
 

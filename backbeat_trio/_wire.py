@@ -360,6 +360,12 @@ def beat_phase(index: int, beats_per_bar: int) -> BeatPhase:
     return "upbeat" if index % beats_per_bar else "downbeat"
 
 
+def is_terminal(claim: StatusClaim) -> bool:
+    """Tell whether a claim is the last one of an operation."""
+    # A claim of an agent's health may be "failed", too.
+    return claim.state in ("done", "failed") and claim.task_id != HEALTH_TASK_ID
+
+
 def format_bpm(milli_bpm: int) -> str:
     """Write a tempo as people do: ``2`` and not ``2.0``, ``120.5``, at most three decimals."""
     return f"{milli_bpm / 1000:.3f}".rstrip("0").rstrip(".")

@@ -496,13 +496,21 @@ class ClaimRecorder:
 
 
 @asynccontextmanager
-async def open_recorder(bb: Session, agent_id: str = "*") -> AsyncGenerator[ClaimRecorder, None]:
+async def open_recorder(
+    bb: Session, agent_id: str = "*", *, all_clusters: bool = False
+) -> AsyncGenerator[ClaimRecorder, None]:
     """Record the claims that a session hears during a block.
 
     An exception of the block leaves without a group. Leaving is a checkpoint.
+
+    Args:
+      bb: the session that hears them.
+      agent_id: the agent whose claims are recorded; ``"*"`` is all of them.
+      all_clusters: whether claims of all clusters are recorded, and not only of the session's own.
     """
     recorder = ClaimRecorder()
-    async with bb.open_claims(agent_id) as claims, _open_background() as nursery:
+    listening = bb.open_claims(agent_id, all_clusters=all_clusters)
+    async with listening as claims, _open_background() as nursery:
         nursery.start_soon(recorder._record, claims)
         yield recorder
 

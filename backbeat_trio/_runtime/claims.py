@@ -1,17 +1,20 @@
-"""What a session counts of claims, and how it listens to those of others."""
+"""What a session counts of claims, and how it listens to those of others: live and stored."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
-from typing import final
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Final, final
 
 import msgspec
 import trio
 from msgspec import UNSET
 
-from .._transport.protocol import Message
-from .._wire import StatusClaim, decode_claims
+from .._errors import TransportBroken, TransportClosed
+from .._transport.archive import Archive, Stored
+from .._transport.protocol import Message, Transport
+from .._wire import StatusClaim, decode_claims, is_terminal
 
 
 class ClaimCounts(msgspec.Struct):
@@ -26,6 +29,35 @@ class ClaimCounts(msgspec.Struct):
     claims_coalesced: int = 0
     claims_undecodable: int = 0
     claims_dropped: int = 0
+
+
+# How many of the claims that were given last are known again, if they come once more.
+_KNOWN: Final = 10_000
+# How many messages may come while the last stored claims are read.
+_SEAM_MESSAGES: Final = 65_536
+
+
+@final
+class _Choice:
+    # Which claims of a message are given.
+
+    def __init__(self, counts: ClaimCounts, cluster_id: str | None) -> None:
+        self._counts = counts
+        self._cluster_id = cluster_id
+
+    def of(self, message: Message) -> list[StatusClaim]:
+        try:
+            claims = decode_claims(message.data)
+        except msgspec.DecodeError:
+            self._counts.claims_undecodable += 1
+            return []
+        speaker = message.subject.rpartition(".")[2]
+        own = [claim for claim in claims if claim.agent_id == speaker]
+        self._counts.claims_undecodable += len(claims) - len(own)
+        if self._cluster_id is None:
+            return own
+        wanted = (self._cluster_id, UNSET)
+        return [claim for claim in own if claim.cluster_id in wanted]
 
 
 @final
@@ -47,28 +79,193 @@ class ClaimBatches:
         self, messages: AsyncIterator[Message], counts: ClaimCounts, cluster_id: str | None = None
     ) -> None:
         self._messages = messages
-        self._counts = counts
-        self._cluster_id = cluster_id
+        self._choice = _Choice(counts, cluster_id)
 
     def __aiter__(self) -> ClaimBatches:
         return self
 
     async def __anext__(self) -> list[StatusClaim]:
         while True:
-            message = await anext(self._messages)
-            try:
-                claims = decode_claims(message.data)
-            except msgspec.DecodeError:
-                self._counts.claims_undecodable += 1
-                continue
-            speaker = message.subject.rpartition(".")[2]
-            own = [claim for claim in claims if claim.agent_id == speaker]
-            self._counts.claims_undecodable += len(claims) - len(own)
-            if self._cluster_id is not None:
-                wanted = (self._cluster_id, UNSET)
-                own = [claim for claim in own if claim.cluster_id in wanted]
+            own = self._choice.of(await anext(self._messages))
             if own:
                 return own
+
+
+@asynccontextmanager
+async def open_stored_claims(
+    transport: Transport,
+    archive: Archive,
+    subject: str,
+    seconds: float,
+    counts: ClaimCounts,
+    cluster_id: str | None,
+) -> AsyncGenerator[StoredThenLive, None]:
+    """Give the terminal claims that were stored, and then live ones, for the length of a block.
+
+    Entering is a checkpoint.
+
+    Args:
+      transport: hears the live claims.
+      archive: has the stored ones.
+      subject: the subject of the claims.
+      seconds: how long ago the first one may have been stored.
+      counts: as for `ClaimBatches`.
+      cluster_id: as for `ClaimBatches`.
+
+    Raises:
+      ClaimsUnavailable: if nothing stores claims.
+      TransportBroken: if there is no connection or no answer; `PermissionDenied` if the server's
+        permissions refuse it.
+
+    """
+    number = await archive.first_since(seconds)
+    async with AsyncExitStack() as stack:
+        yield StoredThenLive(transport, archive, subject, number, counts, cluster_id, stack)
+
+
+@final
+class StoredThenLive:
+    """An async iterator of the claims of one message each: stored ones first, then live ones.
+
+    How none is lost or given twice where the two meet: once all that is stored has been given, it
+    subscribes. What was published before may still be on its way into the stream. So it waits until
+    that has been stored, and reads the stream once more. A claim that was heard meanwhile and is
+    read, too, has the same id in both places, and is given where it was heard.
+
+    A step that is cancelled changes nothing: the next one begins where it began.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        archive: Archive,
+        subject: str,
+        number: int,
+        counts: ClaimCounts,
+        cluster_id: str | None,
+        stack: AsyncExitStack,
+    ) -> None:
+        self._transport = transport
+        self._archive = archive
+        self._subject = subject
+        self._next = number
+        self._choice = _Choice(counts, cluster_id)
+        self._stack = stack
+        self._turn = trio.Lock()
+        self._ready: deque[list[StatusClaim]] = deque()
+        self._known: dict[tuple[str, str | int], None] = {}
+        self._subscription: AsyncIterator[Message] | None = None
+        self._heard: list[Message] = []
+        self._is_live = False
+
+    def __aiter__(self) -> StoredThenLive:
+        return self
+
+    async def __anext__(self) -> list[StatusClaim]:
+        if self._ready:
+            await trio.lowlevel.checkpoint()
+        # Another task may have taken what was ready before the checkpoint.
+        while not self._ready:
+            if self._is_live and self._subscription is not None:
+                self._take_live(await anext(self._subscription))
+                continue
+            async with self._turn:
+                # Another task may have read on while this one waited for its turn.
+                if not self._ready and not self._is_live:
+                    await self._read_on()
+        return self._ready.popleft()
+
+    async def _read_on(self) -> None:
+        if self._subscription is None:
+            await self._transport.wait_connected()
+            stored = await self._archive.read(self._subject, self._next)
+            if stored:
+                self._take_stored(stored)
+                return
+        await self._join()
+
+    async def _join(self) -> None:
+        transport, archive = self._transport, self._archive
+        if self._subscription is None:
+            subscription = transport.open_subscription(self._subject, capacity=_SEAM_MESSAGES)
+            self._subscription = await self._stack.enter_async_context(subscription)
+        while True:
+            await transport.wait_connected()
+            connection = transport.generation
+            await trio.sleep(archive.lag)
+            last, number = await archive.last(), self._next
+            tail: list[Stored] = []
+            while number <= last:
+                stored = await archive.read(self._subject, number)
+                if not stored:
+                    break
+                tail += stored
+                number = stored[-1].number + 1
+            try:
+                await transport.flush()
+            except TransportBroken:
+                continue
+            # What was published while there was no connection was not heard. It is read again.
+            if transport.generation == connection:
+                break
+        await self._take_waiting(self._subscription)
+        # From here on there is no checkpoint.
+        heard = {_key(message) for message in self._heard}
+        self._take_stored([each for each in tail if _key(each.message) not in heard])
+        for message in self._heard:
+            self._take_live(message)
+        self._heard.clear()
+        self._is_live = True
+
+    async def _take_waiting(self, subscription: AsyncIterator[Message]) -> None:
+        # An iterator cannot be asked whether its next step would wait. So another task takes the
+        # steps, and is cancelled once it waits.
+        heard = self._heard
+
+        async def take() -> None:
+            with suppress(TransportClosed):
+                while True:
+                    heard.append(await anext(subscription))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take)
+            before = -1
+            while before != len(heard):
+                before = len(heard)
+                for _ in range(3):
+                    await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+
+    def _take_stored(self, stored: Sequence[Stored]) -> None:
+        for number, message in stored:
+            self._next = number + 1
+            self._know(_key(message))
+            # Agents that do not store their terminal claims may have had others stored.
+            own = [claim for claim in self._choice.of(message) if is_terminal(claim)]
+            if own:
+                self._ready.append(own)
+
+    def _take_live(self, message: Message) -> None:
+        key = _key(message)
+        if key in self._known:
+            return
+        if message.id:
+            # Its agent publishes it again under this id, until it is acknowledged.
+            self._know(key)
+        own = self._choice.of(message)
+        if own:
+            self._ready.append(own)
+
+    def _know(self, key: tuple[str, str | int]) -> None:
+        self._known[key] = None
+        if len(self._known) > _KNOWN:
+            del self._known[next(iter(self._known))]
+
+
+def _key(message: Message) -> tuple[str, str | int]:
+    # With the subject, as whoever knows the id of another agent's claim may publish under it. The
+    # data itself may be a megabyte.
+    return message.subject, message.id or hash(message.data)
 
 
 @final

@@ -20,6 +20,8 @@ from .._metronome.metronome import Metronome
 from .._time.beats import Beats
 from .._time.clock import BeatClock
 from .._time.local import local_ns
+from .._transport.archive import Archive, StreamArchive
+from .._transport.memory import MemoryTransport
 from .._transport.protocol import Transport, TransportStatistics
 from .._wire import StatusClaim, format_bpm
 from .claims import ClaimCounts
@@ -57,6 +59,12 @@ class Runtime:
         self.config: BackbeatConfig = config
         self.logger: Logger = logger
         self.transport: Transport | None = transport
+        self.archive: Archive | None = None
+        """Where stored claims are read; None if the session is disabled."""
+        if isinstance(transport, MemoryTransport):
+            self.archive = transport.bus.archive
+        elif transport is not None:
+            self.archive = StreamArchive(transport, config.claims_stream)
         self._run_token = trio.lowlevel.current_trio_token()
         self.operations: Operations = Operations(
             config.agent_id, config.node_id, self, config.cluster_id

@@ -11,7 +11,7 @@ import msgspec
 import trio
 from msgspec import UNSET
 
-from .._checks import check_beats, check_index, check_position
+from .._checks import check_beats, check_index, check_position, check_seconds
 from .._config import BackbeatConfig
 from .._errors import (
     BackbeatError,
@@ -24,7 +24,7 @@ from .._errors import (
 )
 from .._grid.changes import ASKED_NS
 from .._grid.timeline import milli_bpm
-from .._runtime.claims import ClaimBatches, Claims
+from .._runtime.claims import ClaimBatches, Claims, open_stored_claims
 from .._runtime.health import Health, SessionStatistics
 from .._runtime.operations import Operation, Phase
 from .._runtime.runtime import Runtime
@@ -511,16 +511,27 @@ class Session:
         *,
         batched: Literal[False] = False,
         all_clusters: bool = False,
+        since: float | None = None,
     ) -> AbstractAsyncContextManager[AsyncIterator[StatusClaim]]: ...
 
     @overload
     def open_claims(
-        self, agent_id: str = "*", *, batched: Literal[True], all_clusters: bool = False
+        self,
+        agent_id: str = "*",
+        *,
+        batched: Literal[True],
+        all_clusters: bool = False,
+        since: float | None = None,
     ) -> AbstractAsyncContextManager[AsyncIterator[list[StatusClaim]]]: ...
 
     @asynccontextmanager
     async def open_claims(
-        self, agent_id: str = "*", *, batched: bool = False, all_clusters: bool = False
+        self,
+        agent_id: str = "*",
+        *,
+        batched: bool = False,
+        all_clusters: bool = False,
+        since: float | None = None,
     ) -> AsyncGenerator[AsyncIterator[Any], None]:
         """Listen to the claims of agents for the length of a block.
 
@@ -532,6 +543,13 @@ class Session:
         session's own cluster. It also gives claims that name no cluster, as agents of earlier
         versions publish them.
 
+        With ``since`` the iterator first gives the terminal claims of the last seconds, oldest
+        first, and then goes on with live claims. No terminal claim is lost or given twice where the
+        two meet. The terminal claims are those that the stream `BackbeatConfig.claims_stream` of
+        JetStream has stored; on a ``memory://`` bus, the newest 10,000. While stored claims are
+        being read nothing else is heard; about a second passes between the last of them and the
+        first live claim. The iterator waits while there is no connection.
+
         What does not decode, or speaks for another agent than its subject does, is counted and
         dropped; so are the newest messages where the consumer falls far behind. Several tasks may
         iterate at the same time: each step's result goes to one of them. Entering and each step are
@@ -541,8 +559,14 @@ class Session:
           agent_id: the agent to listen to; ``"*"`` is all of them.
           batched: whether a step gives a list of claims and not a single one.
           all_clusters: whether claims of all clusters are given.
+          since: for how many seconds, by the server's clock, stored claims are given first, 0 or
+            more; ``inf`` gives all that are stored, None gives none.
 
         Raises:
+          ClaimsUnavailable: with ``since``, if nothing stores claims: the server has no JetStream,
+            or there is no stream. The iterator raises it if the stream is deleted meanwhile.
+          PermissionDenied: with ``since``, if the server's permissions refuse to read the stream.
+          TransportBroken: with ``since``, if there is no connection, or JetStream does not answer.
           ValueError: where ``agent_id`` is no subject token.
           TransportClosed: by the iterator, when the session is closed.
           SessionClosed: where the session was left.
@@ -550,13 +574,21 @@ class Session:
         """
         if agent_id != "*" and not is_token(agent_id):
             raise ValueError(f"`agent_id` must be a subject token or '*', not {agent_id!r}")
-        self._runtime.check_open()
-        transport = self._runtime.transport
-        if transport is None:
+        seconds = None if since is None else check_seconds("since", since)
+        runtime, subject = self._runtime, status_subject(agent_id)
+        runtime.check_open()
+        transport, archive, counts = runtime.transport, runtime.archive, runtime.claim_counts
+        if transport is None or archive is None:
             raise BackbeatError("there are no claims to hear: the session is disabled")
-        async with transport.open_subscription(status_subject(agent_id)) as messages:
-            cluster_id = None if all_clusters else self._runtime.config.cluster_id
-            batches = ClaimBatches(messages, self._runtime.claim_counts, cluster_id)
+        cluster_id = None if all_clusters else runtime.config.cluster_id
+        if seconds is not None:
+            async with open_stored_claims(
+                transport, archive, subject, seconds, counts, cluster_id
+            ) as stored:
+                yield stored if batched else Claims(stored)
+            return
+        async with transport.open_subscription(subject) as messages:
+            batches = ClaimBatches(messages, counts, cluster_id)
             yield batches if batched else Claims(batches)
 
 

@@ -2,17 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, final
 
+import msgspec
 import trio
 
 from .._errors import NoResponders, TransportBroken
 from .._time.local import local_ns
+from .._wire import decode_claims, is_terminal, status_subject
+from .archive import Stored
 from .base import BaseTransport, Mailbox, State
 from .protocol import Message, Reply, matches
 from .store import MemoryStore
+
+# How many terminal claims a bus keeps.
+_STORED: Final = 10_000
+# How many of them are read at once.
+_AT_ONCE: Final = 64
+_CLAIMS: Final = status_subject("")
+
+
+@final
+class MemoryArchive:
+    """The newest terminal claims on a bus; see `Archive`."""
+
+    lag: Final = 0.0
+
+    def __init__(self) -> None:
+        # Each with when it was stored, in local nanoseconds.
+        self._stored: dict[int, tuple[int, Message]] = {}
+        self._last = 0
+
+    def keep(self, message: Message) -> Message:
+        """Store a message if it is a terminal claim; return it, with an id if it was stored."""
+        # Arrays hold claims of live operations only.
+        if not message.data.startswith(b"{"):
+            return message
+        try:
+            (claim,) = decode_claims(message.data)
+        except msgspec.DecodeError:
+            return message
+        if not is_terminal(claim):
+            return message
+        self._last += 1
+        message = message._replace(id=str(self._last))
+        self._stored[self._last] = local_ns(), message
+        if len(self._stored) > _STORED:
+            del self._stored[next(iter(self._stored))]
+        return message
+
+    async def first_since(self, seconds: float) -> int:
+        """See `Archive.first_since`."""
+        await trio.lowlevel.checkpoint()
+        since = local_ns() - seconds * 1e9
+        recent = (number for number, (when, _) in self._stored.items() if when >= since)
+        return next(recent, self._last + 1)
+
+    async def last(self) -> int:
+        """See `Archive.last`."""
+        await trio.lowlevel.checkpoint()
+        return self._last
+
+    async def read(self, subject: str, number: int) -> Sequence[Stored]:
+        """See `Archive.read`."""
+        await trio.lowlevel.checkpoint()
+        found: list[Stored] = []
+        for each in range(max(number, next(iter(self._stored), 1)), self._last + 1):
+            message = self._stored[each][1]
+            if matches(subject, message.subject):
+                found.append(Stored(each, message))
+                if len(found) == _AT_ONCE:
+                    break
+        return found
 
 
 @final
@@ -20,12 +83,14 @@ class MemoryBus:
     """An in-process bus: what is published on it reaches every transport on it at once.
 
     It also keeps the grid of each cluster whose metronomes lead on it, so that the next one goes on
-    with it.
+    with it. It keeps the newest 10,000 terminal claims, as long as anybody has it.
     """
 
     def __init__(self) -> None:
         self.users: int = 0
         """How many sessions have it open by its name."""
+        self.archive: MemoryArchive = MemoryArchive()
+        """The newest terminal claims."""
         self._stores: dict[str, MemoryStore] = {}
         self._mailboxes: dict[Mailbox, MemoryTransport] = {}
 
@@ -35,6 +100,8 @@ class MemoryBus:
 
     def _publish(self, message: Message) -> bool:
         # Returns whether anybody is subscribed.
+        if message.subject.startswith(_CLAIMS):
+            message = self.archive.keep(message)
         reached = False
         for mailbox, owner in self._mailboxes.items():
             if owner.connected and matches(mailbox.subject, message.subject):

@@ -306,7 +306,8 @@ class NatsTransport(BaseTransport):
         mailbox = self._mailboxes.get(item.number)
         if mailbox is not None:
             self._deliver(
-                mailbox, Message(item.subject, item.data, item.reply, item.stamp + behind_ns)
+                mailbox,
+                Message(item.subject, item.data, item.reply, item.stamp + behind_ns, item.id),
             )
 
     def count_dropped(self, messages: int) -> None:

@@ -117,6 +117,7 @@ class Incoming(NamedTuple):
     stamp: int
     sent: int
     status: str
+    id: str
 
 
 class Owner(Protocol):
@@ -570,13 +571,17 @@ class Client:
             ):
                 self._dropped += 1
                 return
-            sent, status = 0, ""
+            sent, status, id, headers = 0, "", "", message.headers
             if number == INBOX:
                 sent = self._sent.pop(message.subject.rpartition(".")[2], 0)
-                status = (message.headers or {}).get("Status", "")
+            if headers:
+                status, id = headers.get("Status", ""), headers.get("Nats-Msg-Id", "")
             self._taken_bytes += len(message.data)
             incoming.append(
-                Incoming(number, message.subject, message.data, message.reply, stamp, sent, status)
+                Incoming(
+                    *(number, message.subject, message.data, message.reply),
+                    *(stamp, sent, status, id),
+                )
             )
             self._to_trio(self._drain_incoming, idempotent=True)
 

@@ -25,6 +25,8 @@ class Message(NamedTuple):
     """The subject on which an answer is expected, or an empty string."""
     received_ns: int
     """When it arrived at the socket, in local nanoseconds."""
+    id: str = ""
+    """The id under which a stream stores it; empty if it has none."""
 
 
 class Reply(NamedTuple):
