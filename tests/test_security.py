@@ -21,11 +21,13 @@ import trio
 import trustme
 from certificates import issue
 from helpers import backbeat, connected, fake_server, leading, until
+from msgspec import DecodeError
 
 from backbeat_trio import (
     BackbeatConfig,
     BackbeatError,
     ConfigError,
+    PermissionDenied,
     Session,
     TLSFailed,
     TransportBroken,
@@ -43,6 +45,7 @@ from backbeat_trio._wire import (
     StatusClaim,
     SyncRequest,
     TempoRequest,
+    decode_frame,
     decode_recall_reply,
     encode,
 )
@@ -345,6 +348,58 @@ async def test_an_agent_can_find_out_who_has_claims_in_the_stream_and_reads_none
         assert b"says who" in claim_of("agent-2")
 
 
+@guarded
+async def test_the_observer_reads_what_agents_have_stored(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as leader,
+        open_session(**login(server, files, "observer"), require_connection=True) as observer,
+        open_session(**login(server, files, "operator"), require_connection=True) as operator,
+        open_session(**login(server, files, "agent-1"), require_connection=True) as agent,
+        open_session(**login(server, files, "agent-2"), require_connection=True) as other,
+    ):
+        await keep(leader)
+        for number, bb in enumerate([agent, other] * 20):
+            bb.start_operation("election", id=f"{number}").complete()
+        await until(lambda: agent.statistics().claims_stored == 20)
+        await until(lambda: other.statistics().claims_stored == 20)
+        for agent_id, wanted in (("*", range(40)), ("agent-1", range(0, 40, 2))):
+            async with observer.open_claims(agent_id, since=3600) as claims:
+                found = [await anext(claims) for _ in wanted]
+                assert sorted(int(claim.task_id) for claim in found) == list(wanted)
+                agent.start_operation("election", id="live")
+                assert (await anext(claims)).task_id == "live"
+                agent.fail_operation("live", "its time has come")
+        assert observer.health().errors == ()
+        # The stream is not there for everybody.
+        for bb in (agent, operator):
+            with pytest.raises(PermissionDenied, match=re.escape(READING)):
+                async with bb.open_claims(since=3600):
+                    pytest.fail("not reached")  # pragma: no cover
+
+
+@guarded
+async def test_a_stored_claim_cannot_be_delivered_as_a_frame(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as leader,
+        connection(server, files, "agent-1") as agent,
+        connection(server, files, "observer") as observer,
+    ):
+        await keep(leader)
+        await agent.request("backbeat.status.agent-1", forged_frame(), timeout=10)
+        get = json.dumps({"seq": 1}).encode()
+        async with agent.open_subscription(BEATS) as beats:
+            for reply in (BEATS, f"{BEATS}.x", KEY):
+                observer.publish_nowait("$JS.API.STREAM.MSG.GET.BACKBEAT_STATUS", get, reply=reply)
+            await observer.flush()
+            # The answer names the forged frame, and is none.
+            with pytest.raises(DecodeError):
+                decode_frame((await anext(aiter(beats))).data)
+        decode_frame(forged_frame())
+        assert await kept(leader) == (1, b"pulse-a leads")
+
+
 JETSTREAM: Final = (
     KEY,
     f"$JS.API.STREAM.MSG.GET.{BUCKET}",
@@ -352,10 +407,23 @@ JETSTREAM: Final = (
     f"$JS.API.STREAM.DELETE.{BUCKET}",
     # What is stored could be sent anywhere by these, as if the server had said it.
     "$JS.API.DIRECT.GET.BACKBEAT_STATUS",
+    "$JS.API.DIRECT.GET.BACKBEAT_STATUS.backbeat.status.agent-1",
     "$JS.API.CONSUMER.CREATE.BACKBEAT_STATUS",
+    "$JS.API.CONSUMER.CREATE.BACKBEAT_STATUS.name",
+    "$JS.API.CONSUMER.CREATE.BACKBEAT_STATUS.name.backbeat.status.agent-1",
+    "$JS.API.CONSUMER.DURABLE.CREATE.BACKBEAT_STATUS.name",
+    "$JS.API.CONSUMER.MSG.NEXT.BACKBEAT_STATUS.name",
+    "$JS.API.CONSUMER.DELETE.BACKBEAT_STATUS.name",
+    "$JS.API.CONSUMER.LIST.BACKBEAT_STATUS",
+    "$JS.API.STREAM.UPDATE.BACKBEAT_STATUS",
+    "$JS.API.STREAM.PURGE.BACKBEAT_STATUS",
+    "$JS.API.STREAM.DELETE.BACKBEAT_STATUS",
+    "$JS.API.STREAM.MSG.DELETE.BACKBEAT_STATUS",
     "$JS.API.STREAM.CREATE.FORGED",
 )
 OTHERS: Final = ("_INBOX_metronome.>", "_INBOX_agent-2.>", "_INBOX.>", "*.>", ">")
+# What reads the stored claims, as the server names it.
+READING: Final = "grid.status.get"
 # Where the server has an agent answer a metronome, and what else such an answer could be sent to.
 ANSWERS: Final = ("_R_.x.1", "_INBOX_metronome.x.1", *JETSTREAM)
 INBOXES: Final = ("_INBOX_metronome.x.1", "_INBOX_agent-2.x.1")
@@ -366,11 +434,14 @@ INBOXES: Final = ("_INBOX_metronome.x.1", "_INBOX_agent-2.x.1")
     [
         (
             "agent-1",
-            (BEATS, TEMPO, LEAD, RECALL, "backbeat.status.agent-2", *JETSTREAM, *INBOXES),
+            (BEATS, TEMPO, LEAD, RECALL, "backbeat.status.agent-2", READING, *JETSTREAM, *INBOXES),
         ),
         (
             "operator",
-            (BEATS, RECALL, "backbeat.status.agent-1", "backbeat.status.operator", *ANSWERS),
+            (
+                *(BEATS, RECALL, READING, "backbeat.status.agent-1", "backbeat.status.operator"),
+                *ANSWERS,
+            ),
         ),
         (
             "observer",
