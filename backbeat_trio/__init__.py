@@ -64,7 +64,11 @@ from ._runtime.health import (
 )
 from ._runtime.operations import Operation as Operation, Phase as Phase
 from ._session.lifecycle import session as session
-from ._session.session import Session as Session, current_session as current_session
+from ._session.run import run as run
+from ._session.session import (
+    Session as Session,
+    current_session as current_session,
+)
 from ._time.beats import Beat as Beat, Beats as Beats
 from ._time.scopes import BeatScope as BeatScope
 from ._transport.memory import MemoryBus as MemoryBus, MemoryTransport as MemoryTransport

@@ -107,10 +107,10 @@ def test_only_the_connection_knows_asyncio() -> None:
         assert not foreign_imports(module) & {"asyncio", "anyio", "nats"}, module
 
 
-def test_only_the_command_line_runs_trio() -> None:
+def test_only_the_command_line_and_run_start_trio() -> None:
     for module in modules():
         if "trio.run(" in source(module):
-            assert module in {("_cli", "main"), ("testing",)}, module
+            assert module in {("_cli", "main"), ("_session", "run"), ("testing",)}, module
 
 
 def test_costly_things_are_imported_on_use() -> None:

@@ -594,7 +594,9 @@ class Session:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, trio.Cancelled):
-        return "cancelled"
+        # Other reasons than those of `cancel(reason)` are Trio's, and name tasks and exceptions.
+        given = error.reason if error.source == "explicit" else None
+        return f"cancelled: {given}".encode(errors="replace").decode() if given else "cancelled"
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - it must not take the place of the exception itself

@@ -584,6 +584,53 @@ async def test_a_cancellation_from_outside_leaves_as_one(
     assert "cancelled" in claim.notes
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (None, "cancelled"),
+        ("the user left", "cancelled: the user left"),
+        ("lone \ud800", "cancelled: lone ?"),
+    ],
+)
+async def test_a_claim_of_a_cancelled_operation_has_the_reason(
+    backbeat_session: backbeat.Session,
+    backbeat_claims: ClaimRecorder,
+    given: str | None,
+    reason: str,
+) -> None:
+    with trio.CancelScope() as scope:
+        async with backbeat_session.operation("election", id="cut"):
+            scope.cancel(given)
+            await trio.sleep_forever()
+    claim = await backbeat_claims.wait_for("cut", "failed")
+    assert claim.notes == f"P2P operation failed: {reason} (type: election)"
+
+
+async def test_a_claim_says_that_a_budget_around_the_operation_ran_out(
+    backbeat_session: backbeat.Session, backbeat_claims: ClaimRecorder
+) -> None:
+    with backbeat_session.move_on_after(2):
+        async with backbeat_session.operation("election", id="cut"):
+            await trio.sleep_forever()
+    claim = await backbeat_claims.wait_for("cut", "failed")
+    assert "failed: cancelled: the beat budget ran out (type" in claim.notes
+
+
+async def test_a_cancellation_by_another_tasks_error_does_not_tell_the_error(
+    backbeat_session: backbeat.Session, backbeat_claims: ClaimRecorder
+) -> None:
+    async def crash() -> None:
+        raise KeyError("secret")
+
+    with pytest.raises(ExceptionGroup):
+        async with trio.open_nursery() as nursery:
+            async with backbeat_session.operation("election", id="cut"):
+                nursery.start_soon(crash)
+                await trio.sleep_forever()
+    claim = await backbeat_claims.wait_for("cut", "failed")
+    assert claim.notes == "P2P operation failed: cancelled (type: election)"
+
+
 async def test_a_cancellation_before_the_lock_leaves_nothing_behind(
     autojump_clock: Clock,
 ) -> None:
