@@ -68,6 +68,7 @@ from ._session.run import run as run
 from ._session.session import (
     Session as Session,
     current_session as current_session,
+    use_session as use_session,
 )
 from ._time.beats import Beat as Beat, Beats as Beats
 from ._time.scopes import BeatScope as BeatScope

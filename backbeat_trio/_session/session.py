@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any, Literal, TypeVar, TypeVarTuple, final, overload
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
+from typing import Any, Final, Literal, TypeVar, TypeVarTuple, final, overload
 
 import msgspec
 import trio
@@ -46,20 +51,65 @@ PosArgs = TypeVarTuple("PosArgs")
 
 session_var: contextvars.ContextVar[Session] = contextvars.ContextVar("backbeat session")
 
+_ELSEWHERE: Final = (
+    "this backbeat session belongs to another run of Trio: open one in this run, with `async with "
+    "backbeat_trio.session()`"
+)
+
 
 def current_session() -> Session:
-    """Return the session of the running task's context.
+    """Return the session of the running task's context. Not a checkpoint.
 
-    A thread that was started with this context has it, too; another run of Trio has not.
+    A task has the session in whose block it was started, or the one of `use_session`. A thread of
+    `trio.to_thread.run_sync` has the session of the task that started it, and calls its methods by
+    `trio.from_thread`. Another run of Trio has no session of this one. A session that was left in
+    the meantime is returned, and its methods raise `SessionClosed`.
 
     Raises:
-      RuntimeError: where no session is open.
+      RuntimeError: if there is none; the text says how to open one.
 
     """
     bb = session_var.get(None)
-    if bb is None or bb._runtime.is_elsewhere:
-        raise RuntimeError("no backbeat session is open in this context")
+    if bb is None:
+        raise RuntimeError(
+            "no backbeat session is open in this context: open one with `async with "
+            "backbeat_trio.session()`, and start this task inside of that block. In a task that "
+            "somebody else starts, such as a handler of a web server, enter `with "
+            "backbeat_trio.use_session(bb)` first"
+        )
+    if bb._runtime.is_elsewhere:
+        raise RuntimeError(_ELSEWHERE)
     return bb
+
+
+@contextmanager
+def use_session(bb: Session) -> Generator[Session, None, None]:
+    """Make an open session the one of `current_session` for the length of the block.
+
+    It is for tasks that were not started in the session's own block, such as the handlers of a web
+    server whose session is opened in the application's lifespan. It holds for the running task, and
+    for the tasks and threads that are started in the block. Blocks may be nested: the innermost one
+    counts. Neither entering nor leaving is a checkpoint, and leaving does not close the session.
+
+    Args:
+      bb: the session, which the block also gives.
+
+    Raises:
+      TypeError: if ``bb`` is not a session.
+      SessionClosed: if the session has been left.
+      RuntimeError: if the session belongs to another run of Trio.
+
+    """
+    if not isinstance(bb, Session):
+        raise TypeError(f"`bb` must be a session, not {bb!r}")
+    if bb._runtime.is_elsewhere:
+        raise RuntimeError(_ELSEWHERE)
+    bb._runtime.check_open()
+    token = session_var.set(bb)
+    try:
+        yield bb
+    finally:
+        session_var.reset(token)
 
 
 def make_session(runtime: Runtime) -> Session:
