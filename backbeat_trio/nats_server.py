@@ -106,6 +106,8 @@ class NatsServer:
         )
         ports = folder / f"{Path(self._program).name}_{process.pid}.ports"
         try:
+            # On a busy machine the server may be ready by now, and then nothing below waits.
+            await trio.lowlevel.checkpoint()
             with trio.move_on_after(_READY):
                 while process.poll() is None:
                     if ports.exists() and (text := ports.read_bytes()):
