@@ -70,6 +70,8 @@ def types(session: nox.Session) -> None:
     session.install(".[server,nkeys,testing]", *group("test"), *group("types"), "nox")
     session.run("mypy")
     session.run("pyright", "--verifytypes", "backbeat_trio", "--ignoreexternal")
+    # What users write must pass there, too.
+    session.run("pyright", "examples", "tests/test_newcomer.py")
 
 
 @nox.session(python=DEFAULT)
