@@ -1,11 +1,11 @@
-"""The cluster whose skew is measured: a metronome, agents and Link peers, a process each.
+"""The cluster whose skew is measured: a metronome, agents and Link peers, each in its own process.
 
-All processes of one machine read the same clock, `time.perf_counter_ns`: the common clock. What an
-agent believes is compared by it, and its own clock is the common one with errors injected, so that
-what the agent knows of cluster time it knows from the network alone.
+All processes of one machine read the same clock, `time.perf_counter_ns`, the common clock. The
+positions of the agents are compared by it. The clock that an agent itself uses is the common clock
+with added errors. So an agent knows cluster time from the network alone.
 
-A process says when it is ready, begins when it is told to, and says what it saw. It ends when its
-standard input does: so it does not outlive whoever started it, however that one ended.
+A process reports that it is ready, begins when it is told to, and reports what it saw. It ends when
+its standard input ends. So it ends with the process that started it, however that one ends.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ async def _join(url: str, number: str) -> AsyncGenerator[Session, None]:
     )
     async with session(config) as bb:
         if bb.health().epoch is None:
-            raise RuntimeError("there is no metronome")
+            raise RuntimeError("the agent found no metronome")
         say(Ready())
         await wait_go()
         yield bb

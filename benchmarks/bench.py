@@ -1,8 +1,8 @@
-"""Measure what the design promises, each ratio side by side in one run.
+"""Measure the targets of the design. Both sides of a ratio are measured alternately in one run.
 
-Run as ``python benchmarks/bench.py [--quick] [--json PATH] [--only NAME ...]``. It prints a table
-and writes the same as JSON, with every round's values. A target that is missed is said, and is no
-failure. Times are wall-clock times of this machine: run nothing beside it.
+Run it as ``python benchmarks/bench.py [--quick] [--json PATH] [--only NAME ...]``. It prints a
+table, and writes it as JSON with the values of every round. A missed target is printed, but does
+not make the program fail. Times are wall-clock times of this machine, so run nothing else on it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import status_subject
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 
-# The longest takes half a minute; on a machine that has other things to do it begins no more
-# rounds after so long.
+# After this many seconds a benchmark begins no more rounds. The longest one takes half a minute on
+# an idle machine.
 LONG: Final = 60.0
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ TARGETS: Final = {
 
 
 class Sizes(NamedTuple):
-    """How much is measured."""
+    """How much to measure."""
 
     rounds: int
     batches: int

@@ -1,7 +1,7 @@
-"""The other processes of the benchmarks: plain nats-py clients, and what to run them with.
+"""The other processes of the benchmarks: plain nats-py clients, and the functions that run them.
 
-A peer writes one line of JSON when it is ready and one for each round, and ends when its standard
-input does: so it does not outlive whoever started it, however that one ended.
+A peer writes one line of JSON when it is ready, and one for each round. It ends when its standard
+input ends. So it ends with the process that started it, however that one ends.
 """
 
 from __future__ import annotations

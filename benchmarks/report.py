@@ -1,4 +1,4 @@
-"""Figures beside their targets: the command line of a benchmark, its table, and its JSON."""
+"""The command line of a benchmark, and its results with their targets as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def run(
 ) -> None:
     """Run the benchmarks that the command line asks for."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="less of everything: no verdict")
+    parser.add_argument("--quick", action="store_true", help="measure less, to try the program")
     default = RESULTS / f"{name}.json"
     parser.add_argument("--json", type=Path, default=default, help="default %(default)s")
     parser.add_argument("--only", nargs="+", choices=benchmarks, metavar="NAME", default=benchmarks)
@@ -163,7 +163,7 @@ def run(
     outcomes = {name: trio.run(_measure, benchmarks[name], sizes) for name in arguments.only}
     figures = [figure for found, _ in outcomes.values() for figure in found]
     load, cores = os.getloadavg()[0], os.cpu_count()
-    caption = f"load of the last minute, with what was measured: {load:.1f} on {cores} cores"
+    caption = f"load of the last minute, benchmark included: {load:.1f} on {cores} cores"
     figures = ratios_first(figures, targets)
     console.print(make_table(figures, targets, caption))
     results = {

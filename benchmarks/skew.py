@@ -1,9 +1,8 @@
-"""Measure how far apart the processes of a cluster are, and how late a beat is.
+"""Measure how far apart the positions of a cluster's processes are, and how late a beat is.
 
-Run as ``python benchmarks/skew.py [--quick] [--json PATH] [--only NAME ...]``. It prints a table
-and writes the same as JSON, with the values that the figures were made of. A target that is missed
-is said, and is no failure. Whatever else the machine does shows in these figures: run nothing
-beside it.
+Run it as ``python benchmarks/skew.py [--quick] [--json PATH] [--only NAME ...]``. It prints a
+table, and writes it as JSON with the values behind the figures. A missed target is printed, but
+does not make the program fail. Other programs on the machine change these figures, so run none.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ async def bench_clock(sizes: Sizes) -> Outcome:
         link, rounds["link_ms"] = compare_link(await observe_link(sizes))
     note = (
         f"{told(spreads)}; the two at ±{PPM:g} ppm: {told(extremes)}; {link}; "
-        f"errors of {min(errors):+.3f} to {max(errors):+.3f} ms, told uncertainty "
+        f"errors of {min(errors):+.3f} to {max(errors):+.3f} ms, reported uncertainty "
         f"{uncertainty:.3f} ms, exceeded {excess} times in {count:,}; "
         f"{sum(one.left_out for one in seen)} slow readings left out"
     )

@@ -1,8 +1,8 @@
-"""What a process has of the simulated server: a transport, a store and a journal.
+"""The clients of the simulated server that a process uses: a transport, a store and a journal.
 
-They behave as those over NATS do: publishing raises `TransportBroken` where no connection stands,
-a request ends with its connection, what was sent meanwhile is lost, and a new connection follows
-after a back-off.
+They behave like those over NATS. Publishing without a connection raises `TransportBroken`. A
+request fails when its connection is lost. Messages that are sent meanwhile are lost. After a
+back-off, the client connects again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Answers:
             await self._lot.park()
         answer, received_ns = self._answers.popleft()
         if answer is None:
-            raise NoResponders(f"nobody answers on {self._subject}")
+            raise NoResponders(f"no process is subscribed to {self._subject}")
         assert isinstance(answer, bytes)
         return Reply(answer, self._sent_ns, received_ns)
 
@@ -315,7 +315,7 @@ class SimulatedStore:
         """See `Store.write`."""
         written = await self._transport.ask("write", data, revision)
         if written < 0:
-            raise Conflict("the record was written by somebody else")
+            raise Conflict("another process has written the record")
         return int(written)
 
 

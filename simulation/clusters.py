@@ -1,6 +1,6 @@
-"""Runs a schedule: metronomes, agents and a server, and the faults that befall them.
+"""Run a schedule: metronomes, agents and a server, and the faults that happen to them.
 
-Metronomes and sessions are the real ones. `Watch` sees what they do.
+Metronomes and sessions are the real ones. `Watch` checks what they do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Schedules of faults: plain data, drawn from a seed.
 
-A `Schedule` names the processes of a cluster, what their machines and ways are like, and what
-happens to them when. It can be printed, stored as JSON, changed and run again.
+A `Schedule` lists the processes of a cluster, their machines with their clocks and network delays,
+and the faults with their times. It can be printed, stored as JSON, changed and run again.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What must hold whatever happens, checked while a schedule runs and at its end.
+"""The rules that must hold in every schedule, checked while it runs and at its end.
 
-The rules are those of section 2, 5 and 8 of the design, and not what the code happens to do. Each
-is told with what may legitimately happen, in the docstring of the method that checks it.
+The rules come from sections 2, 5 and 8 of the design, and not from the code. The docstring of each
+method that checks a rule describes it, and its legitimate exceptions.
 
-Which grid a beat belongs to is not taken from what anybody says, but from segments: what one
-message tells of is one grid, and each grid begins at an instant of its own.
+The segments tell to which grid a beat belongs, and not what a process says. All segments of one
+message are of one grid, and the cluster times of two grids begin at different instants.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ class Watch:
             frame = decode_frame(data)
             timeline = Timeline.of(frame)
         except (msgspec.DecodeError, ValueError) as error:
-            self.tell("frames", now, f"{process!r} publishes what is no frame: {error}")
+            self.tell("frames", now, f"{process!r} publishes an invalid frame: {error}")
             return
         self.frames += 1
         line = self.lines.join(timeline.segments)
@@ -365,7 +365,7 @@ class Watch:
                         "beginning",
                         now,
                         f"{process!r} begins another grid with beat {frame.beat_index} of epoch"
-                        f" {frame.epoch}, and {agent.process!r} is locked to the last one",
+                        f" {frame.epoch}, although {agent.process!r} is locked to the last one",
                     )
                     return
 
@@ -420,7 +420,7 @@ class Watch:
                 self.tell(
                     "beats",
                     now,
-                    f"{process!r} gets beat {beat.index} after {last.beat}, and heard everything",
+                    f"{process!r} gets beat {beat.index} after {last.beat}, although it heard all",
                 )
         view.seen.append(seen)
 
@@ -503,7 +503,7 @@ class Watch:
                 "granted",
                 early[0].at_ns,
                 f"{process!r} has {wanted:g} BPM on beat {answer.beat - 1} already, one beat before"
-                " what was granted",
+                " the granted one",
             )
         if not there and later:
             self.tell(
@@ -532,16 +532,16 @@ class Watch:
                 self.tell(
                     "granted",
                     now,
-                    f"{agent.process!r} has {tempo:g} BPM, and {command.bpm:g} from beat"
-                    f" {last.beat} on was the last that was granted",
+                    f"{agent.process!r} has {tempo:g} BPM, but {command.bpm:g} from beat"
+                    f" {last.beat} on was granted last",
                 )
                 return
 
     def check_resumed(self, agents: Sequence[Agent], now: int) -> None:
-        """Check that nothing stands still that was to go on.
+        """Check that no grid is paused that was to resume.
 
-        Where going on was granted, and nobody has asked for a pause since, the grid goes on. An
-        answer that was lost leaves open what was done.
+        If a resumption was granted and no pause was asked for since, the grid runs. If an answer
+        was lost, it is not known what was done.
         """
         asked = [answer for answer in self.answered if isinstance(answer.command, (Pause, Resume))]
         asked.sort(key=lambda answer: answer.asked_ns)
@@ -555,7 +555,7 @@ class Watch:
                 self.tell(
                     "resumed",
                     now,
-                    f"{agent.process!r} stands still, though going on was granted at"
+                    f"{agent.process!r} is paused, although a resumption was granted at"
                     f" {done[-1].answered_ns / SECOND:.3f} s",
                 )
                 return
@@ -564,16 +564,16 @@ class Watch:
         """Check that all is well some time after everything has healed.
 
         - *one leader*: one metronome leads, and every agent is locked to it, in its epoch.
-        - *one tempo*, which is none of a grid that stands still: whoever operates the cluster has
-          asked for it to go on, several times where that was refused (*resume*).
+        - *one tempo*: all agents have the same tempo. The grid is not paused, because it was asked
+          to resume, several times if that was refused (*resume*).
         - *one position*: all agents agree with the leader within `TOLERANCE_NS`, and what the ways
           explain: nobody can tell a longer way from a longer way back.
         - *calm*: nobody has taken over lately.
         """
         leading = [pulse for pulse in pulses if pulse.leads()]
         if len(leading) != 1:
-            names = ", ".join(repr(pulse.process) for pulse in leading) or "nobody"
-            self.tell("one leader", now, f"{names} leads")
+            names = ", ".join(repr(pulse.process) for pulse in leading) or "none"
+            self.tell("one leader", now, f"one metronome should lead, not {len(leading)}: {names}")
             return
         leader = leading[0]
         for agent in agents:
@@ -583,13 +583,13 @@ class Watch:
                 self.tell("one leader", now, text)
                 return
         if now - self.epochs_changed_ns < 5 * SECOND:
-            self.tell("calm", now, "somebody has taken over in the last five seconds")
+            self.tell("calm", now, "a metronome has taken over in the last five seconds")
         tempos = {agent.present()[1] for agent in agents}
         if not agents:
             return
         if not all(tempos):
             refused = [a.text for a in self.answered if isinstance(a.command, Resume)]
-            self.tell("resume", now, f"the grid stands still: {'; '.join(refused[-3:])}")
+            self.tell("resume", now, f"the grid is paused: {'; '.join(refused[-3:])}")
             return
         if len(tempos) > 1:
             self.tell("one tempo", now, f"agents have {sorted(tempos)} BPM")
@@ -615,13 +615,13 @@ class Watch:
                 self.tell(
                     "one position",
                     now,
-                    f"{agent.process!r} is {apart / MS:.3f} ms ahead of its leader, where"
-                    f" {allowed / MS:.3f} are explained",
+                    f"{agent.process!r} is {apart / MS:.3f} ms ahead of its leader; the network"
+                    f" explains {allowed / MS:.3f} ms",
                 )
                 return
 
     def check_claims(self, agents: Iterable[Agent], now: int) -> None:
-        """Check the stream: each terminal claim is stored once, or told to be undelivered.
+        """Check the stream: each terminal claim is stored once, or counted as undelivered.
 
         A stream that was emptied may store one again. Of a process that was killed, claims may be
         missing.
@@ -642,8 +642,8 @@ class Watch:
                 self.tell(
                     "claims",
                     now,
-                    f"{agent.process!r} tells of {agent.undelivered} claims that were not"
-                    f" delivered, and {len(missing)} are missing: {', '.join(missing[:3])}",
+                    f"{agent.process!r} counts {agent.undelivered} undelivered claims, but"
+                    f" {len(missing)} are missing: {', '.join(missing[:3])}",
                 )
 
     def check_epochs(self, now: int) -> None:

@@ -1,15 +1,15 @@
-"""Whole processes in virtual time: each is a Trio run of its own, and one loop drives them all.
+"""Whole processes in virtual time: each is its own Trio run, and one loop drives them all.
 
 There are no threads and no waiting. A `World` has a heap of events, ordered by true time. A
 `Process` is what ``trio.run`` would run: a main function, with a clock that may be wrong. Trio's
-own loop is a generator (`trio._core._run.unrolled_run`) that gives up control where it would wait
-for input or for a deadline; the world steps it once more when a deadline has come or something has
-arrived from the network.
+own loop is a generator (`trio._core._run.unrolled_run`), which yields when it would wait for input
+or for a deadline. The world steps it again when a deadline has come, or when something has arrived
+from the network.
 
-All chance comes from one seed, and each part draws from a generator of its own, so that leaving out
-one part leaves the others as they were. While a world runs (`World.patched`) that holds for Trio's
-scheduling, for ``secrets`` and for the wall clock as well. The order of sets of strings depends on
-``PYTHONHASHSEED``, which `fix_hashing` sets.
+All random numbers come from one seed. Each part of a world draws from its own generator, so that
+leaving out one part does not change the others. While a world runs (`World.patched`), Trio's
+scheduling, ``secrets`` and the wall clock depend on the seed, too. The order of sets of strings
+depends on ``PYTHONHASHSEED``, which `fix_hashing` sets.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ class Process:
                 if not self._due():
                     break
             else:
-                raise StuckError(f"{self!r} turns without end")
+                raise StuckError(f"the loop of {self!r} runs on without end")
         self._arm()
 
     def _arm(self) -> None:
@@ -452,9 +452,9 @@ class Process:
                 if not self._due():
                     deadline = self._runner.deadlines.next_deadline()
                     if deadline == math.inf:
-                        raise StuckError(f"{self!r} does not unwind when it is killed")
+                        raise StuckError(f"{self!r} does not end when it is killed")
                     clock.now = deadline
             else:
-                raise StuckError(f"{self!r} does not unwind when it is killed")
+                raise StuckError(f"{self!r} does not end when it is killed")
         with contextlib.suppress(StopIteration):
             self._loop.close()

@@ -1,18 +1,18 @@
-"""Run random schedules of faults, and print how many of them go without a violation.
+"""Run random schedules of faults, and print how many of them break no rule.
 
-Run as ``python simulation/schedules.py [--count N] [--seed N] [--jobs N] [--quick] [--keep-going]
-[--json PATH]``, or with ``--replay FILE`` for a schedule that was stored. It exits with 1 where
-something did not hold, and prints the first such schedule: first as it was drawn, then shrunk to
-what is needed for the same rule to break, as JSON that can be replayed. ``--trace`` prints all that
-happened in it.
+Run it as ``python simulation/schedules.py [--count N] [--seed N] [--jobs N] [--quick]
+[--keep-going] [--json PATH]``, or with ``--replay FILE`` for a stored schedule. If a schedule
+breaks a rule, it exits with 1 and prints the first such schedule twice as JSON that can be
+replayed: as it was drawn, and shrunk to the faults without which the rule is not broken.
+``--trace`` prints every event of one schedule.
 
-Whole metronomes and sessions run in virtual time, each in a Trio run of its own:
+Whole metronomes and sessions run in virtual time, each in its own Trio run:
 
 - ``processes.py``: processes, their clocks, and the loop that steps them;
-- ``server.py`` and ``clients.py``: a server, the ways to it, and what a process has of it;
-- ``faults.py``: what a schedule is, and how one is drawn from a seed;
-- ``clusters.py``: runs one;
-- ``invariants.py``: what must hold.
+- ``server.py`` and ``clients.py``: a server, the network to it, and the clients of a process;
+- ``faults.py``: schedules, and how one is drawn from a seed;
+- ``clusters.py``: the function that runs a schedule;
+- ``invariants.py``: the rules that must hold.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-# The table of figures is the one of the benchmarks.
+# The benchmarks have the code that prints the table.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import clusters
@@ -41,18 +41,18 @@ from report import RESULTS, Figure, Target, make_console, make_table, results_of
 
 COUNT: Final = 10_000
 QUICK: Final = 200
-# How many runs shrinking may take.
+# The most runs for shrinking one schedule.
 SHRINKING: Final = 300
 A_MINUTE: Final = 100.0
 
 
 class Outcome(NamedTuple):
-    """What came of one schedule."""
+    """The result of one schedule."""
 
     seed: int
     violations: tuple[Violation, ...]
     seconds: float
-    """What it took of a processor."""
+    """The processor time that it took."""
 
 
 def try_seed(seed: int) -> Outcome:
@@ -64,12 +64,12 @@ def try_seed(seed: int) -> Outcome:
 
 
 def run_many(seeds: Sequence[int], jobs: int) -> Iterator[Outcome]:
-    """Run the schedules of many seeds, and yield what comes of each as it comes."""
+    """Run the schedules of many seeds, and yield each result when it is there."""
     if jobs == 1:
         gc.freeze()
         yield from map(try_seed, seeds)
         return
-    # What was imported needs no looking through after each schedule.
+    # Garbage collection need not look at the imported modules after each schedule.
     with get_context("spawn").Pool(jobs, initializer=gc.freeze) as pool:
         yield from pool.imap_unordered(try_seed, seeds, chunksize=4)
 
@@ -127,7 +127,7 @@ def _fewer_nodes(schedule: Schedule, still: Callable[[Schedule], bool]) -> Sched
             nodes=tuple(other for other in schedule.nodes if other != node),
             faults=tuple(f for f in schedule.faults if getattr(f, "node", None) != node.name),
         )
-        # Where nobody leads, or nobody follows, other rules break.
+        # A schedule without metronomes or without agents breaks other rules.
         kinds = {node.leads for node in candidate.nodes}
         if len(kinds) == 2 and still(candidate):
             schedule = candidate
@@ -178,7 +178,7 @@ def _shorter(schedule: Schedule, still: Callable[[Schedule], bool]) -> Schedule:
 
 
 def breaks(rule: str) -> Callable[[Schedule], bool]:
-    """Return a function that runs a schedule and tells whether a rule breaks."""
+    """Return a function that runs a schedule and returns whether it breaks a rule."""
 
     def run(schedule: Schedule) -> bool:
         return any(found.rule == rule for found in clusters.run(schedule).violations)
@@ -190,19 +190,19 @@ def breaks(rule: str) -> Callable[[Schedule], bool]:
 
 
 def explain(schedule: Schedule, violations: Sequence[Violation], *, shrunk: bool) -> None:
-    """Print a schedule that breaks a rule, shrunk where that is wanted."""
+    """Print a schedule that breaks a rule, and also a shrunk one if that is wanted."""
     print(f"seed {schedule.seed}:", *violations, sep="\n  ")
     print(faults.encode(schedule).decode())
     if shrunk:
         rule = violations[0].rule
         smaller = shrink(schedule, breaks(rule))
         found = [found for found in clusters.run(smaller).violations if found.rule == rule]
-        print(f"shrunk, for the rule {rule!r}:", *found, sep="\n  ")
+        print(f"shrunk, still breaking the rule {rule!r}:", *found, sep="\n  ")
         print(faults.encode(smaller).decode())
 
 
 def targets(count: int) -> dict[str, Target]:
-    """Return what is promised of so many schedules."""
+    """Return the targets for a number of schedules."""
     return {
         "kept": Target("random schedules without a violation", "≥", count, ""),
         "a minute": Target("schedules a minute, on one core", "≥", A_MINUTE, ""),
@@ -210,18 +210,20 @@ def targets(count: int) -> dict[str, Target]:
 
 
 def main() -> int:
-    """Run what the command line asks for."""
+    """Run the program with the options of the command line."""
     parser = argparse.ArgumentParser(description="Run random schedules of faults.")
     parser.add_argument("--count", type=int, default=COUNT, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="the first one, default %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="the first seed, default %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="default %(default)s")
-    parser.add_argument("--quick", action="store_true", help=f"the first {QUICK} only")
-    parser.add_argument("--keep-going", action="store_true", help="do not end with the first one")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="run a schedule that is stored")
+    parser.add_argument("--quick", action="store_true", help=f"run only the first {QUICK}")
     parser.add_argument(
-        "--trace", action="store_true", help="print all that happens (one schedule)"
+        "--keep-going", action="store_true", help="do not stop at the first violation"
     )
-    parser.add_argument("--no-shrink", dest="shrink", action="store_false", help="do not shrink")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run a stored schedule")
+    parser.add_argument("--trace", action="store_true", help="print every event of one schedule")
+    parser.add_argument(
+        "--no-shrink", dest="shrink", action="store_false", help="do not shrink a schedule"
+    )
     parser.add_argument(
         "--json", type=Path, default=RESULTS / "schedules.json", help="default %(default)s"
     )
@@ -245,9 +247,7 @@ def main() -> int:
     pace = 60 * len(outcomes) / max(1e-9, sum(outcome.seconds for outcome in outcomes))
     broken = ", ".join(f"{rule} {times}" for rule, times in rules.most_common())
     figures = [
-        Figure(
-            "kept", kept, f"of {len(outcomes):,} that were run{broken and '; broken: '}{broken}"
-        ),
+        Figure("kept", kept, f"of {len(outcomes):,} run{broken and '; broken rules: '}{broken}"),
         Figure("a minute", pace, f"{time.perf_counter() - begun:.0f} s with {options.jobs} jobs"),
     ]
     wanted = targets(count)

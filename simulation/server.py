@@ -1,13 +1,13 @@
-"""A simulated nats-server, and the ways that lead to it.
+"""A simulated nats-server, and the network to it.
 
-A machine has one `Link` to the server, with two `Way` objects: messages on one way keep their
-order, and each takes its time. A `Connection` is what a client has over a link, until it is lost or
-replaced. Whether it stands is known to each end by itself: what is sent over one that the other end
-has given up is answered by a reset, as TCP does.
+A machine has one `Link` to the server, with a `Way` in each direction. Messages on one way keep
+their order and are delayed. A client has a `Connection` over a link, until it is lost or replaced.
+Each end of a connection may know only later than the other that it was lost. As in TCP, a message
+to an end that has given up the connection is answered by a reset.
 
-Core messages are sent once: what a `Way` loses is lost. Requests to JetStream are answered by
-`JetStream`, which can be silent, refuse, answer late, or lose its answers after it has done what
-was asked.
+Core messages are sent once: a message that a `Way` loses is lost. `JetStream` answers requests to
+JetStream. It can be silent, refuse, answer late, or lose its answer after it has done what was
+asked.
 """
 
 from __future__ import annotations

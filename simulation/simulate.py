@@ -1,24 +1,24 @@
-"""Simulate a cluster of many agents, and print how well they agree beside the targets.
+"""Simulate a cluster of many agents, and print how well they agree, with the targets.
 
-Run as ``python simulation/simulate.py [--agents N] [--seconds S] [--seed N] [--quick] [--jobs N]
-[--regions N] [--json PATH] [--plot PATH]``. It exits with 1 where a target is missed.
+Run it as ``python simulation/simulate.py [--agents N] [--seconds S] [--seed N] [--quick] [--jobs N]
+[--regions N] [--json PATH] [--plot PATH]``. It exits with 1 if a target is missed.
 
-No process, socket or clock takes part. Time is a number that the programs in this folder set, so
-the same seed gives the same figures, with any number of jobs.
+There is no process, socket or clock. Time is a number that the programs in this folder set, so the
+same seed gives the same figures, with any number of jobs.
 
-Real code, imported from ``backbeat_trio``, is the pure core in its folder ``_grid``: how an agent
-judges the pings and frames that it gets (`Follower`), how it steers its clock (`Steering`), what it
-says of itself, and how a leader changes the grid (`propose` and `reschedule`).
+The pure core in the folder ``_grid`` is the real code of ``backbeat_trio``: how an agent judges the
+pings and frames that it receives (`Follower`), how it steers its clock (`Steering`), what it
+reports about itself, and how a leader changes the grid (`propose` and `reschedule`).
 
-Simulated are all parts around that core, by the rules of the real parts:
+All parts around that core are simulated, by the rules of the real parts:
 
 - ``simulated_agents.py``: clocks that are wrong, a network that delays and loses messages, loops
   that stall, and what `BeatListener` and `BeatClock` do;
 - ``simulated_leaders.py``: what `Leader` and `Standby` do, failovers included;
 - ``simulated_regions.py``: the ways between regions, and a metronome for each region.
 
-Left out are a leader that is asked more than it can answer, and a server that has more to pass on
-than it can.
+Two things are left out: a leader that receives more requests than it can answer, and an overloaded
+server.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rich.table import Table
 
 from backbeat_trio._grid.punctuality import TempoDrift
 
-# The table of figures is the one of the benchmarks.
+# The benchmarks have the code that prints the table.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import simulated_regions
@@ -68,18 +68,18 @@ TARGETS: Final = {
         "agents that never stall and had every beat at its tempo", "≥", 100.0, "%"
     ),
     "lost": Target("beats skipped by agents whose loop never stalls", "≤", 0, ""),
-    "stalled_lost": Target("beats skipped beyond what a stall covers", "≤", 0, ""),
-    "back": Target("times that a position ran back", "≤", 0, ""),
+    "stalled_lost": Target("beats skipped that no stall explains", "≤", 0, ""),
+    "back": Target("times that a position went back", "≤", 0, ""),
     "relocks": Target("moves to another grid after the first lock", "≤", 0, ""),
     "error": Target("cluster time of an agent, p99 of its error", "≤", 1.0, "ms"),
     "skew": Target("two agents at one instant, p99 of the difference", "≤", 0.2, "ms"),
     "beats": Target("one beat at two agents, p99 of the difference", "≤", 2.0, "ms"),
-    "honest": Target("errors within the uncertainty told", "≥", 99.9, "%"),
+    "honest": Target("errors within the reported uncertainty", "≥", 99.9, "%"),
     "holdover": Target("60 s without a leader, at ±200 ppm, largest error", "≤", 5.0, "ms"),
     "drift": Target("verdicts on the tempo that are acceptable", "≥", 99.0, "%"),
     "pings": Target("pings a second of 10,000 settled agents at 120 BPM", "≤", 4000, "/s"),
 }
-# After so many seconds the estimates of agents that nothing disturbs are as good as they get.
+# After this many seconds, the estimates of undisturbed agents do not get better any more.
 REST_S: Final = 400.0
 
 
@@ -151,7 +151,8 @@ def simulate(agents: int, seconds: float, seed: int, jobs: int) -> Report:
         for error, told in zip(outcome.errors, outcome.told, strict=True)
         if not math.isnan(told)
     ]
-    # Who stands still for all the time that a change is told ahead wakes on the first beats of it.
+    # An agent that is stalled from the announcement of a change until it takes effect learns of it
+    # late.
     right, woken = (
         sum(in_tempo(outcome, history.tempos) for outcome in some)
         for some in (steady, [outcome for outcome in outcomes if outcome.stalls])
@@ -199,13 +200,13 @@ def simulate(agents: int, seconds: float, seed: int, jobs: int) -> Report:
         Figure(
             "honest",
             100 * sum(honest) / len(honest),
-            f"{honest.count(False):,} of {len(honest):,} were not",
+            f"{honest.count(False):,} of {len(honest):,} were wrong by more than they said",
         ),
         Figure("holdover", held[-1] / MS, in_ms(held)),
         Figure(
             "drift",
             100 * verdicts["acceptable"] / max(1, judged),
-            f"{sum(outcome.flaps for outcome in outcomes):,} times lost",
+            f"the verdict was lost {sum(outcome.flaps for outcome in outcomes):,} times",
         ),
         Figure(
             "pings",
@@ -349,11 +350,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--agents", type=int, help="default 10000; with --regions 300")
     parser.add_argument("--seconds", type=float, help="default 120; at least 40")
     parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="fewer agents, and for a shorter time")
+    parser.add_argument("--quick", action="store_true", help="fewer agents and a shorter time")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="default %(default)s")
-    parser.add_argument("--regions", type=int, default=0, help="so many regions on one grid")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--plot", type=Path, help="where to draw them, with matplotlib")
+    parser.add_argument("--regions", type=int, default=0, help="number of regions on one grid")
+    parser.add_argument("--json", type=Path, help="file for the figures, as JSON")
+    parser.add_argument("--plot", type=Path, help="file for a picture of them, by matplotlib")
     arguments = parser.parse_args(argv)
     if arguments.regions == 1 or arguments.regions < 0:
         parser.error("--regions takes 2 or more")

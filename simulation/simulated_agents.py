@@ -1,8 +1,8 @@
-"""Simulated agents: clocks that are off, messages that are late or lost, and real followers.
+"""Simulated agents: wrong clocks, late and lost messages, and real followers.
 
-Nothing here waits: time is a number, and the same seed gives the same again. Each agent has a real
-`Follower` and `Grid`, with all that they are made of. What is simulated is its clock, its network,
-its loop, and what `BeatListener` and `BeatClock` do besides.
+Nothing here waits: time is a number, and the same seed gives the same result. Each agent has a real
+`Follower` and a real `Grid`. Its clock, its network and its loop are simulated, and so is what
+`BeatListener` and `BeatClock` do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the leaders of a simulated cluster say: worked out first, and handed to all the agents.
+"""The frames and answers of the leaders of a simulated cluster, computed before the agents run.
 
-`propose` and `reschedule` are real, and standbys are agents with real followers. What is simulated
-is what `Leader` and `Standby` do with these, by the same rules.
+`propose` and `reschedule` are real, and standbys are agents with real followers. What `Leader` and
+`Standby` do with them is simulated, by the same rules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several regions on one grid, simulated: one leader for all, or a metronome to each."""
+"""Several simulated regions on one grid: with one leader for all, or with a metronome in each."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def broken(schedule: Any, **options: Any) -> set[str]:
     return {found.rule for found in clusters.run(schedule, **options).violations}
 
 
-# What is run here, and what is not kept yet.
+# Schedules.
 
 
 def test_random_schedules_break_no_rule(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_random_schedules_break_no_rule(tmp_path: Path) -> None:
     assert "200" in program.stdout
 
 
-def test_nothing_breaks_where_nothing_happens() -> None:
+def test_a_schedule_without_faults_breaks_no_rule() -> None:
     result = clusters.run(make(pulses=2, agents=3), keep=True)
     assert not result.violations
     # From the first second or so on, two a second.
@@ -76,7 +76,7 @@ def test_nothing_breaks_where_nothing_happens() -> None:
     assert any("agent-2: beat 30 0 120" in line for line in result.trace)
 
 
-def test_the_dead_are_replaced_and_no_beat_is_lost() -> None:
+def test_a_dead_leader_is_replaced_and_no_beat_is_lost() -> None:
     result = clusters.run(make(faults.Kill(10.1, "pulse-0", 2.0), pulses=2), keep=True)
     assert not result.violations
     assert any("pulse-0: takes over" in line for line in result.trace)
@@ -130,7 +130,7 @@ def run_processes(seconds: float, *mains: Callable[[Any], Awaitable[None]]) -> l
     return made
 
 
-def test_each_process_has_a_clock_of_its_own() -> None:
+def test_each_process_has_its_own_clock() -> None:
     woken: dict[str, list[int]] = {"p0": [], "p1": []}
 
     async def main(process: Any) -> None:
@@ -168,7 +168,7 @@ def test_a_stopped_process_fires_its_timers_late_and_all_at_once() -> None:
     assert [round(second, 2) for second in sorted(woken)] == [1.0, 4.5, 4.5, 4.5, 5.0]
 
 
-def test_who_is_killed_unwinds_at_once_and_unseen() -> None:
+def test_a_killed_process_ends_at_once_and_is_not_seen() -> None:
     unwound = []
 
     async def main(process: Any) -> None:
@@ -183,12 +183,12 @@ def test_who_is_killed_unwinds_at_once_and_unseen() -> None:
     assert unwound == [(True, 3 * SECOND)]
 
 
-def test_who_never_unwinds_is_found() -> None:
+def test_a_killed_process_that_does_not_end_is_an_error() -> None:
     async def main(process: Any) -> None:
         with trio.CancelScope(shield=True):
             await trio.sleep_forever()
 
-    with pytest.raises(processes.StuckError, match="does not unwind"):
+    with pytest.raises(processes.StuckError, match="does not end"):
         run_processes(1, main)
 
 
@@ -229,7 +229,7 @@ async def open_client(cluster: Any, process: Any, nursery: trio.Nursery) -> Any:
     return transport
 
 
-def test_requests_are_answered_or_told_that_nobody_is_there() -> None:
+def test_requests_are_answered_or_fail_without_a_responder() -> None:
     told = []
 
     async def ask(cluster: Any, process: Any) -> None:
@@ -275,7 +275,7 @@ def test_half_open_connections_are_noticed_after_seconds(way: Any) -> None:
     assert 7 <= times[1] < 11
 
 
-def test_an_answer_that_is_lost_leaves_what_was_written() -> None:
+def test_a_write_whose_answer_is_lost_is_stored() -> None:
     told: list[Any] = []
 
     async def ask(cluster: Any, process: Any) -> None:
@@ -591,20 +591,20 @@ PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], set[str]], ...]] = {
 @pytest.mark.parametrize(
     ("rule", "plant"), [(rule, plant) for rule, plants in PLANTED.items() for plant in plants]
 )
-def test_a_rule_finds_what_was_planted(
+def test_a_rule_finds_a_planted_fault(
     rule: str, plant: Callable[[pytest.MonkeyPatch], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert rule in plant(monkeypatch)
 
 
-def test_each_rule_has_something_planted() -> None:
+def test_each_rule_has_a_planted_fault() -> None:
     assert set(PLANTED) == set(invariants.RULES)
 
 
 # Shrinking, and the program.
 
 
-def test_a_schedule_is_shrunk_to_what_it_takes() -> None:
+def test_a_schedule_is_shrunk_to_the_faults_that_are_needed() -> None:
     schedule = next(
         drawn
         for drawn in map(faults.draw, range(1000))
@@ -625,7 +625,7 @@ def test_a_schedule_is_shrunk_to_what_it_takes() -> None:
     assert shrunk.seconds < schedule.seconds
 
 
-def test_a_schedule_that_was_shrunk_breaks_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shrunk_schedule_breaks_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     real = backbeat.Session.current_position
     monkeypatch.setattr(backbeat.Session, "current_position", lambda self: real(self) + 0.02)
     schedule = make(faults.Cut(3.0, "agent-0", 1.0), pulses=2)
@@ -652,7 +652,7 @@ def run_program(
     )
 
 
-def test_the_program_prints_a_figure_and_fails_where_a_rule_breaks(tmp_path: Path) -> None:
+def test_the_program_prints_figures_and_fails_if_a_rule_is_broken(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     program = run_program("--count", "4", "--seed", "4", "--jobs", "2", "--json", str(results))
     assert "random schedules without a violation" in program.stdout
