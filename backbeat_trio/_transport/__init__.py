@@ -1,4 +1,4 @@
-"""What carries messages and keeps the record: NATS, or the process itself.
+"""Transports for messages, and stores for the record: over NATS, or inside the process.
 
-It imports `_time` and below.
+It imports `_time` and the layers below that.
 """

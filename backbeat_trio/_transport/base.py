@@ -1,4 +1,4 @@
-"""What every transport shares: mailboxes, counters, errors, and being closed."""
+"""The base class of the transports: mailboxes, counters, errors, and the end of a transport."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ERRORS: Final = 16
 
 
 class State(enum.Enum):
-    """What can be said of a transport's connection."""
+    """The state of a transport's connection."""
 
     UP = enum.auto()
     DOWN = enum.auto()
@@ -39,14 +39,14 @@ class State(enum.Enum):
 
 @final
 class Mailbox:
-    """The receiving end of one subscription: bounded, and an async iterator of messages."""
+    """The bounded queue of one subscription, and an async iterator of its messages."""
 
     def __init__(self, subject: str, capacity: int) -> None:
         self.subject = subject
         self._send, self._receive = trio.open_memory_channel[Message](capacity)
 
     def deliver(self, message: Message) -> bool:
-        """Take in a message; return whether there was room for it."""
+        """Queue a message, and return whether there was room for it."""
         try:
             self._send.send_nowait(message)
         except trio.WouldBlock:
@@ -54,7 +54,7 @@ class Mailbox:
         return True
 
     def close(self) -> None:
-        """End the iteration once what is there has been taken."""
+        """End the iteration after the messages that are queued."""
         self._send.close()
 
     def __aiter__(self) -> Mailbox:
@@ -68,7 +68,7 @@ class Mailbox:
 
 
 class BaseTransport(abc.ABC):
-    """What both transports share: mailboxes, counters, requests, and being closed."""
+    """The part that both transports share: mailboxes, counters, and the state."""
 
     def __init__(self, *, inbox_prefix: str = "_INBOX") -> None:
         self._state: AsyncValue[State] = AsyncValue(State.DOWN)
@@ -149,7 +149,7 @@ class BaseTransport(abc.ABC):
 
     def _deliver(self, mailbox: Mailbox, message: Message) -> None:
         if self._state.value is State.CLOSED:
-            # Nobody takes it any more. It may come from a callback, which must not raise.
+            # A closed mailbox raises, and the caller may be a callback that must not raise.
             return
         self._received += 1
         if not mailbox.deliver(message):

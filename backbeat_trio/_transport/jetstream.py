@@ -1,6 +1,6 @@
-"""What is kept in JetStream: the metronomes' record, and the stream of terminal claims.
+"""The data in JetStream: the record of the metronomes, and the stream of terminal claims.
 
-The functions with a ``client`` run in the thread of the connection, as nats-py does.
+The functions with a parameter ``client`` run in the thread of the connection, where nats-py runs.
 """
 
 from __future__ import annotations
@@ -79,26 +79,29 @@ def _may_pass(error: nats.js.errors.APIError) -> bool:
 
 @final
 class _Copies:
-    """How many copies a stream is made with."""
+    """The number of copies with which a stream is made."""
 
     def __init__(self, wanted: int | None) -> None:
         self.short = False
-        """Whether it was made with fewer than there should be, for want of servers."""
+        """Whether the stream was made with fewer copies, because there are too few servers."""
         self._wanted = wanted
         self._too_few_since: float | None = None
 
     async def make(
         self, create: Callable[[int], Awaitable[T]], *, clustered: bool = True
     ) -> tuple[T, int]:
-        """Return what was made, and its copies: those wanted, or as many as there are servers for.
+        """Make a stream with the wanted copies, or as many as there are servers for.
 
         Args:
-          create: asks the server for a stream with so many copies.
-          clustered: whether the server says that it is one of several.
+          create: asks the server for a stream with a number of copies.
+          clustered: whether the server is one of several in a cluster.
+
+        Returns:
+          The result of ``create``, and the number of copies.
 
         Raises:
-          RecordRefused: where the server will never keep so many.
-          nats.js.errors.APIError: for any other refusal; one that may pass is to be tried again.
+          RecordRefused: if the server will never keep so many copies.
+          nats.js.errors.APIError: if the server refuses for another reason, which may pass.
         """
         too_few = False
         for copies in _COPIES if self._wanted is None else (self._wanted,):
@@ -138,13 +141,13 @@ class _Copies:
 
 @final
 class KeyValueStore:
-    """The metronomes' key in a key-value bucket.
+    """The store of the record: one key in a key-value bucket.
 
     Args:
-      transport: run by somebody else.
-      bucket: the bucket, made where it is missing.
-      replicas: 1 to 5; None is three in a cluster of servers (two where there is no third), and one
-        otherwise.
+      transport: the transport; its `run` is called elsewhere.
+      bucket: the name of the bucket, which is created if it is missing.
+      replicas: the number of copies, 1 to 5. None stands for three in a cluster of servers (for
+        fewer if it has fewer servers), and for one otherwise.
 
     """
 
@@ -155,23 +158,24 @@ class KeyValueStore:
         self._bucket = bucket
         self._stream = f"KV_{bucket}"
         self.replicas: int | None = None
-        """The copies that it has, once `open` has returned True."""
+        """The number of copies of the bucket, once `open` has returned True."""
         self.opened = trio.Event()
         """Set once `open` has returned True."""
         self._copies = _Copies(replicas)
         self._found: tuple[Client, KeyValue] | None = None
 
     async def open(self) -> bool:
-        """Make the bucket where it is missing; return whether the server has JetStream.
+        """Create the bucket if it is missing, and return whether the server has JetStream.
 
-        It may be called again at any time: on a connection on which the bucket was found it asks
-        for nothing. There is no JetStream only where the server's answer to the account request
-        says so. A checkpoint.
+        It may be called again at any time. On a connection on which the bucket was found before, it
+        sends no request. The result is False only if the server's answer to the account request
+        says that there is no JetStream. A checkpoint.
 
         Raises:
-          TransportBroken: where JetStream does not answer, or cannot make it at present, or where
-            permissions refuse the question.
-          RecordRefused: where it will never make it, or a stream that is no bucket has its name.
+          TransportBroken: if JetStream does not answer, or cannot create the bucket at present, or
+            if permissions refuse the request.
+          RecordRefused: if JetStream will never create the bucket, or if another kind of stream has
+            its name.
         """
         before = dict(self._transport.statistics().refused)
         try:

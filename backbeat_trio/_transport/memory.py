@@ -88,18 +88,18 @@ class MemoryBus:
 
     def __init__(self) -> None:
         self.users: int = 0
-        """How many sessions have it open by its name."""
+        """How many sessions have opened it by its name."""
         self.archive: MemoryArchive = MemoryArchive()
         """The newest terminal claims."""
         self._stores: dict[str, MemoryStore] = {}
         self._mailboxes: dict[Mailbox, MemoryTransport] = {}
 
     def store_of(self, cluster_id: str) -> MemoryStore:
-        """Return what the metronomes of a cluster share on this bus."""
+        """Return the store that the metronomes of a cluster share on this bus."""
         return self._stores.setdefault(cluster_id, MemoryStore())
 
     def _publish(self, message: Message) -> bool:
-        # Returns whether anybody is subscribed.
+        # Return whether there is a subscription to the subject.
         if message.subject.startswith(_CLAIMS):
             message = self.archive.keep(message)
         reached = False
@@ -115,7 +115,7 @@ _buses: Final[trio.lowlevel.RunVar[dict[str, MemoryBus]]] = trio.lowlevel.RunVar
 
 @asynccontextmanager
 async def open_memory_bus(name: str) -> AsyncGenerator[MemoryBus, None]:
-    """Share the bus of this name with whoever else has it open in this Trio run."""
+    """Open the bus of this name, which all sessions in this Trio run share by that name."""
     try:
         buses = _buses.get()
     except LookupError:
@@ -153,7 +153,7 @@ class MemoryTransport(BaseTransport):
         await trio.lowlevel.checkpoint()
 
     def sever(self) -> None:
-        """Cut the connection, as an outage would; for tests."""
+        """Cut the connection as an outage would. For tests."""
         self._check_open()
         self._note_down(TransportBroken("the connection was severed"))
         self._state.value = State.DOWN
@@ -190,7 +190,9 @@ class MemoryTransport(BaseTransport):
         async with self.open_subscription(inbox) as answers:
             sent_ns = local_ns()
             reached = self.bus._publish(Message(subject, data, inbox, sent_ns))
-            yield _Replies(answers, sent_ns, "" if reached else f"nobody answers on {subject}")
+            yield _Replies(
+                answers, sent_ns, "" if reached else f"no process is subscribed to {subject}"
+            )
 
     async def aclose(self) -> None:
         """See `Transport.aclose`."""

@@ -1,7 +1,7 @@
-"""NATS behind the transport protocol: a supervisor over a client that can be replaced.
+"""The transport over NATS: a supervisor of a client that can be replaced.
 
-Reconnecting is making another client. So nothing of the old one has to be trusted, and what it
-still does in its thread is its own affair.
+To reconnect, the supervisor makes another client. So it need not rely on the old one, whose thread
+may still be busy.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ T = TypeVar("T")
 
 @final
 class Backoff:
-    """How long to wait before each attempt to connect: twice as long after each failure.
+    """The wait before each attempt to connect, which doubles after each failure.
 
-    A connection that did not last counts as a failure, too, but as one beside those of the attempts
-    that follow it: a server that restarts a few times in a row is reconnected to quickly.
+    A connection that did not last counts as a failure, too. But such failures are counted apart
+    from failed attempts, so that a server that restarts a few times in a row is reached quickly.
     """
 
     def __init__(self) -> None:
         self._first = self._next = _BACKOFF_MIN
 
     def lost(self, lasted: float) -> None:
-        """Take note of the end of a connection.
+        """Report that a connection was lost.
 
         Args:
-          lasted: for how many seconds it stood.
+          lasted: how long there was a connection, in seconds.
 
         """
         short = lasted < _LASTING
@@ -64,7 +64,7 @@ class Backoff:
         self._next = self._first
 
     def next_delay(self) -> float:
-        """Return for how many seconds to wait at most before the next attempt."""
+        """Return the longest wait before the next attempt, in seconds."""
         delay = self._next
         self._next = min(2 * delay, _BACKOFF_MAX)
         return delay
@@ -115,7 +115,7 @@ class _Answers:
             await self._lot.park()
         item, behind_ns = self._answers.popleft()
         if item.status == "503":
-            raise NoResponders(f"nobody answers on {self.subject}")
+            raise NoResponders(f"no process is subscribed to {self.subject}")
         # The stamp of its departure comes with the first answer only.
         self._sent = self._sent or item.sent
         return Reply(item.data, self._sent + behind_ns, item.stamp + behind_ns)
@@ -123,10 +123,14 @@ class _Answers:
 
 @final
 class NatsTransport(BaseTransport):
-    """The transport over NATS: a supervisor, and the client that it has at present.
+    """The transport over NATS.
+
+    Args:
+      config: the servers, logins and certificates, and the inbox prefix.
+      name: the name of the connection, as the server shows it; None for the default name.
 
     Raises:
-      ConfigError: where certificates or credentials cannot be loaded.
+      ConfigError: if certificates or credentials cannot be loaded.
 
     """
 
@@ -193,7 +197,7 @@ class NatsTransport(BaseTransport):
         self._state.value = State.UP
 
     def client_lost(self, client: Client) -> None:
-        """Take note that a client is of no more use."""
+        """Report that the connection of a client was lost."""
         if client is not self._client:
             return
         self._client = None

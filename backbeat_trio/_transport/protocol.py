@@ -1,7 +1,8 @@
-"""What carries messages: the protocol that sessions and metronomes speak.
+"""The protocol of a transport, which carries the messages of sessions and metronomes.
 
-A transport is run by a service of its user (`Transport.run`), delivers in order, promises nothing
-about what was sent while no connection stood, and never makes a subscriber wait for another one.
+The user of a transport runs `Transport.run` in a task. A transport delivers messages in order. It
+promises nothing about messages that are sent while there is no connection. A slow subscriber does
+not make others wait.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Final, NamedTuple, Protocol
 
 import trio
 
-# Enough for a beat's claims of a large cluster; beyond it the newest are dropped and counted.
+# Enough for all claims of a large cluster on one beat. If it is full, new messages are dropped and
+# counted.
 SUBSCRIPTION_MESSAGES: Final = 4096
 
 
@@ -24,13 +26,13 @@ class Message(NamedTuple):
     reply: str
     """The subject on which an answer is expected, or an empty string."""
     received_ns: int
-    """When it arrived at the socket, in local nanoseconds."""
+    """The local time, in nanoseconds, at which it arrived at the socket."""
     id: str = ""
     """The id under which a stream stores it; empty if it has none."""
 
 
 class Reply(NamedTuple):
-    """The answer to a request, with the instants at which both passed the socket, in local ns."""
+    """The answer to a request, with the local times, in ns, at which both passed the socket."""
 
     data: bytes
     sent_ns: int
@@ -41,18 +43,20 @@ class TransportStatistics(NamedTuple):
     """Counters of a transport since it was made."""
 
     connects: int
-    """How many times a connection was made, the first included."""
+    """How many connections were made, including the first."""
     received: int
+    """Messages that arrived for subscriptions."""
     dropped: int
-    """Messages that came faster than they were taken in, and were dropped."""
+    """Messages that were dropped because a subscriber, or this process, was too slow."""
     permission_errors: int
+    """How often the server's permissions refused something."""
     last_error: str | None
-    """Why there is no connection; None while one stands."""
+    """The reason why there is no connection; None while there is one."""
     recent_errors: tuple[tuple[int, str], ...]
-    """The newest things that went wrong, each with when it did, in local ns."""
+    """The newest errors, each with the local time, in ns, at which it was seen."""
     refused: tuple[tuple[str, int], ...] = ()
-    """What permissions refused, and how many times: ``publish to SUBJECT``, or ``subscription to
-    SUBJECT``, in lower case, as the client tells of it."""
+    """What the permissions refused, and how often: ``publish to SUBJECT`` or ``subscription to
+    SUBJECT``, in lower case."""
 
 
 class Transport(Protocol):
@@ -64,25 +68,25 @@ class Transport(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Whether a connection stands."""
+        """Whether there is a connection."""
         ...
 
     async def wait_connected(self, connected: bool = True, /) -> None:
-        """Wait until a connection stands, or until none does. A checkpoint.
+        """Wait until there is a connection, or, with False, until there is none. A checkpoint.
 
         Raises:
-          TransportClosed: where it will never stand again, as the transport was closed.
+          TransportClosed: if it waits for a connection, and the transport is closed.
         """
         ...
 
     @property
     def generation(self) -> int:
-        """A number that grows with every connection made."""
+        """The number of connections so far, which grows with each new one."""
         ...
 
     @property
     def max_payload(self) -> int:
-        """The largest message that the server takes, in bytes."""
+        """The size of the largest message that the server accepts, in bytes."""
         ...
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -90,52 +94,59 @@ class Transport(Protocol):
         ...
 
     async def first_attempt(self) -> None:
-        """Wait for the outcome of the first attempt to connect. A checkpoint.
+        """Wait for the end of the first attempt to connect. A checkpoint.
 
         Raises:
-          TransportBroken: where it failed, or a subclass of it that tells why.
+          TransportBroken: if it failed; a subclass names the kind of failure.
 
         """
         ...
 
     def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:
-        """Hand over a message for sending. Not a checkpoint.
+        """Queue a message for sending. Not a checkpoint.
+
+        Args:
+          subject: the subject, without ``*`` and ``>``.
+          data: the payload.
+          reply: the subject on which an answer is expected; empty for none.
 
         Raises:
-          TransportBroken: where no connection stands.
-          TransportClosed: where the transport was closed.
-          ValueError: where the message is larger than `max_payload`.
+          TransportBroken: if there is no connection.
+          TransportClosed: if the transport was closed.
+          ValueError: if the message is larger than `max_payload`, or a subject is not valid.
 
         """
         ...
 
     async def publish(self, subject: str, data: bytes, *, reply: str = "") -> None:
-        """Hand over a message for sending, after waiting while too much is under way. A checkpoint.
+        """Queue a message for sending; wait first if too much is queued already. A checkpoint.
 
-        Raises as `publish_nowait` does.
+        It takes the arguments, and raises the errors, of `publish_nowait`.
         """
         ...
 
     async def flush(self) -> None:
-        """Wait until the server has taken in all that was published before. A checkpoint.
+        """Wait until the server has received all that was published before. A checkpoint.
 
         Raises:
-          TransportBroken: where the connection goes away meanwhile.
+          TransportBroken: if there is no connection, or it is lost meanwhile.
 
         """
         ...
 
     async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
-        """Send a message and wait for its first answer. A checkpoint.
+        """Send a message, and return its first answer. A checkpoint.
 
         Args:
-          timeout: seconds.
+          subject: the subject, without ``*`` and ``>``.
+          data: the payload.
+          timeout: how long to wait for the answer, in seconds.
 
         Raises:
-          NoResponders: where nobody is subscribed to the subject.
+          NoResponders: if no process is subscribed to the subject.
           PermissionDenied: if the server's permissions refuse the message, or the subscription on
             which its answer comes.
-          TransportBroken: where no answer comes in time, or the connection goes away.
+          TransportBroken: if no answer comes in time, or the connection is lost.
 
         """
         ...
@@ -143,16 +154,16 @@ class Transport(Protocol):
     def open_request(
         self, subject: str, data: bytes
     ) -> AbstractAsyncContextManager[AsyncIterator[Reply]]:
-        """Send a message, and hear every answer to it for the length of a block.
+        """Send a message, and iterate over all its answers in a block.
 
         Entering and each step of the iterator are checkpoints. The iterator raises `NoResponders`
-        where nobody is subscribed to the subject, `PermissionDenied` if the server's permissions
-        refuse the message, and `TransportBroken` where the connection goes away. It does not end by
-        itself.
+        if no process is subscribed to the subject, `PermissionDenied` if the server's permissions
+        refuse the message or the subscription on which its answers come, and `TransportBroken` if
+        the connection is lost. It does not end by itself.
 
         Raises:
-          TransportBroken: where no connection stands.
-          ValueError: where the message is larger than `max_payload`.
+          TransportBroken: if there is no connection.
+          ValueError: if the message is larger than `max_payload`.
 
         """
         ...
@@ -160,29 +171,30 @@ class Transport(Protocol):
     def open_subscription(
         self, subject: str, *, capacity: int = SUBSCRIPTION_MESSAGES
     ) -> AbstractAsyncContextManager[AsyncIterator[Message]]:
-        """Subscribe for the length of a block.
+        """Subscribe to a subject, and iterate over its messages in a block.
 
-        Where a connection stands, the server knows of the subscription once the block is entered.
-        The subscription outlives reconnects; its iterator raises `TransportClosed` when the
-        transport is closed. Entering and each step of the iterator are checkpoints.
+        If there is a connection, the server knows the subscription when the block begins. The
+        subscription outlives reconnects. Its iterator raises `TransportClosed` when the transport
+        is closed. Entering and each step of the iterator are checkpoints.
 
         Args:
-          capacity: how many messages may wait to be taken; later ones are dropped and counted.
+          subject: the subject, which may contain ``*`` and ``>``.
+          capacity: how many messages may wait for the iterator; more are dropped and counted.
 
         """
         ...
 
     async def aclose(self) -> None:
-        """Close the transport; doing it again changes nothing. Releases even when cancelled."""
+        """Close the transport. A second call has no effect. It closes even when cancelled."""
         ...
 
     def statistics(self) -> TransportStatistics:
-        """Return the counters."""
+        """Return a snapshot of the counters. Not a checkpoint."""
         ...
 
 
 def matches(pattern: str, subject: str) -> bool:
-    """Tell whether a subject falls under a pattern of NATS's."""
+    """Tell whether a subject matches a pattern, by the rules of NATS."""
     if pattern == subject:
         return True
     wanted, tokens = pattern.split("."), subject.split(".")
@@ -195,13 +207,13 @@ def matches(pattern: str, subject: str) -> bool:
 
 
 def check_subject(subject: str) -> None:
-    """Refuse what no message can be published on."""
+    """Raise `ValueError` unless a message can be published on this subject."""
     if not all(map(_is_plain, subject.split("."))):
         raise ValueError(f"not a subject to publish on: {subject!r}")
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse what no subscription can be made to."""
+    """Raise `ValueError` unless a subscription can be made to this subject."""
     *tokens, last = pattern.split(".")
     plain = all(token == "*" or _is_plain(token) for token in tokens)
     if not plain or not (last in ("*", ">") or _is_plain(last)):

@@ -1,7 +1,8 @@
-"""One value under compare-and-set: what keeps the record that metronomes share.
+"""A store of one value under compare-and-set, for the record that metronomes share.
 
-The store holds one value and its revision, and takes a write only over the revision that the writer
-has seen. An answer that is lost leaves it unknown whether a write was made: it is read back.
+The store keeps one value and its revision. It accepts a write only if the writer names the present
+revision. If the answer to a write is lost, the writer does not know whether the value was stored,
+and has to read it back.
 """
 
 from __future__ import annotations
@@ -14,48 +15,48 @@ from .._errors import BackbeatError
 
 
 class Entry(NamedTuple):
-    """A value as it is stored, and its revision; empty and 0 where there is none."""
+    """A stored value and its revision; an empty value and 0 if nothing is stored."""
 
     data: bytes
     revision: int
 
 
 class Conflict(BackbeatError):
-    """Somebody else has written since; what is there now has been read."""
+    """The value was not written, because another process has written since the last read."""
 
 
 class RecordRefused(BackbeatError):
-    """The store refuses to keep the value, and would do so again."""
+    """The store refuses to keep the value, and trying again will not help."""
 
 
 class Store(Protocol):
     """One value under compare-and-set."""
 
     async def open(self) -> bool:
-        """Make the place for the value where it is missing; return whether there can be one.
+        """Create the place for the value if it is missing, and return whether it can be kept.
 
         Raises:
-          RecordRefused: where the store will never keep it.
-          TransportBroken: where that cannot be told, as the store does not answer.
+          RecordRefused: if the store will never keep it.
+          TransportBroken: if the store does not answer.
 
         """
         ...
 
     async def read(self) -> Entry:
-        """Return what is stored.
+        """Return the stored value and its revision.
 
         Raises:
-          TransportBroken: where the store does not answer.
+          TransportBroken: if the store does not answer.
 
         """
         ...
 
     async def write(self, data: bytes, revision: int) -> int:
-        """Store a value over a revision, and return its own.
+        """Replace the value of a revision, and return the new revision.
 
         Raises:
-          Conflict: where another revision is stored.
-          TransportBroken: where the store does not answer; it may have been written.
+          Conflict: if another revision is stored.
+          TransportBroken: if the store does not answer. The value may have been written.
 
         """
         ...
@@ -63,26 +64,32 @@ class Store(Protocol):
 
 @final
 class MemoryStore:
-    """A value that is kept in this process, for the metronomes of one cluster on one bus.
+    """A store in this process, for the metronomes of one cluster on one bus.
 
-    They share Trio's clock, so they can also share cluster time, and take turns by a lock.
+    The metronomes use the same clock, so they also share the offset of cluster time here. A lock
+    decides which of them leads.
     """
 
     def __init__(self) -> None:
         self.turn: trio.Lock = trio.Lock()
-        """Held by whoever leads."""
+        """The metronome that leads holds this lock."""
         self.offset_ns: int = 0
-        """Cluster time minus local time, as whoever led last had it."""
+        """Cluster time minus local time, in ns, as the last leader had it."""
         self._entry = Entry(b"", 0)
 
     def read_nowait(self) -> Entry:
-        """Return what is stored."""
+        """Return the stored value and its revision."""
         return self._entry
 
     def write_nowait(self, data: bytes, revision: int) -> int:
-        """Store a value over a revision, and return its own; raise `Conflict` over another one."""
+        """Replace the value of a revision, and return the new revision.
+
+        Raises:
+          Conflict: if another revision is stored.
+
+        """
         if revision != self._entry.revision:
-            raise Conflict("the value was written by somebody else")
+            raise Conflict("another process has written the value")
         self._entry = Entry(data, revision + 1)
         return revision + 1
 
