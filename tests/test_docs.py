@@ -37,6 +37,8 @@ def test_no_block_is_left_out() -> None:
         ("regions.md", "sh"),
         ("security.md", "sh"),
         ("testing.md", "python"),
+        # Run by `tests/session/test_web.py`.
+        ("web.md", "python"),
     }
     assert len(blocks(DOCS["operating.md"], "sh")) == len(blocks(DOCS["regions.md"], "sh")) == 1
 

@@ -155,6 +155,7 @@ async def test_leader_that_only_beats() -> None:
         await until(lambda: bb.statistics().frames >= frames + 5)
         await until(lambda: abs(bb.current_beat() - publisher.sent) <= 1)
         assert bb.statistics().locks == 1
-        assert bb.statistics().pings_failed == bb.statistics().pings
+        # One may be under way.
+        await until(lambda: bb.statistics().pings_failed == bb.statistics().pings)
         publisher.going = False
         await degraded(bb, True)
