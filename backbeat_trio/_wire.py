@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 MIN_MILLI_BPM: Final = 100
 MAX_MILLI_BPM: Final = 6_000_000
@@ -126,6 +126,35 @@ class StatusClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat
     """How many peers take part in the operation."""
     estimated_beats: int | UnsetType = UNSET
     """How many beats the operation was expected to take when it started."""
+
+
+class LiveClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat.statusclaim.v1"):
+    """A `StatusClaim` of a live operation, with all that stays the same between beats encoded.
+
+    Encoding it gives the same bytes as the `StatusClaim`, in less time.
+    """
+
+    agent_id: str
+    task_id: str
+    beat_index: int
+    state: ClaimState
+    beats_left: int
+    progress: float
+    notes: Raw
+    """The notes and all fields after them; see `encode_details`."""
+
+
+def encode_details(
+    notes: str, cluster_id: str, operation_type: str, phase: str, peers: int, estimated_beats: int
+) -> Raw:
+    """Encode the notes of a claim and all fields after them, for `LiveClaim`."""
+    claim = StatusClaim(
+        *("", "", 0, "executing", 0, 0.0),
+        *(notes, cluster_id, operation_type, phase, peers, estimated_beats),
+    )
+    # Neither the fields before it nor `type` contain this.
+    _, _, details = encode(claim).partition(b'"notes":')
+    return Raw(details[:-1])
 
 
 class SyncRequest(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
@@ -403,27 +432,28 @@ class ClaimArrays:
         self.dropped = 0
         """How many claims were left out, because they do not fit into any array."""
         self._limit = limit
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | memoryview] = []
         self._size = 2
 
-    def add(self, claims: Sequence[StatusClaim]) -> list[bytes]:
+    def add(self, claims: Sequence[StatusClaim | LiveClaim]) -> list[bytes]:
         """Take in some claims, and return the arrays that became full by it."""
         if not claims:
             return []
-        piece = encode(claims)[1:-1]
+        piece = memoryview(encode(claims))[1:-1]
         if len(piece) + 2 > self._limit:
             if len(claims) > 1:
                 middle = len(claims) // 2
                 return self.add(claims[:middle]) + self.add(claims[middle:])
-            shortened = encode_claim(claims[0], self._limit - 2)
+            (claim,) = decode_claims(encode(claims))
+            shortened = encode_claim(claim, self._limit - 2)
             if shortened is None:
                 self.dropped += 1
                 return []
-            piece = shortened
+            piece = memoryview(shortened)
         full = []
         if self._size + len(piece) > self._limit:
             full.append(self.take())
-        self._pieces.append(piece)
+        self._pieces += (b"," if self._pieces else b"[", piece)
         self._size += len(piece) + 1
         return full
 
@@ -431,7 +461,8 @@ class ClaimArrays:
         """Return what has been gathered and begin anew; empty bytes where nothing was."""
         if not self._pieces:
             return b""
-        array = b"[" + b",".join(self._pieces) + b"]"
+        # In one go, as it is up to a megabyte that would be copied.
+        array = b"".join((*self._pieces, b"]"))
         self._pieces.clear()
         self._size = 2
         return array

@@ -247,6 +247,27 @@ def test_arrays_hold_all_claims_that_can_fit_and_keep_the_limit(
         assert after == before or is_shortened(after, before)
 
 
+@given(st.lists(claims, max_size=12), st.integers(64, 4000))
+def test_arrays_take_claims_that_are_partly_encoded_as_others(
+    batch: list[wire.StatusClaim], limit: int
+) -> None:
+    fields = ("cluster", "election", "started", 0, 5)
+    names = ("cluster_id", "operation_type", "phase", "peers", "estimated_beats")
+    full = [
+        msgspec.structs.replace(claim, **dict(zip(names, fields, strict=True))) for claim in batch
+    ]
+    partly = [
+        wire.LiveClaim(
+            *(claim.agent_id, claim.task_id, claim.beat_index, claim.state, claim.beats_left),
+            *(claim.progress, wire.encode_details(claim.notes, *fields)),
+        )
+        for claim in batch
+    ]
+    arrays, others = wire.ClaimArrays(limit), wire.ClaimArrays(limit)
+    assert [*arrays.add(partly), arrays.take()] == [*others.add(full), others.take()]
+    assert arrays.dropped == others.dropped
+
+
 @given(claims, st.integers(64, 4000))
 def test_a_claim_is_shortened_no_more_than_it_must_be(claim: wire.StatusClaim, limit: int) -> None:
     data = wire.encode_claim(claim, limit)

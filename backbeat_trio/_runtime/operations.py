@@ -10,9 +10,11 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, Final, Protocol, final
 
+from msgspec import Raw
+
 from .._checks import check_integer
 from .._errors import InvalidTransition, OperationExists, OperationNotFound
-from .._wire import ClaimState, StatusClaim
+from .._wire import ClaimState, LiveClaim, StatusClaim, encode_details
 
 
 class Phase(enum.IntEnum):
@@ -46,6 +48,8 @@ DEFAULT_ESTIMATE: Final = 8
 
 # The most characters of a type or an id.
 _MAX_NAME: Final = 1000
+# How many descriptions are kept for operations that are alike.
+_DESCRIPTIONS: Final = 1024
 # How many characters of its type an id that is made up begins with.
 _TYPE_IN_ID: Final = 100
 # A name of its own, as the comparison with it is made for each operation on each beat.
@@ -88,6 +92,19 @@ def _text(name: str, value: str) -> str:
 
 
 @final
+class _Description:
+    # What the claims of operations say as long as nothing about the operations changes. Operations
+    # of which the same is to be said share one, as there may be a hundred thousand of them.
+
+    __slots__ = ("encoded", "notes", "phase")
+
+    def __init__(self, notes: str, phase: str, encoded: Raw) -> None:
+        self.notes = notes
+        self.phase = phase
+        self.encoded = encoded
+
+
+@final
 class Operation:
     """A tracked piece of distributed work, made by `Session.operation` and `start_operation`.
 
@@ -96,8 +113,7 @@ class Operation:
     """
 
     __slots__ = (
-        "_notes",
-        "_phase_name",
+        "_description",
         "_start",
         "_table",
         "beats",
@@ -117,8 +133,7 @@ class Operation:
     phase: Phase
     peers: int
     """How many peers take part."""
-    _notes: str
-    _phase_name: str
+    _description: _Description
     _start: int
     _table: Operations
 
@@ -204,6 +219,7 @@ class Operations:
         self._node_id = node_id
         self._host = host
         self._live: dict[str, Operation] = {}
+        self._descriptions: dict[tuple[str, Phase, int, int], _Description] = {}
         # Start beats are kept less this, so that changing grid is a single addition however many
         # operations live.
         self._shift = 0
@@ -259,7 +275,7 @@ class Operations:
         operation._table = self
         operation._start = beat - self._shift
         self._live[id] = operation
-        self._annotate(operation)
+        self._describe(operation)
         self._host.emit(self._claim(operation, beat))
         return operation
 
@@ -278,7 +294,7 @@ class Operations:
         if peers is not None:
             operation.peers = check_integer("peers", peers, 0)
         operation.phase = phase
-        self._annotate(operation)
+        self._describe(operation)
         self._host.emit(self._claim(operation, self.current_beat()))
 
     def complete(self, operation: Operation, peers: int | None) -> None:
@@ -287,7 +303,6 @@ class Operations:
         if peers is not None:
             operation.peers = check_integer("peers", peers, 0)
         operation.phase = Phase.COMPLETED
-        self._annotate(operation)
         self._end(operation, "done", 1.0)
 
     def fail(self, operation: Operation, reason: str) -> None:
@@ -303,43 +318,32 @@ class Operations:
 
     def _fail(self, operation: Operation, reason: str) -> None:
         operation.phase = Phase.FAILED
-        self._annotate(operation)
-        operation._notes = f"P2P operation failed: {reason} (type: {operation.type})"
-        self._end(operation, "failed", 0.0)
+        notes = f"P2P operation failed: {reason} (type: {operation.type})"
+        self._end(operation, "failed", 0.0, notes)
 
-    def claims(self, operations: Iterable[Operation], beat: int) -> list[StatusClaim]:
+    def claims(self, operations: Iterable[Operation], beat: int) -> list[LiveClaim]:
         """Return the beat's claims of those among ``operations`` that still live."""
         # As `_claim` does, without a call for each: this is where a beat's time goes.
-        agent_id, cluster_id, since = self._agent_id, self._cluster_id, beat - self._shift
+        agent_id, since = self._agent_id, beat - self._shift
         return [
-            StatusClaim(
+            LiveClaim(
                 agent_id,
                 operation.id,
                 beat,
                 "executing",
                 left,
                 (since - operation._start) / operation.beats,
-                operation._notes,
-                cluster_id,
-                operation.type,
-                operation._phase_name,
-                operation.peers,
-                operation.beats,
+                operation._description.encoded,
             )
             if (left := operation.beats - since + operation._start) > 0
-            else StatusClaim(
+            else LiveClaim(
                 agent_id,
                 operation.id,
                 beat,
                 "executing",
                 0,
                 1.0,
-                operation._notes,
-                cluster_id,
-                operation.type,
-                operation._phase_name,
-                operation.peers,
-                operation.beats,
+                operation._description.encoded,
             )
             for operation in operations
             if operation.phase < _COMPLETED
@@ -352,46 +356,57 @@ class Operations:
             raise InvalidTransition(f"operation {operation.id!r} has ended: {ended}")
         self._host.check_open()
 
-    def _annotate(self, operation: Operation) -> None:
-        operation._phase_name = operation.phase.name.lower()
-        operation._notes = (
-            f"P2P {operation.type}: {operation._phase_name} "
-            f"(peers: {operation.peers}, node: {self._node_id})"
-        )
+    def _describe(self, operation: Operation) -> None:
+        fields = operation.type, operation.phase, operation.peers, operation.beats
+        found = self._descriptions.get(fields)
+        if found is None:
+            if len(self._descriptions) >= _DESCRIPTIONS:
+                self._descriptions.clear()
+            found = self._descriptions[fields] = self._description_of(*fields)
+        operation._description = found
+
+    def _description_of(self, type: str, phase: Phase, peers: int, beats: int) -> _Description:
+        name = phase.name.lower()
+        notes = f"P2P {type}: {name} (peers: {peers}, node: {self._node_id})"
+        encoded = encode_details(notes, self._cluster_id, type, name, peers, beats)
+        return _Description(notes, name, encoded)
 
     def _claim(self, operation: Operation, beat: int) -> StatusClaim:
-        estimate = operation.beats
         passed = beat - operation._start - self._shift
-        left = estimate - passed
+        left = operation.beats - passed
+        progress = passed / operation.beats if left > 0 else 1.0
+        notes = operation._description.notes
+        return self._full_claim(operation, beat, "executing", max(0, left), progress, notes)
+
+    def _end(
+        self, operation: Operation, state: ClaimState, progress: float, notes: str | None = None
+    ) -> None:
+        del self._live[operation.id]
+        self._describe(operation)
+        notes = operation._description.notes if notes is None else notes
+        claim = self._full_claim(operation, self.current_beat(), state, 0, progress, notes)
+        self._host.emit(claim, terminal=True)
+
+    def _full_claim(
+        self,
+        operation: Operation,
+        beat: int,
+        state: ClaimState,
+        left: int,
+        progress: float,
+        notes: str,
+    ) -> StatusClaim:
         return StatusClaim(
             self._agent_id,
             operation.id,
             beat,
-            "executing",
-            max(0, left),
-            passed / estimate if left > 0 else 1.0,
-            operation._notes,
-            self._cluster_id,
-            operation.type,
-            operation._phase_name,
-            operation.peers,
-            estimate,
-        )
-
-    def _end(self, operation: Operation, state: ClaimState, progress: float) -> None:
-        del self._live[operation.id]
-        claim = StatusClaim(
-            self._agent_id,
-            operation.id,
-            self.current_beat(),
             state,
-            0,
+            left,
             progress,
-            operation._notes,
+            notes,
             self._cluster_id,
             operation.type,
-            operation._phase_name,
+            operation._description.phase,
             operation.peers,
             operation.beats,
         )
-        self._host.emit(claim, terminal=True)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from backbeat_trio import (
@@ -19,6 +19,7 @@ from backbeat_trio import (
     StatusClaim,
 )
 from backbeat_trio._runtime.operations import ESTIMATES, Operations
+from backbeat_trio._wire import decode_claims, encode
 
 
 class Owner:
@@ -84,15 +85,42 @@ def test_a_failure_to_the_letter() -> None:
     )
 
 
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=50)
+
+
+@given(names, names, st.integers(1, 10**9), st.integers(0, 10**9), st.integers(0, 100))
+def test_claims_of_a_beat_are_encoded_as_claims_of_transitions(
+    type: str, id: str, beats: int, peers: int, passed: int
+) -> None:
+    owner = Owner()
+    operation = owner.start(type, id=id, beats=beats)
+    other = owner.start(type, id=f"{id} again", beats=beats)
+    owner.beat += passed
+    for each in (operation, other):
+        each.advance(Phase.EXECUTING, peers=peers)
+    live = owner.table.claims(owner.table.live(), owner.beat)
+    assert [encode(each) for each in live] == [encode(claim) for claim in owner.claims[-2:]]
+    assert [decode_claims(encode(each)) for each in live] == [[c] for c in owner.claims[-2:]]
+
+
+def test_operations_of_many_kinds_keep_what_their_claims_say() -> None:
+    owner = Owner()
+    operations = [owner.start(id=f"{number}", beats=number + 1) for number in range(3000)]
+    claims = [decode_claims(encode(live))[0] for live in owner.table.claims(operations, 100)]
+    assert claims == owner.claims
+    assert [claim.estimated_beats for claim in claims] == list(range(1, 3001))
+
+
 @pytest.mark.parametrize("passed", [1, 5, 9])
 def test_the_claims_of_a_beat_have_the_fields_of_a_transition(passed: int) -> None:
     owner = Owner()
     operation = owner.start(beats=5)
     operation.advance(Phase.EXECUTING, peers=4)
     owner.beat += passed
-    (claim,) = owner.table.claims([operation], owner.beat)
+    (live,) = owner.table.claims([operation], owner.beat)
     operation.advance(Phase.EXECUTING)
-    assert claim == owner.claims[-1]
+    claim = owner.claims[-1]
+    assert encode(live) == encode(claim)
     fields = (claim.cluster_id, claim.operation_type, claim.phase, claim.peers)
     assert fields == ("test-cluster", "election", "executing", 4)
     assert claim.estimated_beats == 5
@@ -298,7 +326,8 @@ class OperationMachine(RuleBasedStateMachine):
     @invariant()
     def claims_say_what_the_model_says(self) -> None:
         owner = self.owner
-        claims = owner.table.claims(owner.table.live(), owner.beat)
+        live = owner.table.claims(owner.table.live(), owner.beat)
+        claims = decode_claims(encode(live))
         assert {claim.task_id for claim in claims} == set(self.model)
         for claim in claims:
             phase, peers, start, beats = self.model[claim.task_id]
