@@ -9,6 +9,7 @@ repeated after the server was away.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -166,24 +167,28 @@ class StreamArchive:
     async def read(self, subject: str, number: int) -> Sequence[Stored]:
         """See `Archive.read`."""
         width = self._width
-        found: dict[int, Stored] = {}
+        answers: list[_StoredMessage | None] = [None] * width
         failures: list[Exception] = []
 
-        async def get(number: int) -> None:
+        async def get(index: int) -> None:
             try:
-                message = await self._patiently(lambda: self._get(subject, number))
+                answers[index] = await self._patiently(lambda: self._get(subject, number + index))
             except Exception as error:  # noqa: BLE001 - it is raised again, outside of the nursery
                 failures.append(error)
-                return
-            if message is not None:
-                found[message.seq] = Stored(message.seq, _restored(message))
 
         async with trio.open_nursery() as nursery:
-            for each in range(number, number + width):
-                nursery.start_soon(get, each)
+            for index in range(width):
+                nursery.start_soon(get, index)
         if failures:
             raise failures[0]
         # Each request brings the first message from its number on, so nothing in between is missed.
+        # A request that brings none was answered before there was one. Those after it may have been
+        # answered later, when messages had been stored that it did not see.
+        found = {
+            message.seq: Stored(message.seq, _restored(message))
+            for message in itertools.takewhile(lambda message: message is not None, answers)
+            if message is not None
+        }
         # The fewer of the numbers are on the subject, the more requests bring the same.
         if len(found) > width // 2:
             self._width = min(2 * width, _AT_ONCE)
