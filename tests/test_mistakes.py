@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import typing
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,23 @@ from typing import Any
 import helpers
 import msgspec
 import pytest
+import trio
 import trustme
 from certificates import Certificates
-from helpers import connected, until
+from helpers import connected, leading, leading_at, pause, until
 
-from backbeat_trio import BackbeatConfig, PermissionDenied, session
+from backbeat_trio import (
+    BackbeatConfig,
+    MemoryBus,
+    MemoryTransport,
+    Metronome,
+    PermissionDenied,
+    Session,
+    TransportBroken,
+    session,
+)
 from backbeat_trio._config import ConfigFields
+from backbeat_trio._transport.jetstream import KeyValueStore
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 
 guarded = helpers.guarded(120)
@@ -28,6 +41,8 @@ def users(permissions: str) -> str:
         f"authorization {{ users: [{{ user: u, password: p, permissions: {{ {permissions} }} }}] }}"
     )
 
+
+Clock = trio.testing.MockClock
 
 LOGIN: Any = {"user": "u", "password": "p"}
 
@@ -183,3 +198,454 @@ async def test_the_end_of_a_tls_connection_makes_no_noise(
         await until(lambda: not helpers.client_threads())
     assert "eof_received" not in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# What a session logs. In virtual time first.
+
+
+class Lines(logging.Handler):
+    """The lines that a session logs, at INFO and above, but for those on its start and end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logger = logging.getLogger(f"test-{id(self)}")
+        self.logger.setLevel(logging.INFO)
+        self.logger.propagate = False
+        self.logger.addHandler(self)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def of(self, level: int) -> list[str]:
+        return [
+            record.getMessage()
+            for record in self.records
+            if record.levelno == level and "CHORUS BACKBEAT" not in record.getMessage()
+        ]
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.of(logging.WARNING)
+
+    @property
+    def infos(self) -> list[str]:
+        return self.of(logging.INFO)
+
+
+@pytest.fixture
+def lines() -> Lines:
+    return Lines()
+
+
+@asynccontextmanager
+async def metronome_on(bus: MemoryBus, **settings: Any) -> AsyncGenerator[MemoryTransport, None]:
+    """Run a metronome on a bus for the length of a block."""
+    transport = MemoryTransport(bus)
+    given: dict[str, Any] = {"cluster_id": CLUSTER_ID, "leader_id": "pulse-a", "bus": bus}
+    metronome = Metronome(transport, **given | settings)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(transport.run)
+        await nursery.start(metronome.run)
+        yield transport
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("bpm", [0.1, 2.0, 120.0, 6000.0])
+async def test_a_healthy_session_says_nothing_at_warning(
+    bpm: float, autojump_clock: Clock, lines: Lines
+) -> None:
+    async with session(nats_url="memory://healthy", tempo_bpm=bpm, logger=lines.logger) as bb:
+        await bb.sleep(min(1000, 20 * bpm))
+        async with bb.operation("election"):
+            await bb.sleep(2)
+        await bb.set_tempo(2 * bpm if bpm < 3000 else bpm / 2)
+        await bb.sleep(10)
+        await bb.pause()
+        await trio.sleep(1000)
+        await bb.resume()
+        await bb.sleep(10)
+    assert lines.warnings == []
+    assert [text for text in lines.infos if "metronome" not in text and "lock" not in text] == [
+        "connected"
+    ]
+
+
+async def test_a_metronome_that_dies_is_said_once_and_so_is_its_return(
+    autojump_clock: Clock, lines: Lines
+) -> None:
+    bus = MemoryBus()
+
+    async def lead_at_first(*, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        with trio.CancelScope() as scope:
+            async with metronome_on(bus, tempo_bpm=60.0):
+                task_status.started(scope)
+                await trio.sleep_forever()
+
+    async with (
+        trio.open_nursery() as nursery,
+        open_session(bus, logger=lines.logger, lock_timeout=0.0) as bb,
+    ):
+        first = await nursery.start(lead_at_first)
+        await until(lambda: bb.health().grid == "locked")
+        await bb.sleep(20.5)
+        assert lines.warnings == []
+        first.cancel()
+        for name in ("pulse-b", "pulse-c"):
+            lines.records.clear()
+            await bb.sleep(5)
+            assert len(lines.warnings) == 1
+            await bb.sleep(1000)
+            (said,) = lines.warnings
+            assert "no metronome has been heard in cluster 'test-cluster' for " in said
+            assert "the grid goes on by the local clock, at 60 BPM. Check " in said
+            assert lines.infos == []
+            assert bb.health().leader_id is None
+            async with metronome_on(bus, tempo_bpm=60.0, leader_id=name):
+                await bb.sleep(20)
+                again = f"a metronome is heard again in cluster 'test-cluster' - leader={name}"
+                assert lines.infos.count(again) == 1
+                assert lines.warnings == [said]
+
+
+async def test_a_metronome_heard_now_and_then_is_said_once(
+    autojump_clock: Clock, lines: Lines
+) -> None:
+    bus = MemoryBus()
+    async with (
+        metronome_on(bus, tempo_bpm=60.0) as transport,
+        open_session(bus, logger=lines.logger) as bb,
+    ):
+        await bb.sleep(20)
+        for _ in range(50):
+            transport.sever()
+            await trio.sleep(3.9)
+            transport.restore()
+            await trio.sleep(1.1)
+        assert len(lines.warnings) == 1
+        assert not any("heard again" in text for text in lines.infos)
+        await trio.sleep(20)
+        assert sum("heard again" in text for text in lines.infos) == 1
+        assert len(lines.warnings) == 1
+
+
+async def test_a_late_lock_is_no_mistake(autojump_clock: Clock, lines: Lines) -> None:
+    bus = MemoryBus()
+    async with open_session(bus, logger=lines.logger, lock_timeout=0.0) as bb:
+        await trio.sleep(2)
+        async with metronome_on(bus):
+            await until(lambda: bb.health().grid == "locked")
+            await trio.sleep(600)
+            assert lines.warnings == []
+
+
+async def test_a_local_grid_is_said_with_the_length_of_its_beat(
+    autojump_clock: Clock, lines: Lines
+) -> None:
+    bus = MemoryBus()
+    async with open_session(bus, logger=lines.logger) as bb:
+        await trio.sleep(10_000)
+        (said,) = lines.warnings
+        assert said.startswith("no metronome has been heard in cluster 'test-cluster' for 0.0833 ")
+        assert "counting on a local grid, where a beat lasts 30 s" in said
+        assert "CHORUS_BACKBEAT_CLUSTER_ID" in said
+        assert "backbeat pulse --cluster-id test-cluster" in said
+        async with metronome_on(bus):
+            await trio.sleep(100)
+        assert sum("heard again" in text for text in lines.infos) == 1
+        assert bb.health().errors == ()
+
+
+async def test_an_outage_is_said_once_for_each_reason(autojump_clock: Clock, lines: Lines) -> None:
+    bus = MemoryBus()
+    transport = MemoryTransport(bus)
+    async with (
+        metronome_on(bus),
+        open_session(transport=transport, logger=lines.logger) as bb,
+    ):
+        await trio.sleep(100)
+        assert (lines.warnings, lines.infos[0]) == ([], "connected")
+        transport.sever()
+        await trio.sleep(300)
+        bb.start_operation("election").complete()
+        for _ in range(100):
+            await trio.sleep(60)
+            for reason in ("the first reason", "another reason"):
+                transport._note_down(TransportBroken(reason))
+                await trio.sleep(1)
+        lost, *others = lines.warnings
+        assert lost == "connection lost: the connection was severed"
+        meanwhile = "the grid goes on by the local clock, at 2 BPM"
+        assert [text for text in others if "terminal" not in text] == [
+            f"not connected: {reason}; {meanwhile}. Check `nats_url` (CHORUS_BACKBEAT_NATS_URL), "
+            "and that a NATS server listens there; the session goes on trying"
+            for reason in ("the first reason", "another reason")
+        ]
+        (waiting,) = [text for text in others if "terminal" in text]
+        assert waiting.startswith("1 terminal claims wait: there is no connection.")
+        lines.records.clear()
+        transport.restore()
+        await trio.sleep(300)
+        assert lines.warnings == []
+        assert [text.partition(" after")[0] for text in lines.infos] == [
+            "connected again",
+            "terminal claims are delivered again",
+        ]
+
+
+async def test_a_connection_that_flaps_is_not_said_for_ever(
+    autojump_clock: Clock, lines: Lines
+) -> None:
+    bus = MemoryBus()
+    transport = MemoryTransport(bus)
+    async with (
+        metronome_on(bus, tempo_bpm=60.0),
+        open_session(transport=transport, logger=lines.logger),
+    ):
+        for _ in range(1000):
+            await trio.sleep(0.5)
+            transport.sever()
+            await trio.sleep(0.5)
+            transport.restore()
+        assert len(lines.records) < 25
+
+
+async def test_each_error_is_said_once(autojump_clock: Clock, lines: Lines) -> None:
+    transport = MemoryTransport(MemoryBus())
+    async with (
+        metronome_on(transport.bus, tempo_bpm=60.0),
+        open_session(transport=transport, logger=lines.logger) as bb,
+    ):
+        for _ in range(100):
+            transport.note_error("one error")
+            await bb.sleep(0.5)
+            transport.note_error("another error")
+        assert lines.warnings == ["one error", "another error"]
+        assert set(lines.warnings) == set(bb.health().errors)
+
+
+# The mistakes, on a real server.
+
+
+async def said(lines: Lines, *words: str) -> str:
+    """Wait for a line at WARNING that has these words in it, and return it."""
+
+    def found() -> list[str]:
+        return [text for text in lines.warnings if all(word in text for word in words)]
+
+    await until(found)
+    return found()[0]
+
+
+async def said_once(lines: Lines, bb: Session, *words: str) -> str:
+    """Wait for that line, and see that it does not come again within some beats."""
+    text = await said(lines, *words)
+    await trio.sleep(1)
+    await bb.sleep(4)
+    assert lines.warnings.count(text) == 1
+    same = [line for line in lines.warnings if all(word in line for word in words)]
+    assert same == [text]
+    return text
+
+
+@asynccontextmanager
+async def mistaken(lines: Lines, **settings: Any) -> AsyncGenerator[Session, None]:
+    """Open a session that has one setting wrong."""
+    given: dict[str, Any] = {"cluster_id": CLUSTER_ID, "agent_id": "agent-1", "tempo_bpm": 120.0}
+    async with session(BackbeatConfig(**given | settings), logger=lines.logger) as bb:
+        yield bb
+
+
+LOCAL = "counting on a local grid, where a beat lasts 0.5 s. "
+
+
+@guarded
+async def test_a_healthy_session_over_nats_says_nothing_at_warning(lines: Lines) -> None:
+    async with (
+        NatsServer(["-js"]) as server,
+        leading_at(server.url, tempo_bpm=120.0),
+        # Waits as long as it takes on a slow machine.
+        mistaken(lines, nats_url=server.url, lock_timeout=60.0) as bb,
+    ):
+        async with bb.operation("election"):
+            await bb.sleep(2)
+        await bb.sleep(10)
+    # Only a machine that does not get round to it may put the position off.
+    assert [text for text in lines.warnings if "of the cluster by" not in text] == []
+    assert "connected" in lines.infos
+
+
+@guarded
+async def test_wrong_url(lines: Lines) -> None:
+    async with NatsServer() as server:
+        url = server.url
+    async with mistaken(lines, nats_url=url) as bb:
+        text = await said_once(lines, bb, "not connected: no connection to", url)
+        assert LOCAL in text
+        assert "Check `nats_url` (CHORUS_BACKBEAT_NATS_URL), and that a NATS server listens" in text
+        assert lines.warnings == [text]
+
+
+@guarded
+async def test_host_that_does_not_exist(lines: Lines) -> None:
+    async with mistaken(lines, nats_url="nats://no-such-host.invalid:4222") as bb:
+        text = await said_once(lines, bb, "not connected: ", "no-such-host.invalid")
+        assert "CHORUS_BACKBEAT_NATS_URL" in text
+
+
+@guarded
+async def test_server_that_does_not_answer_at_first(lines: Lines) -> None:
+    # Before the attempt to connect is given up there is no reason to name.
+    async with (
+        NatsServer() as server,
+        mistaken(lines, nats_url=server.url, connect_timeout=30.0, lock_timeout=0.0) as healthy,
+    ):
+        await until(lambda: healthy.health().connected)
+        pause(server)
+        try:
+            async with mistaken(
+                lines, nats_url=server.url, connect_timeout=30.0, lock_timeout=0.0
+            ) as bb:
+                await said_once(lines, bb, f"not connected: no answer from {server.url} yet")
+        finally:
+            server.resume()
+
+
+@guarded
+async def test_wrong_password_is_said_and_no_secret_is(lines: Lines) -> None:
+    lines.logger.setLevel(logging.DEBUG)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.DEBUG)
+    root.addHandler(lines)
+    try:
+        async with (
+            NatsServer(config=users("")) as server,
+            mistaken(lines, nats_url=server.url, user="u", password="s3cr3t-p") as bb,
+        ):
+            text = await said_once(lines, bb, "not connected: ", "refused the credentials")
+            assert "authorization violation" in text.lower()
+            assert "CHORUS_BACKBEAT_USER, CHORUS_BACKBEAT_PASSWORD" in text
+    finally:
+        root.removeHandler(lines)
+        root.setLevel(level)
+    assert any(record.levelno == logging.DEBUG for record in lines.records)
+    for record in lines.records:
+        assert "s3cr3t-p" not in f"{record.getMessage()} {record.__dict__}"
+
+
+@guarded
+async def test_wrong_ca(certificates: Certificates, lines: Lines) -> None:
+    async with NatsServer(config=certificates.config()) as server:
+        url = f"tls://127.0.0.1:{server.port}"
+        async with mistaken(lines, nats_url=url, tls_ca=certificates.other_ca) as bb:
+            text = await said_once(lines, bb, "not connected: no trusted TLS connection to", url)
+            assert "certificate verify failed" in text
+            assert "Check `tls_ca` (CHORUS_BACKBEAT_TLS_CA)" in text
+            assert lines.warnings == [text]
+
+
+@guarded
+async def test_wrong_cluster_id_or_no_metronome(lines: Lines) -> None:
+    async with (
+        NatsServer() as server,
+        leading_at(server.url, tempo_bpm=120.0),
+        mistaken(lines, nats_url=server.url, cluster_id="chorus-prodution") as bb,
+    ):
+        text = await said_once(lines, bb, "no metronome has been heard in cluster", LOCAL)
+        assert "'chorus-prodution'" in text
+        assert "Check `cluster_id` (CHORUS_BACKBEAT_CLUSTER_ID)" in text
+        assert "backbeat pulse --cluster-id chorus-prodution" in text
+        assert lines.warnings == [text]
+        async with (
+            connected(nats_url=server.url) as transport,
+            leading(transport, cluster_id="chorus-prodution", leader_id="pulse-b"),
+        ):
+            heard = "a metronome is heard again in cluster 'chorus-prodution' - leader=pulse-b"
+            await until(lambda: heard in lines.infos)
+        assert lines.infos.count(heard) == 1
+
+
+@guarded
+async def test_wrong_cluster_id_where_permissions_refuse_it(lines: Lines) -> None:
+    allowed = "backbeat.beat.right"
+    config = users(f'subscribe: ["{allowed}", "_INBOX.>"], publish: ["backbeat.status.agent-1"]')
+    async with (
+        NatsServer(config=config) as server,
+        mistaken(lines, nats_url=server.url, **LOGIN, cluster_id="wrong") as bb,
+    ):
+        for what in ("subscribe to backbeat.beat.wrong;", "publish to backbeat.sync.wrong;"):
+            text = await said_once(lines, bb, f"permission denied: this user may not {what}")
+            assert "`cluster_id` (CHORUS_BACKBEAT_CLUSTER_ID) must be the one in them" in text
+            assert "docs/security.md" in text
+            assert text in bb.health().errors
+
+
+@guarded
+async def test_wrong_agent_id(lines: Lines) -> None:
+    config = users('publish: ["backbeat.status.agent-1", "backbeat.sync.*", "$JS.API.>"]')
+    async with (
+        NatsServer(config=config) as server,
+        mistaken(lines, nats_url=server.url, **LOGIN, agent_id="Agent-2") as bb,
+    ):
+        # Without any operation.
+        text = await said_once(lines, bb, "permission denied: this user may not publish to")
+        assert "backbeat.status.Agent-2; `agent_id` (CHORUS_BACKBEAT_AGENT_ID) must be" in text
+        assert "docs/security.md" in text
+        for number in range(3):
+            bb.start_operation("election", id=f"{number}").complete()
+        await said_once(lines, bb, "backbeat.status.Agent-2")
+
+
+@guarded
+async def test_wrong_inbox_prefix(lines: Lines) -> None:
+    config = users('subscribe: ["backbeat.>", "_INBOX_agent-1.>"]')
+    async with (
+        NatsServer(config=config) as server,
+        mistaken(lines, nats_url=server.url, **LOGIN) as bb,
+    ):
+        text = await said_once(lines, bb, "permission denied: this user may not subscribe to")
+        assert "_INBOX.>, where answers to its requests come; set `inbox_prefix`" in text
+        assert "CHORUS_BACKBEAT_INBOX_PREFIX" in text
+        assert "docs/security.md" in text
+        with pytest.raises(PermissionDenied, match="_INBOX.>"):
+            await bb.set_tempo(60)
+
+
+@guarded
+async def test_no_jetstream(lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
+    async with (
+        NatsServer() as server,
+        connected(nats_url=server.url) as transport,
+    ):
+        store = KeyValueStore(transport, "backbeat-test")
+        async with (
+            leading(transport, store=store),
+            mistaken(lines, nats_url=server.url) as bb,
+        ):
+            told = [text for text in caplog.messages if "there is no JetStream" in text]
+            assert len(told) == 1
+            assert "Start nats-server with -js" in told[0]
+            for number in range(3):
+                bb.start_operation("election", id=f"{number}").complete()
+            stored = "terminal claims are not stored, as the server has no JetStream"
+            await until(lambda: any(stored in text for text in lines.infos))
+            await bb.sleep(4)
+            (text,) = [text for text in lines.infos if stored in text]
+            assert "Start nats-server with -js, or set `store_claims`" in text
+
+
+@guarded
+async def test_claims_that_wait_for_the_server(lines: Lines) -> None:
+    async with (
+        NatsServer(["-js"]) as server,
+        mistaken(lines, nats_url=server.url) as bb,
+    ):
+        bb.start_operation("election", id="first").complete()
+        await until(lambda: bb.statistics().claims_stored == 1)
+        server.kill()
+        bb.start_operation("election", id="second").complete()
+        text = await said_once(lines, bb, "terminal claims wait: there is no connection")
+        assert text.startswith("1 terminal claims wait")
+        await server.start()
+        await until(lambda: "terminal claims are delivered again" in lines.infos)

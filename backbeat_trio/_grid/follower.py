@@ -160,6 +160,11 @@ class Follower:
         """Return the cluster time at which the next frame is due."""
         return self.grid.timeline.next_beat(self.last_due_ns)
 
+    @property
+    def last_heard_ns(self) -> int:
+        """When a frame was followed last, or the grid was locked to, in local time."""
+        return self._last_heard_ns
+
     def in_holdover(self, now_ns: int) -> bool:
         """Tell whether the last two frames are missing."""
         if not self.locked:

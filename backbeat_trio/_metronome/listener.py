@@ -43,6 +43,7 @@ _PING_WAYS: Final = 4
 # Bursts are at least this many seconds apart, even if many frames must be checked.
 _ASK_EVERY: Final = 0.02
 _LOG_EVERY_NS: Final = 1_000_000_000
+_LOGGED: Final = 64
 
 
 class ListenerObserver:
@@ -103,6 +104,7 @@ class BeatListener(FollowerObserver):
         )
         self._logger = logger
         self._logged_ns = -_LOG_EVERY_NS
+        self._logged: deque[str] = deque(maxlen=_LOGGED)
         self._ask = AsyncBool(False)
         # The wait until the next burst.
         self._pause = trio.CancelScope()
@@ -300,8 +302,8 @@ class BeatListener(FollowerObserver):
         # Any process can cause such texts, so neither a repeated nor a varied one fills the log.
         now = local_ns()
         others = [entry for entry in self.recent_errors if entry[1] != text]
-        known = len(others) < len(self.recent_errors)
         self.recent_errors = deque((*others, (now, text)), maxlen=self.recent_errors.maxlen)
-        if not known and now - self._logged_ns >= _LOG_EVERY_NS:
+        if text not in self._logged and now - self._logged_ns >= _LOG_EVERY_NS:
             self._logged_ns = now
+            self._logged.append(text)
             self._logger.warning("%s", text)

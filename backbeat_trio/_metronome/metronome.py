@@ -275,7 +275,8 @@ class Metronome:
                 return self._ledger
             if not self._is_recordless:
                 self._logger.warning(
-                    "the grid has no record, as there is no JetStream; it is asked for again"
+                    "the grid has no record, as there is no JetStream; it is asked for again. "
+                    "Start nats-server with -js, so that the next metronome can go on with the grid"
                 )
             self._is_recordless = True
             break

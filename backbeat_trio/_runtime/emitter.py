@@ -17,7 +17,6 @@ its notes is dropped and counted.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import secrets
 from collections import deque
@@ -28,6 +27,7 @@ from typing import Final, Protocol, final
 import trio
 from trio_util import AsyncBool
 
+from .._config import PREFIX
 from .._errors import Logger, TransportBroken
 from .._time.clock import BeatClock
 from .._time.local import local_ns
@@ -138,8 +138,12 @@ class ClaimEmitter:
         self._logger = logger
         self.recent_errors: deque[tuple[int, str]] = deque(maxlen=8)
         """What could not be delivered, each with when that was told, in local nanoseconds."""
+        self.confirmed: int = 0
+        """How many terminal claims were confirmed, by the server or the stream."""
+        self.trouble: str = ""
+        """Why the stream does not take terminal claims at the moment; empty if it does."""
         self._logged: set[str] = set()
-        self._told_dropped = False
+        self._told_dropped = self._told_unstored = False
         self._queue: deque[tuple[StatusClaim, bool]] = deque()
         # Terminal claims that were sent, each with the connection it was sent over.
         self._unconfirmed: deque[tuple[int, StatusClaim]] = deque()
@@ -152,6 +156,11 @@ class ClaimEmitter:
         self._beat_due = False
         self._work = AsyncBool(False)
         self._sent_terminal = AsyncBool(False)
+
+    @property
+    def has_journal(self) -> bool:
+        """Whether there may be a stream for terminal claims."""
+        return self._journal is not None
 
     @property
     def pending(self) -> int:
@@ -306,8 +315,12 @@ class ClaimEmitter:
             self._to_store.value = False
             await self._transport.wait_connected()
             before = self._counts.claims_stored
-            with contextlib.suppress(TransportBroken):
+            try:
                 await self._store(journal)
+            except TransportBroken as error:
+                self.trouble = str(error)
+            else:
+                self.trouble = ""
             if self._unstored:
                 delay = _RETRY_MIN if self._counts.claims_stored > before else delay
                 await trio.sleep(delay)
@@ -335,6 +348,7 @@ class ClaimEmitter:
                 if good and self._unstored.pop(number, None) is not None:
                     self._counts.claims_sent += 1
                     self._counts.claims_stored += 1
+                    self.confirmed += 1
             if not any(stored):
                 # The stream may have gone; whether it did is asked again.
                 self._delivery = _Delivery.STREAM_SILENT
@@ -355,6 +369,14 @@ class ClaimEmitter:
         if self._delivery is _Delivery.LISTENERS:
             if journal.reason:
                 self._tell(f"no stream of terminal claims: {journal.reason}")
+            elif not self._told_unstored:
+                self._told_unstored = True
+                self._logger.info(
+                    "terminal claims are not stored, as the server has no JetStream: only those "
+                    "who listen hear them. Start nats-server with -js, or set `store_claims` "
+                    "(%sSTORE_CLAIMS) to false",
+                    PREFIX,
+                )
             self._queue.extendleft((claim, True) for claim in reversed(self._unstored.values()))
             self._unstored.clear()
             self._work.value = True
@@ -365,6 +387,7 @@ class ClaimEmitter:
         if number == self._transport.generation:
             for _ in range(count):
                 self._unconfirmed.popleft()
+            self.confirmed += count
 
     @trio.lowlevel.enable_ki_protection
     async def _confirm_forever(self) -> None:

@@ -27,6 +27,7 @@ from .._wire import StatusClaim, format_bpm
 from .claims import ClaimCounts
 from .emitter import ClaimEmitter, Journal
 from .health import GridState, Health, PendingChange, SessionStatistics, health_claim
+from .notices import Notices
 from .operations import Operations
 from .services import ServiceGroup
 
@@ -82,6 +83,7 @@ class Runtime:
         self._metronome = metronome
         self.listener: BeatListener | None = None
         self.emitter: ClaimEmitter | None = None
+        self.notices: Notices | None = None
         if transport is not None:
             self.listener = BeatListener(
                 self.clock,
@@ -99,6 +101,9 @@ class Runtime:
                 counts=self.claim_counts,
                 logger=logger,
                 journal=journal,
+            )
+            self.notices = Notices(
+                config, logger, self.clock, transport, self.listener, self.emitter
             )
 
     @property
@@ -140,7 +145,8 @@ class Runtime:
             await services.start(transport.run)
             if config.require_connection:
                 await transport.first_attempt()
-            await services.start(self._watch_connection, transport)
+            if self.notices is not None:
+                await services.start(self.notices.run)
             await services.start(self.listener.run)
             if self._metronome is not None:
                 await services.start(self._metronome.run)
@@ -149,6 +155,10 @@ class Runtime:
             await services.start(self.emitter.run)
         await services.start(self._tick)
         self.started = True
+        if self.emitter is not None and self.emitter.has_journal and config.health_beats:
+            # Over NATS permissions may refuse this agent's subject: the first claim tells, and it
+            # should not take eight beats to come.
+            self._emit_health(self.clock.index())
         self.logger.info(
             "🎵 CHORUS BACKBEAT integration started - cluster=%s agent=%s",
             config.cluster_id,
@@ -218,6 +228,8 @@ class Runtime:
                     beat.window_id,
                 )
             self._emit_on_beat(beat.index, beat.skipped)
+            if self.notices is not None:
+                self.notices.beat()
 
     def _emit_on_beat(self, index: int, skipped: int) -> None:
         if self.emitter is None:
@@ -226,24 +238,11 @@ class Runtime:
             self.emitter.beat()
         every = self.config.health_beats
         if every and index // every != (index - skipped - 1) // every:
-            config, tempo = self.config, self.clock.segment().milli_bpm
-            claim = health_claim(self.health(), config.agent_id, config.cluster_id, index, tempo)
-            self.emit(claim)
+            self._emit_health(index)
 
-    async def _watch_connection(
-        self,
-        transport: Transport,
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        task_status.started()
-        while True:
-            await transport.wait_connected()
-            self.logger.info("connected")
-            await transport.wait_connected(False)
-            # Not the error of the present: by now there may be a connection again.
-            errors = transport.statistics().recent_errors
-            self.logger.warning("connection lost: %s", errors[-1][1] if errors else "closed")
+    def _emit_health(self, index: int) -> None:
+        config, tempo = self.config, self.clock.segment().milli_bpm
+        self.emit(health_claim(self.health(), config.agent_id, config.cluster_id, index, tempo))
 
     # Observation.
 

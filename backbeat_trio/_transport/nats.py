@@ -202,6 +202,9 @@ class NatsTransport(BaseTransport):
             return
         self._client = None
         if self.connected:
+            if not client.closing:
+                # Before anybody who waits for the loss asks why.
+                self._note_down(_failure_of(client))
             self._state.value = State.DOWN
         self._wake_waiters()
 

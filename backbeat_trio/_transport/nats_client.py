@@ -168,6 +168,8 @@ class Client:
         self.outcome = trio.Event()
         self.lost = trio.Event()
         self.error: Exception | None = None
+        self.closing = False
+        """Whether it is let go of, and was not lost before."""
         self.max_payload = 0
         self.inbox = ""
         self.no_answers: TransportBroken | None = None
@@ -218,6 +220,7 @@ class Client:
 
     async def close(self) -> None:
         """Let go of the client and its thread; one that hangs is left behind."""
+        self.closing = True
         self.fail(TransportBroken("the connection was closed"))
         if self._up and self._loop is not None:
             with contextlib.suppress(RuntimeError):
