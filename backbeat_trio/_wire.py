@@ -63,6 +63,7 @@ class Segment(Struct, frozen=True, gc=False):
             raise ValueError("`milli_bpm` is neither 0 nor a tempo")
 
 
+ContestedIds: TypeAlias = Annotated[tuple[Identity, ...], Meta(max_length=64)]
 LaterSegments: TypeAlias = Annotated[tuple[Segment, ...], Meta(max_length=1024)]
 
 
@@ -85,6 +86,8 @@ class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v
     """The grid's identity: two grids of one cluster have different ones."""
     alone: bool | UnsetType = UNSET
     """True where the leader has no record, so that anybody who has one outranks it."""
+    contested: ContestedIds | UnsetType = UNSET
+    """Ids that more than one process has used lately: whoever has one of them pings at once."""
 
     def __post_init__(self) -> None:
         if self.segment.beat0 > self.beat_index:
@@ -164,6 +167,8 @@ class SyncRequest(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1")
     agent_id: str
     role: Identity | UnsetType = UNSET
     """What the one who asks is, a `Role`, where it is no agent. One that is unknown is no error."""
+    process: Identity | UnsetType = UNSET
+    """A name of the process that no other one has, if its agent must be the only one of its id."""
 
 
 class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
@@ -186,6 +191,8 @@ class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
     """How many metronomes stand by, as far as the leader has heard of them."""
     wait_ns: Wait | UnsetType = UNSET
     """How long to wait before the next ping, where the leader is asked too often."""
+    shared_id: bool | UnsetType = UNSET
+    """True if another live process pings as the same agent."""
 
 
 class RecallRequest(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1"):

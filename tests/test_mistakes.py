@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import typing
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import helpers
 import msgspec
@@ -29,6 +31,8 @@ from backbeat_trio import (
     session,
 )
 from backbeat_trio._config import ConfigFields
+from backbeat_trio._grid.namesakes import Namesakes
+from backbeat_trio._runtime import runtime
 from backbeat_trio._transport.jetstream import KeyValueStore
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 
@@ -344,7 +348,7 @@ async def test_a_local_grid_is_said_with_the_length_of_its_beat(
 ) -> None:
     bus = MemoryBus()
     async with open_session(bus, logger=lines.logger) as bb:
-        await trio.sleep(10_000)
+        await trio.sleep(3_000)
         (said,) = lines.warnings
         assert said.startswith("no metronome has been heard in cluster 'test-cluster' for 0.0833 ")
         assert "counting on a local grid, where a beat lasts 30 s" in said
@@ -402,7 +406,7 @@ async def test_a_connection_that_flaps_is_not_said_for_ever(
         metronome_on(bus, tempo_bpm=60.0),
         open_session(transport=transport, logger=lines.logger),
     ):
-        for _ in range(1000):
+        for _ in range(300):
             await trio.sleep(0.5)
             transport.sever()
             await trio.sleep(0.5)
@@ -649,3 +653,153 @@ async def test_claims_that_wait_for_the_server(lines: Lines) -> None:
         assert text.startswith("1 terminal claims wait")
         await server.start()
         await until(lambda: "terminal claims are delivered again" in lines.infos)
+
+
+# Two agents of one id.
+
+
+def names(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the sessions that are opened from now on seem to be in another process."""
+    monkeypatch.setattr(runtime, "process_name", lambda: f"process-{number}")
+
+
+def shared(bb: Session) -> bool:
+    return any("another live process uses the agent id" in text for text in bb.health().errors)
+
+
+@pytest.mark.parametrize("bpm", [2.0, 60.0, 600.0])
+async def test_two_agents_of_one_id_in_virtual_time(
+    bpm: float, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, one_says, other_says = MemoryBus(), Lines(), Lines()
+    async with metronome_on(bus, tempo_bpm=bpm):
+        names(1, monkeypatch)
+        async with open_session(bus, logger=one_says.logger) as one:
+            # By now it pings as seldom as any.
+            await trio.sleep(300)
+            names(2, monkeypatch)
+            async with open_session(bus, logger=other_says.logger) as other:
+                await one.sleep(2)
+                await trio.sleep(3)
+                assert shared(one)
+                await one.sleep(1)
+                await trio.sleep(3)
+                assert shared(other)
+                await one.sleep(100)
+                for says in (one_says, other_says):
+                    (text,) = says.warnings
+                    assert "uses the agent id 'test-agent' in cluster 'test-cluster'" in text
+                    assert "CHORUS_BACKBEAT_AGENT_ID" in text
+                assert one.health().errors.count(one_says.warnings[0]) == 1
+            await one.sleep(20)
+            await trio.sleep(120)
+            assert not shared(one)
+            over = "no other process uses the id 'test-agent' any more"
+            assert one_says.infos.count(over) == 1
+            assert len(one_says.warnings) == 1
+
+
+async def test_what_is_no_other_agent_of_the_same_id(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, lines: Lines
+) -> None:
+    bus = MemoryBus()
+    async with metronome_on(bus, tempo_bpm=60.0):
+        # Restarts, one after the other, each within a second.
+        for number in range(20):
+            names(number, monkeypatch)
+            transport = MemoryTransport(bus)
+            async with open_session(transport=transport, logger=lines.logger) as bb:
+                await trio.sleep(number)
+                # A connection that is made again.
+                transport.sever()
+                await trio.sleep(0.1)
+                transport.restore()
+                await trio.sleep(number)
+                assert not shared(bb)
+            await trio.sleep(0.5)
+        # Two sessions of one process, and one that only looks on from another.
+        async with (
+            open_session(bus, logger=lines.logger) as one,
+            open_session(bus, logger=lines.logger) as two,
+        ):
+            names(100, monkeypatch)
+            async with open_session(bus, logger=lines.logger, health_beats=0) as onlooker:
+                await trio.sleep(300)
+                assert not any(shared(bb) for bb in (one, two, onlooker))
+        # Two agents of different ids.
+        async with (
+            open_session(bus, agent_id="a", logger=lines.logger),
+            open_session(bus, agent_id="b", logger=lines.logger),
+        ):
+            await trio.sleep(300)
+    assert not [text for text in lines.warnings if "another live process" in text]
+
+
+def test_a_late_ping_of_a_process_that_has_ended_proves_nothing() -> None:
+    namesakes, second = Namesakes(), 1_000_000_000
+    assert not namesakes.hear("a", "one", 0, second)
+    assert not namesakes.hear("a", "two", 5 * second, second)
+    assert not namesakes.hear("a", "one", 5 * second + 1000, second)
+    for number in range(6, 40):
+        assert not namesakes.hear("a", "two", number * second, second)
+        assert namesakes.contested(number * second, second) == (("a",) if number <= 15 else ())
+    # It is noticed afterwards, too.
+    assert not namesakes.hear("a", "three", 40 * second, second)
+    assert namesakes.hear("a", "two", 42 * second, second)
+    assert namesakes.hear("a", "three", 43 * second, second)
+
+
+def test_contests_are_bounded() -> None:
+    namesakes, second = Namesakes(), 1_000_000_000
+    for number in range(70_000):
+        namesakes.hear(f"a{number}", "one", second, second)
+    assert len(namesakes._last) == 65_536
+    for number in range(69_000, 70_000):
+        namesakes.hear(f"a{number}", "two", second, second)
+    frames = [namesakes.contested(2 * second, second) for _ in range(8)]
+    assert all(len(named) == 8 for named in frames)
+    # Each has its turn.
+    assert len({name for named in frames for name in named}) == 64
+
+
+_AGENT: Final = """
+import sys, trio
+import backbeat_trio as backbeat
+
+async def main():
+    async with backbeat.session(
+        nats_url=sys.argv[1], cluster_id=sys.argv[2], agent_id="twin", lock_timeout=60.0
+    ) as bb:
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@guarded
+async def test_two_processes_of_one_id(lines: Lines) -> None:
+    async with (
+        NatsServer() as server,
+        leading_at(server.url, tempo_bpm=120.0),
+        mistaken(lines, nats_url=server.url, agent_id="twin", lock_timeout=60.0) as bb,
+    ):
+        await bb.sleep(4)
+        assert not shared(bb)
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-c", _AGENT, server.url, CLUSTER_ID],
+            stderr=subprocess.PIPE,
+            env=helpers.CLEAN,
+        )
+        try:
+            text = await said(lines, "another live process uses the agent id 'twin'")
+            assert text in bb.health().errors
+            assert process.stderr is not None
+            heard = b""
+            while b"another live process uses the agent id 'twin'" not in heard:
+                heard += await process.stderr.receive_some()
+        finally:
+            process.kill()
+            await process.wait()
+        await until(lambda: "no other process uses the id 'twin' any more" in lines.infos)
+        assert not shared(bb)
+        assert lines.warnings.count(text) == 1

@@ -35,6 +35,7 @@ from backbeat_trio import (
 )
 from backbeat_trio._cli import main as cli
 from backbeat_trio._cli.connection import settings
+from backbeat_trio._runtime import runtime
 from backbeat_trio._transport.jetstream import ClaimStream, KeyValueStore
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import (
@@ -697,6 +698,27 @@ async def test_refusals_show_in_health_and_statistics(files: Files) -> None:
         async with open_session(**forgotten, lock_timeout=0.0) as other:
             await until(lambda: any("_INBOX.>" in error for error in other.health().errors))
             assert refused(other) >= 1
+
+
+@guarded
+async def test_two_agents_of_one_id_hear_of_each_other(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "pulse-a") as leader,
+        leading(leader, cluster_id=CLUSTER, tempo_bpm=600.0),
+    ):
+        names = (f"process-{number}" for number in range(1, 4))
+        monkeypatch.setattr(runtime, "process_name", lambda: next(names))
+        agent_1 = login(server, files, "agent-1") | {"lock_timeout": 20.0}
+        async with open_session(**agent_1) as one, open_session(**agent_1) as two:
+            agent_2 = login(server, files, "agent-2") | {"lock_timeout": 20.0}
+            async with open_session(**agent_2) as other:
+                for bb in (one, two):
+                    await until(lambda bb=bb: "agent id 'agent-1'" in str(bb.health().errors))  # type: ignore[misc]
+                    assert "permission denied" not in str(bb.health().errors)
+                assert "agent id" not in str(other.health().errors)
 
 
 # Subjects for answers, which no server checks.

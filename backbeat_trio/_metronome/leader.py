@@ -21,8 +21,9 @@ from .._checks import check_integer
 from .._errors import Logger, MetronomeUnavailable, TempoRefused, TransportBroken
 from .._grid.changes import ASKED_NS, LEAD_NS, propose
 from .._grid.estimate import PingRate
+from .._grid.namesakes import Namesakes
 from .._grid.steering import Steering
-from .._grid.timeline import Timeline, milli_bpm
+from .._grid.timeline import Timeline, beat_ns, milli_bpm
 from .._time.local import local_ns, seconds_of
 from .._time.timer import Alarm
 from .._transport.protocol import Message, Transport
@@ -33,6 +34,7 @@ from .._wire import (
     RecallReply,
     Record,
     SyncReply,
+    SyncRequest,
     TempoReply,
     beat_phase,
     beat_subject,
@@ -129,6 +131,7 @@ class Leader:
         # The reasons of all failures since the last successful write; each is logged once.
         self._uncommitted: set[str] = set()
         self._ping_rate = PingRate()
+        self._namesakes = Namesakes()
         self._last_ns = self.cluster_ns()
         # The connection on which the record was read, and when another leader was last heard.
         self._looked = transport.generation
@@ -311,6 +314,7 @@ class Leader:
             leader_id=self._leader_id,
             incarnation=self._term.incarnation or UNSET,
             alone=self._is_alone or UNSET,
+            contested=self._namesakes.contested(local_ns(), self._beat_ns) or UNSET,
             **timeline.wire_fields(),
         )
 
@@ -486,8 +490,18 @@ class Leader:
             uncertainty_ns=self._term.uncertainty_ns,
             standbys=self._count_standbys(),
             wait_ns=self._ping_rate.add(local_ns()) or UNSET,
+            shared_id=self._is_shared(ping, request) or UNSET,
             **self.timeline.since(self.cluster_ns()).wire_fields(),
         )
+
+    def _is_shared(self, ping: SyncRequest, request: Message) -> bool:
+        if ping.process is UNSET:
+            return False
+        return self._namesakes.hear(ping.agent_id, ping.process, request.received_ns, self._beat_ns)
+
+    @property
+    def _beat_ns(self) -> int:
+        return beat_ns(self.milli_bpm)
 
     async def _answer_recall(self, request: Message) -> RecallReply | None:
         recall = decode_recall_request(request.data)

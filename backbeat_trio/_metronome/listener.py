@@ -16,7 +16,7 @@ from .._errors import Logger, NoResponders, TransportBroken
 from .._grid.estimate import Ping
 from .._grid.follower import Answer, Follower, FollowerObserver
 from .._grid.steering import MIN_STEP_NS
-from .._grid.timeline import NEVER, Timeline
+from .._grid.timeline import NEVER, Timeline, beat_ns
 from .._time.clock import BeatClock
 from .._time.local import local_ns, seconds_of
 from .._transport.protocol import Message, Transport
@@ -42,6 +42,9 @@ _PING_TIMEOUT_MAX: Final = 4.0
 _PING_WAYS: Final = 4
 # Bursts are at least this many seconds apart, even if many frames must be checked.
 _ASK_EVERY: Final = 0.02
+# For how long it counts that a leader has said that the id is shared.
+_SHARED_NS: Final = 20_000_000_000
+_SHARED_BEATS: Final = 5
 _LOG_EVERY_NS: Final = 1_000_000_000
 _LOGGED: Final = 64
 
@@ -54,6 +57,9 @@ class ListenerObserver:
 
     def on_sign(self, *, alone: bool) -> None:
         """React to a frame or an answer of a leader; ``alone`` if that leader has no record."""
+
+    def on_shared(self) -> None:
+        """Take note that another live process has this agent's id."""
 
     def on_recall(self) -> None:
         """React to a recall, which a metronome sends if it finds no leader."""
@@ -75,6 +81,8 @@ class BeatListener(FollowerObserver):
       role: the role that is given in answers to recalls.
       answers_recalls: whether to subscribe to recalls and answer them.
       observer: its methods are called on each event.
+      process: a name of this process that no other process has, if no other agent may have this id;
+        empty if others may have it, too.
 
     """
 
@@ -89,6 +97,7 @@ class BeatListener(FollowerObserver):
         role: Role = "agent",
         answers_recalls: bool = True,
         observer: ListenerObserver | None = None,
+        process: str = "",
     ) -> None:
         self.follower: Follower = Follower(clock.grid, cluster_id=cluster_id, observer=self)
         self.locked = trio.Event()
@@ -100,7 +109,7 @@ class BeatListener(FollowerObserver):
         self._transport = transport
         self._cluster_id = cluster_id
         self._request = encode(
-            SyncRequest(cluster_id, agent_id, UNSET if role == "agent" else role)
+            SyncRequest(cluster_id, agent_id, UNSET if role == "agent" else role, process or UNSET)
         )
         self._logger = logger
         self._logged_ns = -_LOG_EVERY_NS
@@ -117,6 +126,7 @@ class BeatListener(FollowerObserver):
         self.way_ns: int = 0
         """The round trip of the last answer, in nanoseconds."""
         self._standbys: tuple[int, int] | None = None
+        self._shared_ns: int | None = None
 
     @property
     def standbys(self) -> int | None:
@@ -124,6 +134,14 @@ class BeatListener(FollowerObserver):
         if self._standbys is None or self._standbys[0] != self.follower.epoch:
             return None
         return self._standbys[1]
+
+    @property
+    def shares_id(self) -> bool:
+        """Whether another live process has this agent's id, as a leader has said lately."""
+        if self._shared_ns is None:
+            return False
+        beats = _SHARED_BEATS * beat_ns(self._clock.segment().milli_bpm)
+        return local_ns() - self._shared_ns <= max(_SHARED_NS, beats)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen and steer until cancelled. It counts as started once it has subscribed."""
@@ -148,6 +166,8 @@ class BeatListener(FollowerObserver):
                     continue
                 if frame.cluster_id == self._cluster_id:
                     self._observer.on_sign(alone=frame.alone is True)
+                    if self._agent_id in (frame.contested or ()):
+                        self.follower.hurry(local_ns())
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
                     # The leader whose answer is awaited may be gone. Then do not wait much longer,
@@ -217,11 +237,18 @@ class BeatListener(FollowerObserver):
                 self.way_ns = max(0, ping.delay_ns)
                 self._patience = self._least_patience
                 self._observer.on_sign(alone=reply.alone is True)
+                if reply.shared_id is True:
+                    self._note_shared()
                 if reply.standbys is not UNSET:
                     self._standbys = reply.epoch, reply.standbys
                 if self.follower.is_enough(answers):
                     break
         return answers
+
+    def _note_shared(self) -> None:
+        known, self._shared_ns = self.shares_id, local_ns()
+        if not known:
+            self._observer.on_shared()
 
     @property
     def _least_patience(self) -> float:

@@ -8,6 +8,8 @@ as over. So a healthy session logs nothing, and one that changes to and fro logs
 from __future__ import annotations
 
 import math
+import os
+import secrets
 from typing import Final, final
 
 import trio
@@ -50,6 +52,10 @@ _ERRORS: Final = 256
 # After so many losses within so many seconds, no further ones are logged.
 _LOSSES: Final = 5
 _LOSSES_WITHIN: Final = 60.0
+
+
+# Two hosts may have processes of one number.
+_RANDOM_NAME: Final = secrets.token_hex(6)
 
 
 @final
@@ -136,8 +142,13 @@ class Notices:
         self._was_locked = False
         self._off = Spell()
         self._waiting = Spell()
+        self._shared = Spell()
         self._confirmed = 0
         self._looked = -math.inf
+
+    def wake(self) -> None:
+        """Look again, as something has happened."""
+        self._lot.unpark_all()
 
     def beat(self) -> None:
         """Look again, as another beat has begun."""
@@ -164,6 +175,7 @@ class Notices:
             self._look_at_metronome(now),
             self._look_at_position(now),
             self._look_at_claims(now),
+            self._look_at_id(now),
         )
         return due if self._clock.segment().milli_bpm else min(due, now + _LOOK_WHILE_PAUSED)
 
@@ -302,6 +314,16 @@ class Notices:
             self._logger.info("the position is where the cluster's is again")
         return due
 
+    def _look_at_id(self, now: float) -> float:
+        changed, due = self._shared.look(
+            self._listener.shares_id, now, patience=0.0, quiet=_LASTING
+        )
+        if changed and self._shared.holds:
+            self._logger.warning("%s", shared_id_text(self._config))
+        elif changed:
+            self._logger.info("no other process uses the id %r any more", self._config.agent_id)
+        return due
+
     # Claims, and errors.
 
     def _look_at_claims(self, now: float) -> float:
@@ -330,6 +352,20 @@ class Notices:
                 self._complaints[text] = None
                 if len(self._complaints) > _ERRORS:
                     del self._complaints[next(iter(self._complaints))]
+
+
+def shared_id_text(config: BackbeatConfig) -> str:
+    """Say that another process has the agent's id, and what to do."""
+    return (
+        f"another live process uses the agent id {config.agent_id!r} in cluster "
+        f"{config.cluster_id!r}, and each takes the other's claims for its own; give each agent an "
+        f"`agent_id` ({PREFIX}AGENT_ID) of its own"
+    )
+
+
+def process_name() -> str:
+    """Return a name of this process that no other one has; a fork has another one."""
+    return f"{_RANDOM_NAME}-{os.getpid()}"
 
 
 def _advice_on(failure: TransportBroken | None) -> str:

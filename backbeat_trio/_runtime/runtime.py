@@ -15,7 +15,7 @@ from .._config import BackbeatConfig
 from .._errors import Logger, SessionClosed
 from .._grid.follower import FollowCounts
 from .._grid.timeline import beat_ns, milli_bpm
-from .._metronome.listener import BeatListener
+from .._metronome.listener import BeatListener, ListenerObserver
 from .._metronome.metronome import Metronome
 from .._time.beats import Beats
 from .._time.clock import BeatClock
@@ -27,7 +27,7 @@ from .._wire import StatusClaim, format_bpm
 from .claims import ClaimCounts
 from .emitter import ClaimEmitter, Journal
 from .health import GridState, Health, PendingChange, SessionStatistics, health_claim
-from .notices import Notices
+from .notices import Notices, process_name, shared_id_text
 from .operations import Operations
 from .services import ServiceGroup
 
@@ -36,7 +36,7 @@ _ERRORS_NS: Final = 10_000_000_000
 
 
 @final
-class Runtime:
+class Runtime(ListenerObserver):
     """The inside of a session.
 
     Args:
@@ -92,6 +92,9 @@ class Runtime:
                 agent_id=config.agent_id,
                 logger=logger,
                 answers_recalls=config.answer_recalls,
+                # Whoever says nothing of itself may look on under any id.
+                process=process_name() if config.health_beats else "",
+                observer=self,
             )
             self.emitter = ClaimEmitter(
                 self.clock,
@@ -207,6 +210,13 @@ class Runtime:
                 self.config.grace_period,
             )
 
+    # What the listener calls.
+
+    def on_shared(self) -> None:
+        """Log that another process has this agent's id."""
+        if self.notices is not None:
+            self.notices.wake()
+
     # Services.
 
     async def _tick(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -313,6 +323,8 @@ class Runtime:
         recent = [text for when, text in errors if when >= since]
         if counters.last_error is not None and counters.last_error not in recent:
             recent.append(counters.last_error)
+        if self.listener is not None and self.listener.shares_id:
+            recent.append(shared_id_text(self.config))
         if off is not None:
             recent.append(off)
         return tuple(recent)
