@@ -19,69 +19,85 @@ Folders are layers, from the ground up. Imports between them point downwards onl
 ===============  ===========================================================
 """
 
-# ruff: noqa: E402 - the imports are what the first lines are about
-
 import signal as _signal
 import sys as _sys
 import threading as _threading
+import typing as _typing
+from importlib import reload as _reload
 
 # The program `backbeat` imports this before any of its own lines run. Ctrl-C until then ends it as
 # it ends any program, without a traceback. For everybody else it stays a `KeyboardInterrupt`.
+# The program imports by itself what a command needs, which is little for `backbeat --version` and
+# for the completion of a shell. If it is another program of that name, `__getattr__` serves it.
 _starts_program = (
-    "".join(getattr(_sys, "argv", ())[:1]).rpartition("/")[2] in ("backbeat", "-m")
+    "_starts_program" not in globals()
+    and "".join(getattr(_sys, "argv", ())[:1]).rpartition("/")[2] in ("backbeat", "-m")
     and _threading.current_thread() is _threading.main_thread()
     and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
 )
 if _starts_program:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
-from ._config import BackbeatConfig as BackbeatConfig
-from ._errors import (
-    AuthenticationFailed as AuthenticationFailed,
-    BackbeatError as BackbeatError,
-    BeatBudgetExceeded as BeatBudgetExceeded,
-    ClaimsUnavailable as ClaimsUnavailable,
-    ConfigError as ConfigError,
-    InvalidTransition as InvalidTransition,
-    Logger as Logger,
-    MetronomeUnavailable as MetronomeUnavailable,
-    NoResponders as NoResponders,
-    OperationExists as OperationExists,
-    OperationNotFound as OperationNotFound,
-    PermissionDenied as PermissionDenied,
-    SessionClosed as SessionClosed,
-    TempoRefused as TempoRefused,
-    TLSFailed as TLSFailed,
-    TransportBroken as TransportBroken,
-    TransportClosed as TransportClosed,
-    TransportError as TransportError,
-)
-from ._metronome.metronome import Metronome as Metronome, MetronomeStatistics as MetronomeStatistics
-from ._runtime.health import (
-    Health as Health,
-    PendingChange as PendingChange,
-    SessionStatistics as SessionStatistics,
-)
-from ._runtime.operations import Operation as Operation, Phase as Phase
-from ._session.lifecycle import session as session
-from ._session.run import run as run
-from ._session.session import (
-    Session as Session,
-    current_session as current_session,
-    use_session as use_session,
-)
-from ._time.beats import Beat as Beat, Beats as Beats
-from ._time.scopes import BeatScope as BeatScope
-from ._transport.memory import MemoryBus as MemoryBus, MemoryTransport as MemoryTransport
-from ._transport.protocol import (
-    Message as Message,
-    Reply as Reply,
-    Transport as Transport,
-    TransportStatistics as TransportStatistics,
-)
-from ._wire import Segment as Segment, StatusClaim as StatusClaim
+if _typing.TYPE_CHECKING or not _starts_program:
+    from ._config import BackbeatConfig as BackbeatConfig
+    from ._errors import (
+        AuthenticationFailed as AuthenticationFailed,
+        BackbeatError as BackbeatError,
+        BeatBudgetExceeded as BeatBudgetExceeded,
+        ClaimsUnavailable as ClaimsUnavailable,
+        ConfigError as ConfigError,
+        InvalidTransition as InvalidTransition,
+        Logger as Logger,
+        MetronomeUnavailable as MetronomeUnavailable,
+        NoResponders as NoResponders,
+        OperationExists as OperationExists,
+        OperationNotFound as OperationNotFound,
+        PermissionDenied as PermissionDenied,
+        SessionClosed as SessionClosed,
+        TempoRefused as TempoRefused,
+        TLSFailed as TLSFailed,
+        TransportBroken as TransportBroken,
+        TransportClosed as TransportClosed,
+        TransportError as TransportError,
+    )
+    from ._metronome.metronome import (
+        Metronome as Metronome,
+        MetronomeStatistics as MetronomeStatistics,
+    )
+    from ._runtime.health import (
+        Health as Health,
+        PendingChange as PendingChange,
+        SessionStatistics as SessionStatistics,
+    )
+    from ._runtime.operations import Operation as Operation, Phase as Phase
+    from ._session.lifecycle import session as session
+    from ._session.run import run as run
+    from ._session.session import (
+        Session as Session,
+        current_session as current_session,
+        use_session as use_session,
+    )
+    from ._time.beats import Beat as Beat, Beats as Beats
+    from ._time.scopes import BeatScope as BeatScope
+    from ._transport.memory import MemoryBus as MemoryBus, MemoryTransport as MemoryTransport
+    from ._transport.protocol import (
+        Message as Message,
+        Reply as Reply,
+        Transport as Transport,
+        TransportStatistics as TransportStatistics,
+    )
+    from ._wire import Segment as Segment, StatusClaim as StatusClaim
 
 if _starts_program:
     _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+
+if not _typing.TYPE_CHECKING and _starts_program:
+
+    def __getattr__(name):
+        names = {} if name.startswith("_") else vars(_reload(_sys.modules[__name__]))
+        if name not in names:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return names[name]
+
 
 __version__ = "0.1.0"

@@ -33,8 +33,9 @@ from backbeat_trio import (
     TransportBroken,
     session,
 )
-from backbeat_trio._cli import main as cli
-from backbeat_trio._cli.connection import settings
+from backbeat_trio._cli.connection import settings, take_connection
+from backbeat_trio._cli.main import cli
+from backbeat_trio._cli.status import show_status
 from backbeat_trio._runtime import runtime
 from backbeat_trio._transport.jetstream import ClaimStream, KeyValueStore
 from backbeat_trio._transport.nats import NatsTransport
@@ -876,7 +877,9 @@ def configured(way: str, fields: dict[str, Any], home: Path) -> BackbeatConfig:
         (folder / "grid.json").write_text(json.dumps(context))
         env |= {"XDG_CONFIG_HOME": str(home)}
         flags = ["--context", "grid"]
-    return settings(cli._parser().parse_args(["status", *flags]), env)
+    root = cli.make_context("backbeat", ["status", *flags])
+    params = show_status.make_context("status", flags, parent=root).params
+    return settings(take_connection("status", params), env)
 
 
 class Key(NamedTuple):

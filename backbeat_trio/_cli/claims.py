@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
+
+import click
 
 from .._session.lifecycle import session
 from .._wire import StatusClaim, encode
-from .connection import settings
+from .connection import ConnectedCommand, Connection, settings, takes_connection
+from .parameters import agent
 
 
-async def show_claims(options: argparse.Namespace) -> int:
-    """Show claims as they come, all or so many."""
-    if options.count == 0:
+@click.command("claims", cls=ConnectedCommand)
+@click.argument("agent", type=agent, default="*")
+@click.option("-j", "--json", "as_json", is_flag=True, help="As JSON, one object a line.")
+@click.option("--count", type=click.IntRange(0), metavar="N", help="End after so many claims.")
+@click.option("--failed", is_flag=True, help="Only claims of what has failed.")
+@takes_connection()
+async def show_claims(
+    connection: Connection, agent: str, as_json: bool, count: int | None, failed: bool
+) -> int:
+    """Show what AGENT or all agents report of their operations and their health, a line each.
+
+    It shows claims as they come, until Ctrl-C.
+    """
+    if count == 0:
         return 0
     async with (
-        session(settings(options), require_connection=True) as bb,
-        bb.open_claims(options.agent_id) as claims,
+        session(settings(connection), require_connection=True) as bb,
+        bb.open_claims(agent) as claims,
     ):
+        if sys.stdout.isatty():
+            whose = "all agents" if agent == "*" else agent
+            click.echo(f"backbeat: listening to {whose}; Ctrl-C ends it", err=True)
         number = 0
         async for claim in claims:
-            print(encode(claim).decode() if options.json else format_claim(claim), flush=True)
+            if failed and claim.state != "failed":
+                continue
+            click.echo(encode(claim) if as_json else format_claim(claim))
             number += 1
-            if number == options.count:
+            if number == count:
                 break
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -13,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final, Literal
 
+import click
 import trio
 
 from .._errors import BeatBudgetExceeded
@@ -21,6 +21,7 @@ from .._session.lifecycle import session
 from .._session.session import Session
 from .._wire import HEALTH_TASK_ID, StatusClaim
 from ..nats_server import NatsServer
+from .parameters import tempo
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +38,17 @@ _WORK: Final = (
 # Every so often one takes longer than it may.
 _LATE_EVERY: Final = 7
 _PATIENCE: Final = 10.0
+# From so many columns on, the table has all of its columns.
+_WIDE: Final = 80
+
+_NEXT: Final = """\
+What to try next, with a server of your own:
+  nats-server -js -a 127.0.0.1 &
+  backbeat pulse -s nats://127.0.0.1:4222 --bpm 120 &
+  backbeat status -s nats://127.0.0.1:4222
+  backbeat exec --server nats://127.0.0.1:4222 --beats 10 -- sleep 60
+  backbeat tempo -s nats://127.0.0.1:4222 240
+"backbeat help COMMAND" explains each of them."""
 
 
 async def work(bb: Session, number: int) -> None:
@@ -109,12 +121,15 @@ async def _in_process(bpm: float, stack: AsyncExitStack) -> AsyncGenerator[str, 
             await work(bb, number)
 
     async def agents(task_status: trio.TaskStatus[None]) -> None:
-        with scope:
-            async with trio.open_nursery() as nursery:
-                for number, name in enumerate(_AGENTS):
-                    nursery.start_soon(agent, name, number)
-                task_status.started()
-        ended.set()
+        try:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    for number, name in enumerate(_AGENTS):
+                        nursery.start_soon(agent, name, number)
+                    task_status.started()
+        finally:
+            # Also if it is the nursery around it that was cancelled.
+            ended.set()
 
     async def stop(*_: object) -> None:
         scope.cancel()
@@ -159,7 +174,7 @@ class _Show:
             self.ended[claim.task_id.rpartition("-")[0], claim.state] += 1
         self._live[claim.agent_id] = claim
 
-    def table(self) -> Table:
+    def table(self, width: int) -> Table:
         from rich.table import Table
 
         bb = self.bb
@@ -169,14 +184,22 @@ class _Show:
             caption=f"beat {bb.current_beat() - self._first} of {self.beats}, "
             f"{self.claims} claims heard",
         )
-        for heading in ("agent", "operation", "state", "left", "progress", "notes"):
+        wide = width >= _WIDE
+        headings = ("agent", "operation", "state", "left", "progress", "notes")
+        for heading in headings if wide else headings[:4]:
             table.add_column(heading)
         for agent, claim in sorted(self._live.items()):
+            kind = claim.task_id if wide else claim.task_id.rpartition("-")[0]
             notes = claim.notes.partition(" (")[0] if claim.state != "failed" else claim.notes
-            table.add_row(
-                *(agent, claim.task_id, claim.state, str(claim.beats_left)),
-                *(f"{claim.progress:.0%}", notes),
+            cells = (
+                agent,
+                kind,
+                claim.state,
+                str(claim.beats_left),
+                f"{claim.progress:.0%}",
+                notes,
             )
+            table.add_row(*(cells if wide else cells[:4]))
         return table
 
     def line(self) -> str:
@@ -208,19 +231,38 @@ async def _observe(show: _Show) -> None:
     with contextlib.ExitStack() as stack:
         live = None
         if console.is_terminal:
-            live = stack.enter_context(Live(show.table(), console=console, auto_refresh=False))
+            live = stack.enter_context(
+                Live(show.table(console.width), console=console, auto_refresh=False)
+            )
+
+        def say(text: str) -> None:
+            if live is None:
+                click.echo(text)
+            else:
+                live.console.print(text, markup=False, highlight=False)
+
+        say(
+            "Step 2: each agent runs one operation after the other, and reports on every beat. One "
+            f"operation in {_LATE_EVERY} takes too long, and is cut when its budget of beats has "
+            "run out."
+        )
         number = 0
         async for beat in bb.beats():
             number += 1 + beat.skipped
             if number >= half > 0:
                 half = 0
-                await bb.set_tempo(2 * bb.tempo_bpm if bb.tempo_bpm <= 3000 else bb.tempo_bpm / 2)
+                tempo = 2 * bb.tempo_bpm if bb.tempo_bpm <= 3000 else bb.tempo_bpm / 2
+                changes = await bb.set_tempo(tempo)
+                say(
+                    f"Step 3: from beat {changes} on the tempo is {tempo:g} BPM, for everybody at "
+                    "once. Budgets stay the same in beats, and change in seconds."
+                )
             if show.tempos[-1] != f"{beat.tempo_bpm:g}":
                 show.tempos.append(f"{beat.tempo_bpm:g}")
             if live is not None:
-                live.update(show.table(), refresh=True)
+                live.update(show.table(console.width), refresh=True)
             else:
-                print(show.line(), flush=True)
+                click.echo(show.line())
             if number >= show.beats:
                 return
 
@@ -231,6 +273,11 @@ async def _demo(*, memory: bool, beats: int, bpm: float) -> int:
     async with AsyncExitStack() as outer:
         agents = await outer.enter_async_context(AsyncExitStack())
         place = _in_process if memory else _cluster
+        where = "in this process" if memory else "and a nats-server, each a process"
+        click.echo(
+            f"Step 1: start a metronome at {bpm:g} beats a minute and three agents, "
+            f"{', '.join(_AGENTS[:-1])} and {_AGENTS[-1]}, {where}."
+        )
         url = await outer.enter_async_context(place(bpm, agents))
         async with session(
             nats_url=url,
@@ -255,13 +302,27 @@ async def _demo(*, memory: bool, beats: int, bpm: float) -> int:
                 await bb.sleep(1)
                 nursery.cancel_scope.cancel()
             locked = bb.health().connected and bb.health().leader_id is not None
-    print(show.summary(), flush=True)
+    click.echo(f"Step 4: what was heard of it.\n{show.summary()}\n\n{_NEXT}")
     worked = locked and show.agents >= set(_AGENTS) and sum(show.ended.values()) > 0
     return 0 if worked else 1
 
 
-async def show_demo(options: argparse.Namespace) -> int:
-    """Run the demonstration, or one of its agents."""
-    if options.agent:
-        return await _agent(*options.agent)
-    return await _demo(memory=options.memory, beats=options.beats, bpm=options.bpm)
+@click.command("demo")
+@click.option("--memory", is_flag=True, help="Run all of it in one process, without a server.")
+@click.option(
+    "--beats", type=click.IntRange(0), default=32, metavar="N", help="Beats to run; by default 32."
+)
+@click.option(
+    "--bpm", type=tempo, default=180.0, metavar="N", help="Tempo to begin with; by default 180."
+)
+@click.option("--agent", nargs=3, hidden=True)
+async def show_demo(
+    memory: bool, beats: int, bpm: float, agent: tuple[str, str, str] | None
+) -> int:
+    """Show a small cluster at work, step by step, for about ten seconds.
+
+    It starts a nats-server, a metronome and three agents, and ends them again.
+    """
+    if agent:
+        return await _agent(*agent)
+    return await _demo(memory=memory, beats=beats, bpm=bpm)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import math
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
+import click
 import trio
 
 from .._config import BackbeatConfig
@@ -19,35 +18,92 @@ from .._errors import BackbeatError
 from .._runtime.operations import Phase
 from .._session.lifecycle import session
 from .._session.session import Session
-from .connection import settings
+from .connection import ConnectedCommand, Connection, settings, takes_connection
+from .main import SIGNALLED
+from .parameters import beats as number_of_beats, complete_signal, operation_id, signal_number
 
 _TIMED_OUT: Final = 124
 _FAILED: Final = 125
 _NOT_RUNNABLE: Final = 126
 _NOT_FOUND: Final = 127
-SIGNALLED: Final = 128
 _PASSED_ON: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 # No program can handle these two.
 _UNHANDLED: Final = frozenset({signal.SIGKILL, signal.SIGSTOP})
 _TERMINAL: Final = (signal.SIGTTIN, signal.SIGTTOU)
 
 
-async def exec_command(options: argparse.Namespace) -> int:
-    """Run a command, and return the exit status that `timeout` would have."""
-    argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
+class _Limits(NamedTuple):
+    """How long the command may run, and how it is ended."""
+
+    beats: float
+    """Its budget; 0 is no limit."""
+    signal: int
+    """What it is sent when the budget has run out."""
+    kill_after: float | None
+    """After how many beats more it is killed; 0 and None are never."""
+    preserve_status: bool
+    """Whether its own exit status is returned even then."""
+
+
+@click.command(
+    "exec",
+    cls=ConnectedCommand,
+    # What comes after the command's name is the command's.
+    context_settings={"allow_interspersed_args": False},
+    options_metavar="--beats N [OPTIONS]",
+)
+@click.option(
+    "--beats", type=number_of_beats, required=True, metavar="N", help="The budget; 0 is no limit."
+)
+@click.option(
+    *("-k", "--kill-after"),
+    type=number_of_beats,
+    metavar="BEATS",
+    help="Send KILL so many beats after the first signal, if it still runs; 0 is never.",
+)
+@click.option(
+    *("-s", "--signal", "number"),
+    type=signal_number,
+    shell_complete=complete_signal,
+    default="TERM",
+    metavar="SIGNAL",
+    help="The signal to send when the budget has run out; by default TERM.",
+)
+@click.option("--preserve-status", is_flag=True, help="Exit as the command did, also then.")
+@click.option("--foreground", is_flag=True, help="Let the command read from the terminal.")
+@click.option(
+    *("--id", "operation_id"), type=operation_id, metavar="ID", help="The id of the operation."
+)
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARGS]...")
+@takes_connection(short=False)
+async def exec_command(
+    connection: Connection,
+    beats: float,
+    kill_after: float | None,
+    number: int,
+    preserve_status: bool,
+    foreground: bool,
+    operation_id: str | None,
+    argv: tuple[str, ...],
+) -> int:
+    """Run a command with a budget of beats, as 'timeout' runs one with a budget of seconds.
+
+    Exits as the command does, and 124 if the budget ran out first.
+    """
     if not argv:
-        _tell("there is no command")
+        _tell("there is no command to run")
         return _FAILED
     # The kernel keeps no exit status for a program that ignores this signal, and a parent may have
     # started this one so.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    command = _Command(argv, foreground=options.foreground)
+    command = _Command(argv, foreground=foreground)
+    limits = _Limits(beats, number, kill_after, preserve_status)
     try:
-        config = settings(options)
+        config = settings(connection)
         # The command does not wait for a metronome: its budget counts on the local grid, and moves
         # to the cluster's when the session locks.
         async with session(config, lock_timeout=0.0) as bb:
-            status = await _run(bb, config, command, options)
+            status = await _run(bb, config, command, limits, operation_id)
     except BackbeatError as error:
         _tell(str(error))
         status = _FAILED
@@ -56,7 +112,7 @@ async def exec_command(options: argparse.Namespace) -> int:
 
 
 def _tell(text: str) -> None:
-    print(f"backbeat exec: {text}", file=sys.stderr, flush=True)
+    click.echo(f"backbeat exec: {text}", err=True)
 
 
 @final
@@ -172,9 +228,13 @@ def _signal_group(group: int, number: int) -> None:
 
 
 async def _run(
-    bb: Session, config: BackbeatConfig, command: _Command, options: argparse.Namespace
+    bb: Session,
+    config: BackbeatConfig,
+    command: _Command,
+    limits: _Limits,
+    operation_id: str | None,
 ) -> int:
-    with trio.open_signal_receiver(*_PASSED_ON | {options.signal} - _UNHANDLED) as signals:
+    with trio.open_signal_receiver(*_PASSED_ON | {limits.signal} - _UNHANDLED) as signals:
         try:
             await command.start()
         except FileNotFoundError as error:
@@ -184,8 +244,8 @@ async def _run(
             _tell(": ".join(filter(None, (error.filename, error.strerror))))
             return _FAILED if error.filename is None else _NOT_RUNNABLE
 
-        beats = options.beats or math.inf
-        number, kill_after = options.signal, options.kill_after
+        beats = limits.beats or math.inf
+        number, kill_after = limits.signal, limits.kill_after
         timed_out = told = kill_early = False
 
         async def pass_on() -> None:
@@ -198,7 +258,7 @@ async def _run(
 
         def tell_whose_beats() -> None:
             nonlocal told
-            if config.enabled and options.beats and not told and not bb.statistics().locks:
+            if config.enabled and limits.beats and not told and not bb.statistics().locks:
                 told = True
                 _tell(
                     "no metronome: budgets are counted on a local grid, "
@@ -210,8 +270,8 @@ async def _run(
             tell_whose_beats()
 
         try:
-            estimate = max(1, math.ceil(options.beats)) if options.beats else None
-            operation = bb.start_operation("exec", id=options.id, beats=estimate)
+            estimate = max(1, math.ceil(limits.beats)) if limits.beats else None
+            operation = bb.start_operation("exec", id=operation_id, beats=estimate)
             operation.advance(Phase.EXECUTING)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pass_on)
@@ -236,14 +296,14 @@ async def _run(
         code = await command.wait()
     status = SIGNALLED - code if code < 0 else code
     if timed_out and not command.may_be_signalled:
-        operation.fail(f"the budget of {options.beats:g} beats ran out, and nobody could end it")
+        operation.fail(f"the budget of {limits.beats:g} beats ran out, and nobody could end it")
         return _FAILED
     if timed_out:
-        operation.fail(f"the budget of {options.beats:g} beats ran out")
+        operation.fail(f"the budget of {limits.beats:g} beats ran out")
     elif code:
         operation.fail(f"exit status {status}")
     else:
         operation.complete()
-    if timed_out and not options.preserve_status and code != -signal.SIGKILL:
+    if timed_out and not limits.preserve_status and code != -signal.SIGKILL:
         return _TIMED_OUT
     return status

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+import click
 import trio
 
-from .._config import PREFIX, BackbeatConfig
+from .._config import MAX_REPLICAS, PREFIX, BackbeatConfig
 from .._errors import BackbeatError, ConfigError, TransportBroken
 from .._metronome.metronome import Metronome
 from .._transport.store import RecordRefused
-from .._wire import beat_subject, bucket_of, recall_subject, sync_subject, tempo_subject
-from .connection import settings
+from .._wire import (
+    MAX_BEATS_PER_BAR,
+    beat_subject,
+    bucket_of,
+    recall_subject,
+    sync_subject,
+    tempo_subject,
+)
+from .connection import ConnectedCommand, Connection, SettingOption, settings, takes_connection
+from .parameters import name, tempo
 
 if TYPE_CHECKING:
     from .._transport.jetstream import KeyValueStore
@@ -32,15 +40,53 @@ _LIMITS: Final = (
 )
 
 
-async def run_pulse(options: argparse.Namespace) -> int:
-    """Run a metronome, until it is terminated."""
+@click.command("pulse", cls=ConnectedCommand)
+@click.option(
+    "--bpm",
+    cls=SettingOption,
+    type=tempo,
+    metavar="N",
+    help="Tempo of a grid that it begins, 0.1 to 6000 beats a minute; by default 2.",
+    envvar=f"{PREFIX}TEMPO_BPM",
+    show_envvar=True,
+)
+@click.option(
+    "--beats-per-bar",
+    cls=SettingOption,
+    type=click.IntRange(1, MAX_BEATS_PER_BAR),
+    metavar="N",
+    help="Beats of a bar of such a grid; by default 8.",
+    envvar=f"{PREFIX}BEATS_PER_BAR",
+    show_envvar=True,
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, MAX_REPLICAS),
+    metavar="N",
+    help="Copies of the record in JetStream when it is made. By default 3 in a cluster of servers, "
+    "or as many as it has servers; 1 on a lone server.",
+)
+@click.option("--id", "leader_id", type=name, metavar="NAME", help="Its name in logs and health.")
+@takes_connection()
+async def run_pulse(
+    connection: Connection,
+    bpm: float | None,
+    beats_per_bar: int | None,
+    replicas: int | None,
+    leader_id: str | None,
+) -> int:
+    """Run a metronome of a cluster, until it is terminated.
+
+    The first one begins a grid and leads. Any further one stands by, and takes over when the leader
+    is gone.
+    """
     from .._transport.jetstream import KeyValueStore
     from .._transport.nats import NatsTransport
 
-    config = settings(options)
+    config = settings(connection)
     if config.memory_name is not None:
-        raise ConfigError("a metronome of its own has nobody to lead on memory://")
-    leader_id = options.id or config.agent_id
+        raise ConfigError("on memory:// the sessions run the metronome themselves")
+    leader_id = leader_id or config.agent_id
     transport = NatsTransport(config, name=f"backbeat pulse {leader_id}")
     logger = logging.getLogger("backbeat_trio")
     async with trio.open_nursery() as nursery:
@@ -49,19 +95,17 @@ async def run_pulse(options: argparse.Namespace) -> int:
             await transport.first_attempt()
         except BackbeatError as error:
             logger.warning("%s; trying on", error)
-        store = KeyValueStore(transport, bucket_of(config.cluster_id), replicas=options.replicas)
+        store = KeyValueStore(transport, bucket_of(config.cluster_id), replicas=replicas)
         metronome = Metronome(
             transport,
             cluster_id=config.cluster_id,
             leader_id=leader_id,
-            tempo_bpm=config.tempo_bpm if options.bpm is None else options.bpm,
-            beats_per_bar=(
-                config.beats_per_bar if options.beats_per_bar is None else options.beats_per_bar
-            ),
+            tempo_bpm=config.tempo_bpm if bpm is None else bpm,
+            beats_per_bar=(config.beats_per_bar if beats_per_bar is None else beats_per_bar),
             store=store,
         )
         nursery.start_soon(_tell_outages, transport, metronome, logger)
-        nursery.start_soon(_tell_copies, store, options.replicas, config, logger)
+        nursery.start_soon(_tell_copies, store, replicas, config, logger)
         if config.store_claims:
             # The beats need it for nothing.
             nursery.start_soon(_make_stream, transport, store, config, logger)

@@ -7,10 +7,20 @@ import sys
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 
+import click
 import trio
 from helpers import CLEAN
 
+from backbeat_trio._cli.main import cli
 from backbeat_trio.testing import NatsServer
+
+
+def parsed(*arguments: str) -> click.Context:
+    """Return what a command makes of its arguments, without running it."""
+    root = cli.make_context("backbeat", list(arguments))
+    name, command, rest = cli.resolve_command(root, list(arguments))
+    assert command is not None
+    return command.make_context(name, rest, parent=root)
 
 
 @asynccontextmanager

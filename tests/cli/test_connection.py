@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ import trio
 from helpers import backbeat
 
 from backbeat_trio import BackbeatConfig, ConfigError
-from backbeat_trio._cli import main as cli
-from backbeat_trio._cli.connection import settings
+from backbeat_trio._cli.connection import Connection, settings, take_connection
+
+from .programs import parsed
 
 
-def options(*arguments: str) -> argparse.Namespace:
-    return cli._parser().parse_args(["status", *arguments])
+def options(*arguments: str) -> Connection:
+    return take_connection("status", parsed("status", *arguments).params)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers import backbeat
 
+from .programs import parsed
+
 
 @pytest.mark.parametrize("memory", [False, True], ids=["server", "memory"])
 async def test_demo(memory: bool) -> None:
@@ -16,4 +18,13 @@ async def test_demo(memory: bool) -> None:
     assert "3 agents" in text
     for kind in ("election", "dht_store", "pubsub_sync", "peer_discovery"):
         assert f"  {kind} " in text
+    steps = [line[:7] for line in text.splitlines() if line.startswith("Step ")]
+    assert steps == ["Step 1:", "Step 2:", "Step 3:", "Step 4:"]
+    # What it names to try next can be typed.
+    following = text.partition("What to try next")[2]
+    for line in following.splitlines():
+        program, _, rest = line.strip().rstrip(" &").partition(" ")
+        if program == "backbeat" and not rest.startswith("help"):
+            assert parsed(*rest.split()).params
+    assert following.count("backbeat ") >= 4
     assert not done.stderr

@@ -27,9 +27,10 @@ BOTH = pytest.mark.parametrize("whose", ["backbeat", "timeout"])
 
 def limited(whose: str, beats: float, *flags: str, kill_after: float = 0) -> list[str]:
     """Return how a command is run with a budget of so many tenths of a second."""
-    kill = [f"--kill-after={kill_after / (1 if whose == 'backbeat' else 10)}"]
+    # The two short options are those of `timeout`, too.
+    kill = ["-k", str(kill_after / (1 if whose == "backbeat" else 10))]
     if whose == "backbeat":
-        return [*BACKBEAT, *kill, *flags, f"--beats={beats}", "--"]
+        return [*BACKBEAT, *kill, *flags, f"--beats={beats}"]
     return ["timeout", *kill, *flags, str(beats / 10)]
 
 
@@ -84,7 +85,7 @@ async def test_without_a_metronome_it_says_whose_beats_it_counts(
 ) -> None:
     async with NatsServer() as server:
         done = await backbeat(
-            *("exec", "-s", server.url, "--timeout", patience, "--beats", beats, *command),
+            *("exec", "--server", server.url, "--timeout", patience, "--beats", beats, *command),
             env={"CHORUS_BACKBEAT_TEMPO_BPM": "90"},
         )
         assert done.returncode == status
@@ -100,11 +101,15 @@ async def test_exec_is_an_operation_of_the_cluster() -> None:
             open_session(nats_url=url, cluster_id="chorus-production") as bb,
             open_recorder(bb) as claims,
         ):
-            done = await backbeat("exec", "-s", url, "--beats", "3", "--id", "late", "sleep", "60")
+            done = await backbeat(
+                "exec", "--server", url, "--beats", "3", "--id", "late", "sleep", "60"
+            )
             assert done.returncode == 124
-            done = await backbeat("exec", "-s", url, "--beats", "50", "--id", "well", "true")
+            done = await backbeat("exec", "--server", url, "--beats", "50", "--id", "well", "true")
             assert done.returncode == 0
-            done = await backbeat("exec", "-s", url, "--beats", "50", "--id", "badly", "false")
+            done = await backbeat(
+                "exec", "--server", url, "--beats", "50", "--id", "badly", "false"
+            )
             assert done.returncode == 1
             with trio.fail_after(60):
                 failed = await claims.wait_for("late", "failed")
@@ -117,7 +122,7 @@ async def test_exec_is_an_operation_of_the_cluster() -> None:
 async def test_exec_passes_signals_on() -> None:
     script = "trap 'echo got it; exit 9' TERM; echo ready; sleep 60 & wait"
     async with program(
-        "exec", "-s", "memory://exec", "--beats", "1000", "--", "sh", "-c", script
+        "exec", "--server", "memory://exec", "--beats", "1000", "--", "sh", "-c", script
     ) as running:
         await line_with(running.stdout, "ready")
         running.send_signal(signal.SIGTERM)
@@ -126,7 +131,7 @@ async def test_exec_passes_signals_on() -> None:
 
 
 async def test_exec_with_settings_that_cannot_work() -> None:
-    done = await backbeat("exec", "--beats", "1", "-s", "http://x", "--", "true")
+    done = await backbeat("exec", "--beats", "1", "--server", "http://x", "--", "true")
     assert done.returncode == 125
     assert "nats_url" in done.stderr.decode()
 
@@ -159,7 +164,7 @@ time.sleep(60)
         (2, 0, ["--preserve-status"], ["sleep", "60"]),
         (2, 0, ["--foreground"], ["sleep", "60"]),
         (2, 0, ["--foreground", "--preserve-status"], ["sleep", "60"]),
-        (2, 0, ["--signal=KILL"], ["sleep", "60"]),
+        (2, 0, ["-s", "KILL"], ["sleep", "60"]),
         (2, 0, ["--signal=KILL", "--foreground"], ["sleep", "60"]),
         (2, 0, ["--signal=INT", "--preserve-status"], ["sleep", "60"]),
         (2, 0, ["--signal=40", "--preserve-status"], ["sleep", "60"]),
@@ -363,7 +368,7 @@ async def test_the_command_does_not_wait_for_a_server() -> None:
     async with NatsServer() as server:
         url = server.url
     async with program(
-        *("exec", "-s", url, "--timeout", "600s", "--beats", "9", "--", "echo", "started"),
+        *("exec", "--server", url, "--timeout", "600s", "--beats", "9", "--", "echo", "started"),
         env={"CHORUS_BACKBEAT_GRACE_PERIOD": "0.1"},
     ) as process:
         await line_with(process.stdout, "started")
