@@ -188,10 +188,11 @@ class Leader:
           task_status: reports that the leader has subscribed to all requests.
         """
         self._logger.info(
-            "metronome leads - cluster=%s leader=%s epoch=%d",
+            "metronome leads - cluster=%s leader=%s epoch=%d tempo=%g",
             self._cluster_id,
             self._leader_id,
             self.epoch,
+            self.timeline.segment_at(self.cluster_ns()).milli_bpm / 1000,
         )
         self._changed()
         try:

@@ -229,7 +229,12 @@ class Standby(ListenerObserver):
             return
         if not self._stands_by:
             self._stands_by = True
-            self._logger.info("stands by - leader=%s epoch=%d", follower.leader_id, follower.epoch)
+            self._logger.info(
+                "stands by - leader=%s epoch=%d tempo=%g",
+                follower.leader_id,
+                follower.epoch,
+                self._clock.segment().milli_bpm / 1000,
+            )
         lease = lease_ns(self._clock.segment().milli_bpm)
         presence.holds(lease, held=held)
         self._due_ns = grid.timeline.next_beat(max(follower.last_due_ns, self._excused_ns))
@@ -368,6 +373,9 @@ class Standby(ListenerObserver):
                     return None
             stack.push_async_exit(held.pop_all())
         self._counts.takeovers += 1
+        if decision.action is Action.BEGIN and not self._follower.leader_id:
+            # There was nobody to take over from.
+            return term, probes
         cluster_ns = term.steering.cluster_at(local_ns())
         self._logger.info(
             "takes over from %s: %s - epoch=%d beat=%d, %.1f ms after it",

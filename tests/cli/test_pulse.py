@@ -25,6 +25,8 @@ async def test_a_second_metronome_stands_by_also_without_jetstream() -> None:
     async with cluster() as url:
         async with program("pulse", "-s", url, "--bpm", "60", "--id", "pulse-b") as pulse:
             told = await line_with(pulse.stderr, "stands by - leader=pulse-a")
+            # Not its own tempo, but that of the grid which it follows.
+            assert " tempo=600" in told.partition("stands by")[2]
             assert "the grid has no record, as there is no JetStream" in told
             async with open_session(
                 nats_url=url, cluster_id="chorus-production", lock_timeout=30.0
@@ -169,11 +171,16 @@ async def test_metronomes_with_jetstream_take_turns() -> None:
     async with NatsServer(["-js"]) as server:
         arguments = ("pulse", "-s", server.url, "--bpm", "600", "--replicas", "1")
         async with program(*arguments, "--id", "one") as one:
-            assert "leader=one epoch=1" in await line_with(one.stderr, "metronome leads")
+            told = await line_with(one.stderr, "metronome leads")
+            assert "leader=one epoch=1 tempo=600" in told
+            # It takes over from nobody, so that is the first that it says.
+            assert told.count("\n") == 1
             async with program(*arguments, "--id", "two") as two:
                 await line_with(two.stderr, "locked to the grid - leader=one")
                 one.kill()
-                assert "leader=two" in await line_with(two.stderr, "metronome leads")
+                told = await line_with(two.stderr, "metronome leads")
+                assert "takes over from one: " in told
+                assert "leader=two" in told
 
 
 async def test_replicas_that_cannot_be() -> None:
