@@ -9,17 +9,28 @@ import click
 from .._session.lifecycle import session
 from .._wire import StatusClaim, encode
 from .connection import ConnectedCommand, Connection, settings, takes_connection
-from .parameters import agent
+from .parameters import agent as agent_or_all, duration
 
 
 @click.command("claims", cls=ConnectedCommand)
-@click.argument("agent", type=agent, default="*")
+@click.argument("agent", type=agent_or_all, default="*")
 @click.option("-j", "--json", "as_json", is_flag=True, help="As JSON, one object a line.")
 @click.option("--count", type=click.IntRange(0), metavar="N", help="End after so many claims.")
+@click.option(
+    "--since",
+    type=duration,
+    metavar="1h",
+    help="First the ends of operations that were stored so long ago at most, oldest first.",
+)
 @click.option("--failed", is_flag=True, help="Only claims of what has failed.")
 @takes_connection()
 async def show_claims(
-    connection: Connection, agent: str, as_json: bool, count: int | None, failed: bool
+    connection: Connection,
+    agent: str,
+    as_json: bool,
+    count: int | None,
+    since: float | None,
+    failed: bool,
 ) -> int:
     """Show what AGENT or all agents report of their operations and their health, a line each.
 
@@ -29,7 +40,7 @@ async def show_claims(
         return 0
     async with (
         session(settings(connection), require_connection=True) as bb,
-        bb.open_claims(agent) as claims,
+        bb.open_claims(agent, since=since) as claims,
     ):
         if sys.stdout.isatty():
             whose = "all agents" if agent == "*" else agent

@@ -6,11 +6,11 @@ import json
 import signal
 
 import trio
-from helpers import backbeat
+from helpers import backbeat, until
 
 from backbeat_trio import StatusClaim
 from backbeat_trio._cli.claims import format_claim
-from backbeat_trio.testing import open_session
+from backbeat_trio.testing import NatsServer, open_session
 
 from .programs import cluster, line_with, program
 
@@ -50,3 +50,30 @@ def test_claims_are_shown_without_control_characters() -> None:
     line = format_claim(claim)
     assert line.isprintable()
     assert "t?[2J" in line
+
+
+async def test_stored_claims_of_failures_come_first() -> None:
+    async with NatsServer(["-js"]) as server:
+        async with open_session(
+            nats_url=server.url, agent_id="agent-1", cluster_id="chorus-production"
+        ) as bb:
+            for number in range(3):
+                bb.start_operation("election", id=f"well-{number}").complete()
+                bb.start_operation("election", id=f"badly-{number}").fail("no quorum")
+            await until(lambda: bb.statistics().claims_stored == 6)
+        done = await backbeat(
+            *("claims", "--since", "1h", "--failed", "--count", "3", "--json", "-s", server.url)
+        )
+        assert done.returncode == 0, done.stderr
+        claims = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [claim["task_id"] for claim in claims] == [f"badly-{n}" for n in range(3)]
+        done = await backbeat(
+            "claims", "agent-1", "--since", "1h", "--count", "6", "-s", server.url
+        )
+        assert len(done.stdout.splitlines()) == 6
+        assert b"no quorum" in done.stdout
+    async with cluster() as url:
+        done = await backbeat("claims", "--since", "1h", "-s", url)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"backbeat: ")
+        assert b"JetStream" in done.stderr

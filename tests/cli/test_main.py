@@ -55,6 +55,7 @@ from .programs import parsed
         ["tempo", "--at-beat", "8"],
         ["tempo", "--over", "8"],
         ["claims", "--count", "-1"],
+        ["claims", "--since", "yesterday"],
         ["demo", "--beats", "-1"],
         ["help", "dance"],
         ["help", "tempo", "pause"],
