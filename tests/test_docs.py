@@ -21,7 +21,7 @@ from backbeat_trio.testing import NatsServer
 DOCS: Final = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 AGENT: Final = blocks((ROOT / "README.md").read_text(), "python")[0]
 MESSAGES: Final = blocks(DOCS["design.md"], "json")
-CHANGES: Final = blocks(DOCS["operating.md"], "sh")[0].splitlines()
+COMPLETION, CHANGES = blocks(DOCS["operating.md"], "sh")
 
 
 def test_no_block_is_left_out() -> None:
@@ -37,10 +37,15 @@ def test_no_block_is_left_out() -> None:
         ("regions.md", "sh"),
         ("security.md", "sh"),
         ("testing.md", "python"),
-        # Run by `tests/session/test_web.py`.
+        # Run by `tests/session/test_run.py`.
+        ("operating.md", "python"),
+        # Run by `tests/session/test_web_server.py`.
         ("web.md", "python"),
+        ("web.md", "sh"),
     }
-    assert len(blocks(DOCS["operating.md"], "sh")) == len(blocks(DOCS["regions.md"], "sh")) == 1
+    # Run by `tests/cli/test_completion.py`.
+    assert "_BACKBEAT_COMPLETE" in COMPLETION
+    assert len(blocks(DOCS["regions.md"], "sh")) == 1
 
 
 def test_every_setting_is_in_a_table() -> None:
@@ -99,13 +104,14 @@ async def test_the_unit_and_the_changes_of_the_operating_guide(tmp_path: Path) -
     command = unit["Service"]["ExecStart"].replace("%l", "host")
     assert command.startswith("/opt/backbeat/bin/backbeat pulse --bpm 120 ")
     command = command.removeprefix("/opt/backbeat/bin/").replace("--bpm 120", "--bpm 600")
-    tempo, ramp, pause, resume = CHANGES
+    shown, tempo, ramp, pause, resume = CHANGES.splitlines()
     async with NatsServer(["-js"]) as server:
         script = "\n".join(
             [
                 f"{command} 2> log & pulse=$!",
                 "until grep -q leads log; do sleep 0.1; done",
                 "set -e",
+                shown,
                 tempo,
                 ramp,
                 pause,
