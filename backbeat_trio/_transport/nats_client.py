@@ -59,7 +59,7 @@ _CLOSE_PATIENCE: Final = 1.0
 _FOREVER: Final = 10**9
 
 # Errors after which nats-py gives the connection up.
-_LOSSES: Final = (nats.errors.UnexpectedEOF, nats.errors.StaleConnectionError)
+_LOSSES: Final = (nats.errors.UnexpectedEOF, nats.errors.StaleConnectionError, OSError)
 
 INBOX: Final = 0
 
