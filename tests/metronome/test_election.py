@@ -12,6 +12,8 @@ import trio
 import trio.testing
 
 import backbeat_trio as backbeat
+from backbeat_trio._metronome.standby import Standby
+from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport.store import Conflict, Entry
 from backbeat_trio._wire import (
     BeatFrame,
@@ -177,6 +179,39 @@ async def test_a_dead_leader_is_replaced_at_once_in_the_same_cluster_time(
         record = decode_record(made.store.entry.data)
         assert record.epoch == two.metronome.epoch == bb.health().epoch
         assert record.leader_id == bb.health().leader_id == "pulse-1"
+
+
+async def test_a_standby_whose_clock_is_still_corrected_takes_over_in_the_measured_time(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standbys: list[Standby] = []
+    follow = Standby.follow
+
+    async def noted(standby: Standby, *, task_status: trio.TaskStatus[None]) -> None:
+        standbys.append(standby)
+        await follow(standby, task_status=task_status)
+
+    monkeypatch.setattr(Standby, "follow", noted)
+    # A beat lasts 15 s, so an error of 2 s is slewed, which takes 25 s.
+    async with cluster(2, bpm=4.0) as (made, (one, two)):
+        assert one.leads
+        grid, now = standbys[-1]._clock.grid, local_ns()
+        measured = grid.steering.target_at(now)
+        grid.steering.step(measured + 2 * 10**9, at_ns=now)
+        grid.steer(measured, now)
+        one.scope.cancel()
+        await made.wait_until(two.leads_now)
+        leader = two.metronome._leader
+        assert leader is not None
+        now = local_ns()
+        assert abs(leader.cluster_ns(now) - now - measured) < 10**6
+        assert leader.steering.rate_at(now) == pytest.approx(1, abs=0.001)
+        assert leader.present_term().uncertainty_ns < 10**9
+        await trio.sleep(20)
+        assert made.indices() == [0, 1, 2]
+        begun = made.frames[0][0]
+        lateness = [at - begun - 15 * frame.beat_index for at, frame in made.frames]
+        assert lateness == pytest.approx([0, 0, 0], abs=0.02)
 
 
 async def test_a_lost_frame_makes_a_standby_probe_and_nothing_else(autojump_clock: Clock) -> None:
