@@ -117,6 +117,7 @@ class Estimate:
     """
 
     __slots__ = (
+        "_begun_anew",
         "_best_ns",
         "_carried",
         "_contradictions",
@@ -137,6 +138,8 @@ class Estimate:
         self._shifts: list[Ping] = []
         # Whether the first point stands for the offset to the leader before this one.
         self._carried = False
+        # Whether the estimate was begun anew from contradictions, and no burst has agreed since.
+        self._begun_anew = False
         self._prior, self._prior_sd = 0.0, float(_UNKNOWN)
         self._best_ns = 0
         self._mean_local = self._mean_offset = 0
@@ -204,6 +207,7 @@ class Estimate:
                 self._contradictions, self._shifts = self._shifts, []
                 return self._begin_with_contradictions()
         self._contradictions.clear()
+        self._begun_anew = False
         self._points.append(best)
         if self._carried and len(self._points) > _CARRIED_POINTS:
             # If the routes to the two leaders differ, this point would bias the offset for long.
@@ -251,11 +255,15 @@ class Estimate:
         first, *_, last = self._contradictions
         elapsed = max(1, last.local_ns - first.local_ns)
         slope = (last.offset_ns - first.offset_ns) / elapsed
-        if abs(slope - self._frequency) * elapsed <= first.delay_ns + last.delay_ns:
+        same_rate = abs(slope - self._frequency) * elapsed <= first.delay_ns + last.delay_ns
+        if same_rate and not self._begun_anew:
             # One of the clocks jumped and then continued at the same rate.
             self._prior, self._prior_sd = self._frequency, max(self._frequency_sd, _KNOWN)
         else:
+            # If that was assumed before and no burst has agreed since, it was wrong: a rate has
+            # changed, by so little that the round trips hide it in so short a time.
             self._prior, self._prior_sd = 0.0, _ANYTHING
+        self._begun_anew = True
         self._points.clear()
         self._carried = False
         self._points.extend(self._contradictions)

@@ -210,6 +210,30 @@ def test_a_jump_of_a_clock_is_noticed(jump: int) -> None:
     assert p99(errors[-50:]) <= 300_000
 
 
+@pytest.mark.parametrize("ppm", [-3_000, 80_000])
+def test_a_rate_that_changes_back_is_measured_anew(ppm: int) -> None:
+    agent = Agent()
+
+    def run(ppm: int) -> list[Verdict]:
+        before = agent.local(agent.now)
+        agent.rate = 1 + ppm * 1e-6
+        agent.start_ns += before - agent.local(agent.now)
+        # After the first burst that is off, others follow so soon that their delays hide the rate.
+        verdicts: list[Verdict] = []
+        for _ in range(30):
+            agent.now += SECOND // 100 if Verdict.OUTLYING in verdicts[-1:] else 5 * SECOND
+            verdicts.append(agent.burst())
+        return verdicts
+
+    run(50)
+    for rate in (ppm, 0):
+        verdicts = run(rate)
+        assert Verdict.OVERRULED in verdicts
+        assert set(verdicts[-15:]) == {Verdict.TAKEN}
+        assert abs(offset_error(agent)) <= 500_000
+        assert agent.estimate.frequency / PARTS == pytest.approx(1 / agent.rate - 1, abs=20e-6)
+
+
 def test_wrong_answers_are_outlying_and_harmless() -> None:
     agent = Agent(ppm=-30)
     agent.run(60)
