@@ -119,17 +119,16 @@ class PulseProcess:
         """Tell whether it leads."""
         return self._metronome is not None and self._metronome.leads
 
-    def position(self, tempo: float) -> float | None:
-        """Return the leader's position in beats; None where it does not lead."""
-        metronome = self._metronome
-        if metronome is None or not metronome.leads:
+    def position(self) -> float | None:
+        """Return the leader's position in beats; None if it does not lead.
+
+        It is that of the leader's own cluster time. The time until its next beat would not do: its
+        local clock may run faster or slower than cluster time.
+        """
+        leader = None if self._metronome is None else self._metronome._leader
+        if leader is None:
             return None
-
-        def position() -> float:
-            left = metronome.next_beat_time() - trio.current_time()
-            return metronome.current_beat() + 1 - left * tempo / 60
-
-        return self.process.look(position)
+        return self.process.look(lambda: leader.timeline.position_at(leader.cluster_ns()))
 
 
 @final

@@ -162,8 +162,8 @@ class Pulse(Protocol):
         """Tell whether it leads."""
         ...
 
-    def position(self, tempo: float) -> float | None:
-        """Return the leader's position in beats; None where it does not lead."""
+    def position(self) -> float | None:
+        """Return the leader's position in beats; None if it does not lead."""
         ...
 
 
@@ -599,7 +599,7 @@ class Watch:
     def _check_positions(
         self, agents: Sequence[Agent], leader: Pulse, tempo: float, now: int
     ) -> None:
-        own = leader.position(tempo)
+        own = leader.position()
         if own is None:
             return
         theirs = self._schedule.node(leader.process.machine.name)
