@@ -1,9 +1,13 @@
 """The result of a recall: the cluster time and the grid on which a majority of the answers agree.
 
+If there is no majority, the record and the wall clock decide which answer is used.
+
 Each answer is a measurement of cluster time, like a ping, and gives an interval in which the true
 time lies if the answer is right. `agree` takes the instant that most intervals share (Marzullo's
-algorithm, as in RFC 5905, section 11.2.1), and only if these are more than half of all answers. So
-one wrong answer among several changes nothing.
+algorithm, as in RFC 5905, section 11.2.1), if these are more than half of all answers. So one wrong
+answer among several changes nothing. Of two agents one may be wrong without knowing it, for example
+after its machine was suspended. Then the time that the record and the wall clock let expect tells
+which of them to believe, because any answer is better than another incarnation of the grid.
 
 Pure: times are passed in.
 """
@@ -57,7 +61,10 @@ def agree(
     incarnation: str | None = None,
     expected_ns: int | None = None,
 ) -> Agreement | None:
-    """Return what a majority of the answers agree on, or None if there is no majority.
+    """Return what a majority of the answers agree on, or None if no answer can be believed.
+
+    If there is no majority, the answer that is nearest to the expected time counts, together with
+    those that agree with it. If no time is expected, the result is then None.
 
     Args:
       memories: the answers, one of each agent.
@@ -69,7 +76,9 @@ def agree(
 
     """
     believed = [
-        m for m in memories if m.ping.delay_ns >= 0 and m.ping.replied_ns >= m.ping.received_ns
+        m
+        for m in memories
+        if m.ping.delay_ns >= 0 and m.ping.replied_ns >= m.ping.received_ns and _half(m) >= 0
     ]
     if expected_ns is not None:
         believed = [
@@ -83,15 +92,12 @@ def agree(
     believed = [m for m in believed if (m.reply.incarnation or "") == incarnation]
     if not believed or incarnation is None:
         return None
-    low, high, count = _most(
-        [
-            (m.ping.offset_ns - half, m.ping.offset_ns + half)
-            for m in believed
-            if (half := _half(m)) >= 0
-        ]
-    )
+    low, high, count = _most([_interval(m) for m in believed])
     if 2 * count <= len(believed):
-        return None
+        if expected_ns is None:
+            return None
+        expected = expected_ns - now_ns
+        low, high = _interval(min(believed, key=lambda m: abs(m.ping.offset_ns - expected)))
     offset = (low + high) // 2
     agreed = [m for m in believed if abs(m.ping.offset_ns - offset) <= _half(m)]
     cluster = now_ns + offset
@@ -117,6 +123,11 @@ def agree(
 
 def _half(memory: Memory) -> int:
     return memory.ping.delay_ns // 2 + 1 + memory.reply.uncertainty_ns
+
+
+def _interval(memory: Memory) -> tuple[int, int]:
+    offset, half = memory.ping.offset_ns, _half(memory)
+    return offset - half, offset + half
 
 
 def _most(intervals: Sequence[tuple[int, int]]) -> tuple[int, int, int]:

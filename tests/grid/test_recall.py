@@ -70,12 +70,28 @@ def test_two_that_contradict_each_other_are_no_majority() -> None:
     assert agree([memory("a"), memory("b", error_ns=SECOND)], NOW) is None
 
 
+def test_without_a_majority_the_answer_nearest_to_the_expected_time_counts() -> None:
+    # The clock of an agent stops while its machine is suspended, and it does not know.
+    right, suspended = memory("a"), memory("b", error_ns=-6 * SECOND)
+    for expected in (NOW + OFFSET, NOW + OFFSET - 2 * SECOND):
+        for memories in ((right, suspended), (suspended, right)):
+            assert found(*memories, expected_ns=expected) == found(right)
+    # The answers that agree with that one count, too.
+    other = memory("c", error_ns=-9 * SECOND)
+    agreement = found(right, memory("d", last_beat=7501), suspended, other, expected_ns=expected)
+    assert agreement.offset_ns == pytest.approx(OFFSET, abs=2)
+    assert agreement.last_beat == 7501
+
+
 def test_one_wrong_answer_changes_nothing() -> None:
     lie = memory(
         "c", error_ns=20 * SECOND, epoch=2**53, last_beat=2**53, timeline=CHANGED, beats_per_bar=3
     )
     honest = found(memory("a"), memory("b"))
     assert found(memory("a"), memory("b"), lie) == honest
+    # Nor does it if the wall clock is wrong, too.
+    expected = NOW + OFFSET + 20 * SECOND
+    assert found(memory("a"), memory("b"), lie, expected_ns=expected) == honest
 
 
 def test_an_answer_with_the_right_time_and_a_made_up_epoch_and_beat_changes_little() -> None:
