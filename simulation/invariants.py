@@ -207,9 +207,9 @@ class Watch:
         self._last_frames: dict[tuple[int, int], BeatFrame] = {}
         self._epoch = -1
         self._written_ns = 0
-        # By how much the wall clock was wrong by which the record was written: now, and when the
-        # last epoch ended.
-        self._written_wall_ns = self._former_wall_ns = 0
+        # By how much the wall clock was wrong by which the record was written last, and that by
+        # which the record of the grid of the last frame was written last.
+        self._written_wall_ns = self._known_wall_ns = 0
         self._wiped = any(isinstance(f, ServerRestart) and f.wiped for f in schedule.faults)
         self._walls_agree = not any(isinstance(f, WallJump) for f in schedule.faults) and all(
             abs(node.wall_s) < WALL_S / 2 for node in schedule.nodes
@@ -278,12 +278,13 @@ class Watch:
         A store that was emptied has another life, in which epochs may begin again.
         """
         record, now = decode_record(data), process.world.now
-        self.lines.join(record.segments)
+        line = self.lines.join(record.segments)
         if record.epoch > self._epoch:
             self.epochs_changed_ns = self._written_ns = now
-            self._former_wall_ns = self._written_wall_ns
         self._epoch = record.epoch
         self._written_wall_ns = process.machine.wall_ns
+        if self.line is not None and line == self.lines.of(self.line):
+            self._known_wall_ns = self._written_wall_ns
         nonce = self._holders.setdefault((life, record.epoch), record.nonce)
         if nonce != record.nonce:
             self.tell("epochs", now, f"epoch {record.epoch} of the record has a second holder")
@@ -336,6 +337,8 @@ class Watch:
             )
         if self.line is not None and line != self.lines.of(self.line):
             self._check_beginning(process, frame, agents)
+        if self.line is None or line != self.lines.of(self.line):
+            self._known_wall_ns = self._written_wall_ns
         self.line = timeline.segments[0]
 
     def _check_beginning(self, process: Process, frame: BeatFrame, agents: Iterable[Agent]) -> None:
@@ -345,7 +348,9 @@ class Watch:
         where its connection, or the way of the metronome that begins, was not whole for as long as
         one waits for an answer, where a way is long, or where its process stood still. Nor does it
         count where the wall clock by which it judges the answers differs by a minute from the one
-        by which the record was written: such answers are not believed (section 8, rule 2).
+        by which the record of that grid was written last: such answers are not believed (section 8,
+        rule 2). The record may name a newer grid of which no frame was published, because the
+        answers to the writes were lost. Then nobody remembers the grid that the record names.
         """
         now, line = process.world.now, self.line
         link = self._links[process.machine.name]
@@ -355,7 +360,7 @@ class Watch:
             return
         if link.troubles or link.changed_ns > now - ABSENT_NS or link.way_ns > FAST_WAY_NS:
             return
-        if abs(process.machine.wall_ns - self._former_wall_ns) > BELIEVED_NS:
+        if abs(process.machine.wall_ns - self._known_wall_ns) > BELIEVED_NS:
             return
         for agent in agents:
             if agent.locked and self._was_well(agent.process, now):
