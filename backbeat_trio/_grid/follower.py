@@ -49,6 +49,9 @@ _STALLED_NS: Final = 1_000_000_000
 # If the error of the last pings may exceed their round trip by more than this, because they were
 # long ago, the arrival of frames is a better measure of cluster time.
 _PINGS_WORSE_NS: Final = 10_000_000
+# How long a frame waits for an answer to pings, at least. A leader publishes its first frame before
+# its subscriptions have reached the server, which says until then that nobody answers.
+_UNANSWERED_NS: Final = 500_000_000
 # How many bursts in a row must contradict a change that only frames announced.
 _CONTRADICTED: Final = 3
 # If another incarnation of the grid is at most this many of its bars behind the position, the
@@ -146,6 +149,8 @@ class Follower:
         self._judged_epoch = -1
         self._behind = 0
         self._answered = False
+        # Since when there has been a question.
+        self._asking_ns = 0
         self._chance = chance
         # The time of the next burst, and an earlier one that applies if the next frame is missing.
         self._planned_ns, self._missing_ns = 0, NEVER
@@ -232,6 +237,8 @@ class Follower:
             return False
         heard = Heard(frame, timeline, received_ns)
         if not self._explains(heard):
+            if self.question is None:
+                self._asking_ns = received_ns
             self.question = heard
             return True
         self._accept(heard, now_ns)
@@ -414,7 +421,8 @@ class Follower:
           now_ns: now, in local time.
 
         Returns:
-          False if the answers contradict the estimate, so that another burst is needed soon.
+          False if another burst is needed soon, because the answers contradict the estimate, or
+          because a frame still waits for an answer.
 
         """
         best = best_ping([ping for ping, _ in answers])
@@ -432,8 +440,7 @@ class Follower:
         best = best_ping(burst)
         self._answered = best is not None
         if best is None:
-            self._decide_unanswered(now_ns)
-            return True
+            return self._decide_unanswered(now_ns)
         # Only the newest answer of a burst is sure to know the newest change.
         reply = answers[-1][1]
         if self.locked and self._is_outranked(reply) and not self.in_holdover(now_ns):
@@ -504,11 +511,13 @@ class Follower:
         self._behind = 0
         return True
 
-    def _decide_unanswered(self, now_ns: int) -> None:
+    def _decide_unanswered(self, now_ns: int) -> bool:
         # The leader may publish frames and not answer pings. Then the frames measure the time, less
         # exactly. A new leader's frames are believed once the leader before it is silent.
         if self.question is None or (self.locked and not self.in_holdover(now_ns)):
-            return
+            return True
+        if now_ns - self._asking_ns < _UNANSWERED_NS:
+            return False
         heard, self.question = self.question, None
         frame, timeline, received_ns = heard
         due = timeline.time_of(frame.beat_index)
@@ -519,6 +528,7 @@ class Follower:
             offset = due - received_ns
             self._lock(frame, timeline, offset, now_ns)
         self._accept(heard, now_ns)
+        return True
 
     def _lock(
         self,

@@ -186,6 +186,9 @@ class BeatListener(FollowerObserver):
             begun, asked = trio.current_time(), follower.question
             answers = await self._burst(follower.pings)
             follower.answer(answers, asked, local_ns())
+            if asked is None and follower.question is not None and not (answers or follower.locked):
+                # The first frame came during the burst, so its leader may answer pings now.
+                continue
             self._pause = trio.CancelScope(deadline=seconds_of(follower.next_burst_ns))
             with self._pause:
                 await self._ask.wait_value(True)

@@ -362,6 +362,30 @@ def test_a_frame_that_came_during_a_burst_is_not_decided_by_it(agent: Agent) -> 
     assert agent.follower.counts.frames == 1
 
 
+def test_a_first_frame_waits_for_the_subscriptions_of_its_leader(agent: Agent) -> None:
+    # A leader far away publishes its first frame, 200 ms late, before it can answer pings.
+    agent.now += 200 * MS
+    assert agent.hear()
+    assert not agent.answer()
+    assert not agent.follower.locked
+    assert agent.pause == 250 * MS
+    agent.now += agent.pause
+    assert agent.answer(agent.answered(200 * MS))
+    assert abs(agent.error_ns) <= MS
+
+
+def test_frames_of_a_leader_that_never_answers_are_believed_after_half_a_second(
+    agent: Agent,
+) -> None:
+    begun = agent.now
+    # Each frame is another question.
+    while not agent.follower.locked:
+        agent.hear(timeline=TIMELINE.change(600_000, 0, epoch=1))
+        agent.answer()
+        agent.now += 100 * MS
+    assert 500 * MS <= agent.now - begun <= 650 * MS
+
+
 def test_a_change_that_three_bursts_do_not_confirm_is_dropped(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.now += SECOND // 2
@@ -539,8 +563,8 @@ class AnybodySaysAnything(RuleBasedStateMachine):
         agent.now += seconds * SECOND
         silent = not agent.follower.locked or agent.follower.in_holdover(agent.now)
         agent.answer()
-        # Nobody else is heard: then frames are believed.
-        assert not (silent and agent.follower.question)
+        # Nobody else is heard: then frames are believed after half a second.
+        assert not (silent and seconds and agent.follower.question)
 
     @invariant()
     def nothing_runs_back(self) -> None:
