@@ -1,4 +1,4 @@
-"""What an application calls, and the nursery behind it.
+"""What an application calls, and how a session begins and ends.
 
 It imports `_runtime` and below.
 """

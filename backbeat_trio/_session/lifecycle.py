@@ -1,13 +1,13 @@
-"""How a session begins and ends: the nursery around the body, and what leaves it.
+"""How a session begins and ends: the nursery around the body, and the exceptions that leave it.
 
 Policy on exceptions. The services run in a nursery around the body of ``async with session()``,
-and Trio reports whatever leaves a nursery in an exception group. Which tasks there are in it is a
-detail of this package. So what the body raised never enters the nursery, and leaves as itself. A
+and Trio puts whatever leaves a nursery into an exception group. Which tasks run in the nursery is a
+detail of this package. So what the body raises never enters the nursery, and leaves as itself. A
 service that crashes cancels the body, and its exception is taken out of the nursery's group again.
-Only where the body answers that with an exception of its own, the two leave together in a group.
+Only if the body then raises an exception of its own, the two leave together in a group.
 
 Policy on Ctrl-C. Entering and leaving are protected from it as `trio.open_nursery` is: Trio raises
-it at a checkpoint and never between two lines, so no service is left behind that nobody releases.
+it at a checkpoint and never between two lines. So no service is left running without an owner.
 """
 
 from __future__ import annotations
@@ -38,25 +38,40 @@ def session(
     logger: Logger | None = None,
     **overrides: Unpack[ConfigFields],
 ) -> AbstractAsyncContextManager[Session]:
-    """Open a session: this task is part of the cluster for the length of the block.
+    """Open a session, by which this process takes part in a cluster for the length of the block.
 
-    Without a server the session starts all the same, on a local grid, and locks to the cluster's
-    when it can. Entering waits for the lock for `BackbeatConfig.lock_timeout` at most. Leaving
-    waits for the terminal claims to reach the server, for `BackbeatConfig.grace_period` at most.
-    What the body raises leaves as itself. Entering and leaving are checkpoints.
+    Use it as ``async with backbeat_trio.session() as bb:``. While the block runs, background tasks
+    hold the connection to the NATS server, follow the cluster's metronome, cancel budgets that have
+    run out, and publish claims: those of the operations, and one of the agent's health every
+    `BackbeatConfig.health_beats` beats. With a ``nats_url`` of ``memory://`` they also run the
+    metronome.
+
+    Entering waits until a metronome is heard, for `BackbeatConfig.lock_timeout` at most. If there
+    is none, or no server, the session starts all the same, on a local grid. It moves to the
+    cluster's grid as soon as it hears of it, and logs both. Leaving waits until the terminal claims
+    have reached the server, for `BackbeatConfig.grace_period` at most. Entering and leaving are
+    checkpoints.
+
+    What the block raises leaves the session as itself, and not in an exception group. If one of the
+    background tasks crashes, the block is cancelled, and the session raises the exception.
 
     Args:
-      config: the settings; by default those of the environment, `BackbeatConfig.from_env`.
-      transport: used in place of the one that ``nats_url`` names; the session runs and closes it.
-      logger: by default ``logging.getLogger("backbeat_trio")``.
-      **overrides: fields of `BackbeatConfig` that take precedence.
+      config: the settings. None reads them from the environment by `BackbeatConfig.from_env`.
+      transport: the connection to use instead of the one that ``nats_url`` names. The session runs
+        it, and closes it.
+      logger: where the session logs; by default ``logging.getLogger("backbeat_trio")``.
+      **overrides: fields of `BackbeatConfig`, which take precedence over ``config`` and the
+        environment.
+
+    Returns:
+      An async context manager, which gives the `Session`.
 
     Raises:
-      ConfigError: on entering, where a setting cannot work.
-      TransportBroken: on entering, with ``require_connection``, where the first connection cannot
-        be made; or its subclasses `AuthenticationFailed` and `TLSFailed`.
-      TypeError: for an override that names no field.
-      RuntimeError: on entering, where ``transport`` stops running before it has started.
+      ConfigError: on entering, if a setting is not valid.
+      TransportBroken: on entering, with ``require_connection``, if the first connection cannot be
+        made. It may be one of the subclasses `AuthenticationFailed` and `TLSFailed`.
+      TypeError: if an override is not a field of `BackbeatConfig`.
+      RuntimeError: on entering, if ``transport`` stops running before it has started.
 
     """
     check_fields("session", overrides)
@@ -65,8 +80,8 @@ def session(
 
 @final
 class _SessionManager(AbstractAsyncContextManager[Session]):
-    # Ctrl-C between two lines of `contextlib` would leave a generator that nobody resumes, and with
-    # it the services. Protection reaches what is called from a protected function.
+    # Ctrl-C between two lines of `contextlib` would leave a suspended generator, and with it the
+    # services. Protection extends to what a protected function calls.
 
     def __init__(self, manager: AbstractAsyncContextManager[Session]) -> None:
         self._manager = manager
@@ -114,23 +129,23 @@ async def _open(
                 except BaseException as error:  # noqa: BLE001 - it is raised again, further down
                     failure = error
                 await runtime.stop(services)
-                # All are told to end by now, and none takes long to.
+                # All services are cancelled by now, and none of them takes long to end.
                 nursery.cancel_scope.shield = True
                 if failure is not None and services.crashed:
-                    # It may be the cancellation by which the nursery answers a crash.
+                    # It may be the cancellation that the nursery sent because of the crash.
                     raise failure
         except BaseExceptionGroup as group:
             left = sole(group)
             if not services.crashed and left.__context__ is None:
-                # Leaving was interrupted: what the body raised is not to be lost.
+                # Leaving was interrupted, and what the body raised must not be lost.
                 left.__context__ = failure
             failure = left
-    # Outside of the handler, so that the exception does not get the group for its context.
+    # Outside of the handler, so that the group does not become the exception's context.
     if failure is not None:
         try:
             raise failure
         finally:
-            # Its traceback holds this frame, and this frame would hold it.
+            # Its traceback refers to this frame, so a reference from here would be a cycle.
             del failure
     await trio.lowlevel.checkpoint()
 
@@ -162,7 +177,7 @@ async def _make_runtime(
             logger=logger,
         )
         return Runtime(config, logger, transport, metronome=metronome)
-    # Imported on use: asyncio, anyio and nats-py cost more than all the rest.
+    # Imported on use, because asyncio, anyio and nats-py take longer to import than all the rest.
     from .._transport.nats import NatsTransport
 
     transport = nats = NatsTransport(config)

@@ -1,4 +1,4 @@
-"""What a Trio application does with a session: budgets, time, operations, observation."""
+"""`Session`, by which an application uses budgets, time, operations and observation."""
 
 from __future__ import annotations
 
@@ -65,6 +65,9 @@ def current_session() -> Session:
     `trio.from_thread`. Another run of Trio has no session of this one. A session that was left in
     the meantime is returned, and its methods raise `SessionClosed`.
 
+    Returns:
+      The session whose block is the innermost one around the task.
+
     Raises:
       RuntimeError: if there is none; the text says how to open one.
 
@@ -113,7 +116,7 @@ def use_session(bb: Session) -> Generator[Session, None, None]:
 
 
 def make_session(runtime: Runtime) -> Session:
-    """Return what an application sees of a runtime."""
+    """Make the session that an application gets of a runtime."""
     bb: Session = object.__new__(Session)
     bb._runtime = runtime
     bb._clock = runtime.clock
@@ -122,10 +125,15 @@ def make_session(runtime: Runtime) -> Session:
 
 @final
 class Session:
-    """What ``async with session()`` gives. Made by nothing else.
+    """An agent's part in a cluster: its budgets, its beats, and its operations.
 
-    Beats, positions and budgets are those of the cluster's grid, or of a local one while there is
-    no other. Methods raise `SessionClosed` once the block has been left.
+    Open one by ``async with session() as bb``. You cannot call the class.
+
+    Beats, positions and budgets are those of the cluster's grid, or of a local grid until a
+    metronome is heard. A *position* is a beat's index and its fraction: 12344.25 is a quarter of
+    the way through beat 12344. Methods raise `SessionClosed` once the block has been left, except
+    those that only read. Call them in the session's run of Trio; other threads do so by
+    `trio.from_thread`.
     """
 
     _runtime: Runtime
@@ -145,18 +153,19 @@ class Session:
     def move_on_after(self, beats: float, *, shield: bool = False) -> BeatScope:
         """Make a cancel scope whose deadline is some beats after it is entered.
 
-        The deadline follows the grid: it falls when so many beats have passed, whatever they last.
-        When the position moves to another grid, the beats that are left stay the same. Not a
-        checkpoint; neither is entering or leaving the scope.
+        Use it as ``with bb.move_on_after(2):``. The block is cancelled when that many beats have
+        passed, however long they last: if the tempo changes meanwhile, so does the time in seconds.
+        If the session moves to another grid, the number of beats that are left stays the same. Not
+        a checkpoint; neither is entering or leaving the scope.
 
         Args:
-          beats: 0 or more; fractions are fine, and ``inf`` is no limit.
-          shield: whether cancellations from outside are kept out.
+          beats: the number of beats, 0 or more; fractions are allowed, and ``inf`` is no limit.
+          shield: whether cancellations from outside do not reach the block.
 
         Raises:
-          TypeError: where ``beats`` is no number.
-          ValueError: where ``beats`` is negative, NaN or too large for a float.
-          SessionClosed: where the session was left.
+          TypeError: if ``beats`` is not a number.
+          ValueError: if ``beats`` is negative, NaN or too large for a float.
+          SessionClosed: on entering, if the session was left.
 
         """
         # Making a scope is frequent: the usual numbers are checked here, without a call. An int
@@ -169,32 +178,35 @@ class Session:
     def move_on_at(self, beat: float, *, shield: bool = False) -> BeatScope:
         """Make a cancel scope whose deadline is a position of the grid.
 
-        A position names a beat of the cluster. When this session moves to another grid, as it does
-        when it locks to the cluster's, the deadline stays at this position. Not a checkpoint.
+        A position names a beat of the cluster, which is the same for every agent. If the session
+        moves to another grid, as it does when it first hears a metronome, the deadline stays at
+        this position. Not a checkpoint; neither is entering or leaving the scope.
 
         Args:
-          beat: a beat's index, or a position between beats; one that is past cancels at once.
-          shield: whether cancellations from outside are kept out.
+          beat: a beat's index, or a position between beats. If it is past, the block is cancelled
+            at its first checkpoint.
+          shield: whether cancellations from outside do not reach the block.
 
         Raises:
-          TypeError: where ``beat`` is no number.
-          ValueError: where ``beat`` is NaN or too large for a float.
-          SessionClosed: on entering, where the session was left.
+          TypeError: if ``beat`` is not a number.
+          ValueError: if ``beat`` is NaN or too large for a float.
+          SessionClosed: on entering, if the session was left.
 
         """
         return self._clock.deadlines.scope_at(check_position("beat", beat), shield=shield)
 
     def fail_after(self, beats: float, *, shield: bool = False) -> BeatScope:
-        """Make a scope as `move_on_after` does, that raises `BeatBudgetExceeded` when it has ended.
+        """Make a scope as `move_on_after` does, which raises an error if it cancelled its block.
 
         Args:
-          beats: 0 or more; fractions are fine, and ``inf`` is no limit.
-          shield: whether cancellations from outside are kept out.
+          beats: the number of beats, 0 or more; fractions are allowed, and ``inf`` is no limit.
+          shield: whether cancellations from outside do not reach the block.
 
         Raises:
-          BeatBudgetExceeded: on leaving, where the scope caught a cancellation of its own.
-          TypeError: where ``beats`` is no number.
-          ValueError: where ``beats`` is negative, NaN or too large for a float.
+          BeatBudgetExceeded: on leaving, if the scope cancelled its block.
+          TypeError: if ``beats`` is not a number.
+          ValueError: if ``beats`` is negative, NaN or too large for a float.
+          SessionClosed: on entering, if the session was left.
 
         """
         return self._clock.deadlines.scope_after(
@@ -202,16 +214,17 @@ class Session:
         )
 
     def fail_at(self, beat: float, *, shield: bool = False) -> BeatScope:
-        """Make a scope as `move_on_at` does, that raises `BeatBudgetExceeded` when it has ended.
+        """Make a scope as `move_on_at` does, which raises an error if it cancelled its block.
 
         Args:
           beat: a beat's index, or a position between beats.
-          shield: whether cancellations from outside are kept out.
+          shield: whether cancellations from outside do not reach the block.
 
         Raises:
-          BeatBudgetExceeded: on leaving, where the scope caught a cancellation of its own.
-          TypeError: where ``beat`` is no number.
-          ValueError: where ``beat`` is NaN or too large for a float.
+          BeatBudgetExceeded: on leaving, if the scope cancelled its block.
+          TypeError: if ``beat`` is not a number.
+          ValueError: if ``beat`` is NaN or too large for a float.
+          SessionClosed: on entering, if the session was left.
 
         """
         return self._clock.deadlines.scope_at(
@@ -223,43 +236,50 @@ class Session:
     ) -> T:
         """Call an async function, and cancel it when its budget of beats runs out.
 
+        It is a checkpoint if the function is one.
+
         Args:
-          beats: 0 or more.
-          async_fn: what to call; it is a checkpoint where that is one.
-          *args: passed to it.
+          beats: the budget, in beats, 0 or more; ``inf`` is no limit.
+          async_fn: the function.
+          *args: its arguments.
 
         Returns:
           What the function returns.
 
         Raises:
-          BeatBudgetExceeded: where the budget ran out first.
-          TypeError: where ``beats`` is no number.
-          ValueError: where ``beats`` is negative, NaN or too large for a float.
+          BeatBudgetExceeded: if the budget ran out first.
+          TypeError: if ``beats`` is not a number.
+          ValueError: if ``beats`` is negative, NaN or too large for a float.
+          SessionClosed: if the session was left.
 
         """
         with self.fail_after(beats):
             return await async_fn(*args)
 
     def current_effective_deadline(self) -> float:
-        """Return the position at which the current task will be cancelled, as things stand.
+        """Return the nearest deadline that can cancel the current task, as a position in beats.
 
-        It is the earliest deadline of the scopes around the current task that are visible to it. A
-        deadline in seconds counts as the position that the grid will have then at the present
-        tempo. It is ``inf`` without any deadline, and ``-inf`` where the task is cancelled already.
-        Not a checkpoint.
+        It takes all scopes around the task into account: those of this session, and Trio's own,
+        whose deadlines in seconds are converted at the present tempo. A shielded scope hides those
+        outside of it. Not a checkpoint.
 
-        `trio.current_effective_deadline` sees deadlines in seconds only: to it, a `BeatScope` is a
-        scope without a deadline.
+        `trio.current_effective_deadline` sees deadlines in seconds only. It takes a `BeatScope` for
+        a scope without a deadline.
+
+        Returns:
+          The position; ``inf`` if there is no deadline, ``-inf`` if the task is cancelled already.
+
         """
         return self._clock.deadlines.effective_deadline()
 
     # Time.
 
     def current_position(self) -> float:
-        """Return the position: the index of the present beat, and how much of it has passed.
+        """Return the present position: the beat's index, plus the part of it that has passed.
 
-        Not a checkpoint. On one grid it never goes back; on locking, and when the cluster's grid
-        begins a new incarnation, it changes grid.
+        It never goes back on the same grid. It may jump either way when the session moves to
+        another grid: when it first hears a metronome, and when the cluster begins a new grid. Not a
+        checkpoint.
         """
         return self._clock.position()
 
@@ -268,136 +288,156 @@ class Session:
         return self._clock.index()
 
     def current_bar(self) -> int:
-        """Return the number of the present bar: beat index // beats per bar. Not a checkpoint."""
+        """Return the number of the present bar, from 0 on. Not a checkpoint."""
         return self._clock.index() // self._clock.grid.beats_per_bar
 
     @property
     def tempo_bpm(self) -> float:
-        """The tempo in force, in beats per minute."""
+        """The present tempo, in beats per minute; 0.0 while the grid is paused."""
         return self._clock.segment().milli_bpm / 1000
 
     async def sleep(self, beats: float) -> None:
         """Sleep for some beats. Always a checkpoint.
 
+        It takes longer if the tempo gets slower meanwhile, and as long as the grid is paused.
+
         Args:
-          beats: 0 or more.
+          beats: the number of beats, 0 or more; ``inf`` sleeps until cancelled.
 
         Raises:
-          TypeError: where ``beats`` is no number.
-          ValueError: where ``beats`` is negative or NaN.
-          SessionClosed: where the session is or gets closed.
+          TypeError: if ``beats`` is not a number.
+          ValueError: if ``beats`` is negative or NaN.
+          SessionClosed: if the session was left, or is left meanwhile.
 
         """
         await self._clock.sleep(check_beats("beats", beats))
 
     async def sleep_until(self, beat: float) -> None:
-        """Sleep until a position of the grid is reached; not at all where it is past. A checkpoint.
+        """Sleep until a position of the grid is reached. Always a checkpoint.
+
+        If the position is past, it returns at once.
 
         Args:
           beat: a beat's index, or a position between beats.
 
         Raises:
-          TypeError: where ``beat`` is no number.
-          ValueError: where ``beat`` is NaN.
-          SessionClosed: where the session is or gets closed.
+          TypeError: if ``beat`` is not a number.
+          ValueError: if ``beat`` is NaN.
+          SessionClosed: if the session was left, or is left meanwhile.
 
         """
         await self._clock.sleep_until(check_position("beat", beat))
 
     def beats(self, *, precise: bool = False) -> Beats:
-        """Return an async iterator of beats, from the next one on.
+        """Return an async iterator of beats, from the next one on. Not a checkpoint.
 
-        Beats are made locally: a frame that is late or lost loses none. A consumer that was busy
-        gets the newest beat only, with the number of those it missed; each call gives an iterator
-        of its own, and there is no queue behind it.
+        Use it as ``async for beat in bb.beats():``; each step gives a `Beat`, and is a checkpoint.
+        The session computes the beats itself, so a message that is late or lost loses none of them.
+        A consumer that was busy gets the newest beat only, which says how many it missed. Each call
+        returns an iterator of its own.
+
+        With ``precise`` the iterator waits busily just before each beat: it polls the clock at
+        checkpoints for up to 2 ms, and blocks all other tasks for the last 0.1 ms. A beat then
+        comes some hundredths of a millisecond late, and costs up to 2 ms of processor time.
+        Otherwise it comes some tenths of a millisecond late on Linux, and about one on other
+        systems.
 
         Args:
-          precise: whether the last two milliseconds before a beat are spent at checkpoints in place
-            of sleeping, and the last tenth of one without letting anybody else run: the beat comes
-            some hundredths of a millisecond late instead of some tenths (on Linux) or about a whole
-            one (elsewhere), for up to 2 ms of processor time a beat.
+          precise: whether to wait busily just before each beat.
 
         Raises:
-          SessionClosed: where the session is closed; so does the iterator.
+          SessionClosed: if the session was left. The iterator raises it, too.
 
         """
         self._runtime.check_open()
         return Beats(self._clock, bars=False, precise=precise)
 
     def downbeats(self, *, precise: bool = False) -> Beats:
-        """Return an async iterator of the first beats of bars; as `beats` in everything else.
+        """Return an async iterator of downbeats, the first beats of bars. Not a checkpoint.
+
+        Apart from that it is as `beats`. Its ``skipped`` counts downbeats.
+
+        Args:
+          precise: whether to wait busily just before each downbeat, as for `beats`.
 
         Raises:
-          SessionClosed: where the session is closed; so does the iterator.
+          SessionClosed: if the session was left. The iterator raises it, too.
 
         """
         self._runtime.check_open()
         return Beats(self._clock, bars=True, precise=precise)
 
     async def set_tempo(self, bpm: float, *, at_beat: int | None = None, over: int = 0) -> int:
-        """Ask the metronome's leader for another tempo, for the whole cluster. A checkpoint.
+        """Change the tempo of the whole cluster. A checkpoint.
+
+        It asks the metronome that leads, and returns when the change is stored. The tempo changes
+        some beats later, on the same beat for every agent.
 
         Args:
-          bpm: beats per minute, 0.1 to 6,000; exact to a thousandth.
-          at_beat: the index of the beat at which to change; None is the next downbeat that is at
-            least max(2 beats, 250 ms) ahead.
-          over: a ramp: so many beats the change takes, in up to 64 equal steps on whole beats; 0 is
-            at once.
+          bpm: the new tempo, in beats per minute, 0.1 to 6,000; exact to a thousandth.
+          at_beat: the index of the beat on which the tempo changes. None is the next downbeat that
+            is at least 2 beats and 250 ms ahead.
+          over: how many beats the change takes; 0 is at once. The tempo gets there in up to 64
+            equal steps, each on a whole beat.
 
         Returns:
-          The index of the beat at which the change takes effect, or a ramp begins.
+          The index of the beat on which the change takes effect or begins.
 
         Raises:
-          TypeError: where an argument is of the wrong type.
-          ValueError: where ``bpm`` is out of range or NaN, or another argument negative or more
+          TypeError: if an argument is of the wrong type.
+          ValueError: if ``bpm`` is out of range or NaN, or another argument is negative or more
             than 2**53.
-          TempoRefused: where the leader refuses: the beat is past or too soon, the grid stands
-            still, or the change cannot be committed.
-          MetronomeUnavailable: where no leader can be reached.
+          TempoRefused: if the leader refuses: the beat is past or too soon, the grid is paused, or
+            the change cannot be stored. The text says which.
+          MetronomeUnavailable: if no leader can be reached.
           PermissionDenied: if the server's permissions do not let this user ask for a change.
-          SessionClosed: where the session was left.
+          SessionClosed: if the session was left.
 
         """
         milli = milli_bpm("bpm", bpm)
         return await self._change_grid(milli / 1000, at_beat, check_index("over", over))
 
     async def pause(self, *, at_beat: int | None = None) -> int:
-        """Ask the metronome's leader to have the grid stand still. A checkpoint.
+        """Pause the grid of the whole cluster. A checkpoint.
 
-        Every budget in the cluster waits then: no beats pass until `resume`. Time in seconds, and
-        what is limited by it, goes on.
+        No beats pass until `resume`, so no budget in beats runs out, and `sleep` does not return.
+        Time-outs in seconds go on. Like `set_tempo`, it asks the metronome that leads, and the
+        pause begins some beats later.
 
         Args:
-          at_beat: the index of the beat to stand still on; None is the next one that is at least
-            max(2 beats, 250 ms) ahead.
+          at_beat: the index of the beat on which the pause begins. None is the next one that is at
+            least 2 beats and 250 ms ahead.
 
         Returns:
-          The index of the beat on which the grid will stand still.
+          The index of the beat on which the pause begins.
 
         Raises:
-          TypeError, ValueError: for what is no index, from 0 to 2**53.
-          TempoRefused: where the leader refuses, as for `set_tempo`.
-          MetronomeUnavailable: where no leader can be reached.
+          TypeError: if ``at_beat`` is not an integer.
+          ValueError: if ``at_beat`` is negative or more than 2**53.
+          TempoRefused: if the leader refuses, for the same reasons as in `set_tempo`.
+          MetronomeUnavailable: if no leader can be reached.
           PermissionDenied: if the server's permissions do not let this user ask for a change.
-          SessionClosed: where the session was left.
+          SessionClosed: if the session was left.
 
         """
         return await self._change_grid(0.0, at_beat)
 
     async def resume(self) -> int:
-        """Ask the leader to have a grid go on that stands still, at its tempo of before.
+        """End a pause of the grid, at the tempo that it had before. A checkpoint.
 
-        It does so one to two seconds later, so that everybody has heard of it. One that is about to
-        stand still does not. A checkpoint.
+        It asks the metronome that leads. Beats go on one to two seconds later, so that every agent
+        hears of it in time. A pause that has not begun is taken back, if its beat is at least 2
+        beats and 250 ms ahead.
 
         Returns:
-          The index of the beat on which it stands.
+          The index of the beat on which the grid is paused, or would have been.
 
         Raises:
-          TempoRefused: where the grid does not stand still, or the change cannot be committed.
-          MetronomeUnavailable: where no leader can be reached.
+          TempoRefused: if the grid is not paused, the pause begins too soon to take it back, or the
+            change cannot be stored.
+          MetronomeUnavailable: if no leader can be reached.
           PermissionDenied: if the server's permissions do not let this user ask for a change.
-          SessionClosed: where the session was left.
+          SessionClosed: if the session was left.
 
         """
         return await self._change_grid(None, None)
@@ -408,7 +448,7 @@ class Session:
         self._runtime.check_open()
         cluster_id, transport = self._runtime.config.cluster_id, self._runtime.transport
         if transport is None:
-            raise MetronomeUnavailable("the session is disabled")
+            raise MetronomeUnavailable("the session is disabled, so it has no metronome")
         request = encode(TempoRequest(cluster_id, bpm, at_beat, over or UNSET))
         try:
             answer = await transport.request(
@@ -420,9 +460,9 @@ class Session:
         except PermissionDenied:
             raise
         except TransportBroken as error:
-            raise MetronomeUnavailable(f"no metronome took the request: {error}") from error
+            raise MetronomeUnavailable(f"no metronome answered: {error}") from error
         except msgspec.DecodeError as error:
-            raise MetronomeUnavailable(f"the metronome's answer is not readable: {error}") from None
+            raise MetronomeUnavailable(f"the metronome's answer is not valid: {error}") from None
         if not reply.ok or reply.effective_beat is None:
             raise TempoRefused(reply.error or "the metronome refused without a reason")
         return reply.effective_beat
@@ -439,26 +479,35 @@ class Session:
         data: Any = None,
         enforce: bool = False,
     ) -> AsyncGenerator[Operation, None]:
-        """Run a block as an operation: leaving it completes the operation, an exception fails it.
+        """Run a block as an operation, whose progress the session publishes as claims.
+
+        Leaving the block completes the operation. If an exception leaves the block, the operation
+        has failed, and the claim has the exception's text.
 
         ``beats`` is an estimate: it says how long the operation will probably take, and nothing
         happens when it runs out. With ``enforce=True`` it is a budget: the block is cancelled then.
+
+        These types have default estimates, in beats: ``"dht_retrieve"`` 3, ``"dht_store"`` 4,
+        ``"election"`` 10, ``"peer_discovery"`` 5, ``"pubsub_sync"`` 2, ``"task_coordination"`` 20.
+        Any other name has 8.
 
         An operation that was ended in the block stays as it is. Entering is a checkpoint, leaving
         is not.
 
         Args:
-          type: one of the known types (``"election"``, ``"dht_store"``, ...) or any other name.
-          id: unique among the live operations of the session; by default made up.
-          beats: the estimate, in whole beats, 1 or more; by default the type's maximum.
-          data: kept with the operation, in this process.
-          enforce: whether the estimate is a budget, at whose end the block is cancelled.
+          type: what kind of work it is: a name of at most 1,000 characters.
+          id: the name of this operation, of at most 1,000 characters. No other live operation of
+            the session may have it. By default it is the type and a random part.
+          beats: the estimate, in whole beats, 1 or more; by default that of the type.
+          data: any object, which is kept as `Operation.data` and is not published.
+          enforce: whether the block is cancelled when the estimate runs out.
 
         Raises:
-          OperationExists: where an operation with the id is live.
-          TypeError, ValueError: for what is no type, id or estimate; the text names it.
-          BeatBudgetExceeded: with ``enforce``, where the budget ran out.
-          SessionClosed: where the session was left.
+          OperationExists: if a live operation has this id.
+          TypeError, ValueError: if the type, the id or the estimate is not valid; the text names
+            it.
+          BeatBudgetExceeded: with ``enforce``, if the budget ran out.
+          SessionClosed: if the session was left.
 
         """
         await trio.lowlevel.checkpoint()
@@ -478,51 +527,58 @@ class Session:
     ) -> Operation:
         """Start an operation that has no block of its own, and queue its first claim.
 
-        ``beats`` is an estimate: nothing happens when it runs out. To end work at a budget, use
-        `fail_after`, or `operation` with ``enforce=True``. An operation that is live when the
+        End it by `Operation.complete` or `Operation.fail`. An operation that is live when the
         session is left fails then. Not a checkpoint.
 
+        ``beats`` is an estimate: nothing happens when it runs out. To end work at a budget, use
+        `fail_after`, or `operation` with ``enforce=True``.
+
         Args:
-          type: one of the known types or any other name, of at most 1,000 characters.
-          id: unique among the live operations of the session, of at most 1,000 characters; by
-            default made up.
-          beats: the estimate, in whole beats, 1 or more; by default the type's maximum.
-          data: kept with the operation, in this process.
+          type: what kind of work it is: a name of at most 1,000 characters.
+          id: the name of this operation, of at most 1,000 characters. No other live operation of
+            the session may have it. By default it is the type and a random part.
+          beats: the estimate, in whole beats, 1 or more; by default that of the type, which
+            `operation` lists.
+          data: any object, which is kept as `Operation.data` and is not published.
 
         Raises:
-          OperationExists: where an operation with the id is live.
-          TypeError, ValueError: for what is no type, id or estimate; the text names it.
-          SessionClosed: where the session was left.
+          OperationExists: if a live operation has this id.
+          TypeError, ValueError: if the type, the id or the estimate is not valid; the text names
+            it.
+          SessionClosed: if the session was left.
 
         """
         return self._runtime.operations.start(type, id=id, beats=beats, data=data)
 
     def advance_operation(self, id: str, phase: Phase, *, peers: int | None = None) -> None:
-        """Take an operation on to a later phase, and queue a claim. Not a checkpoint.
+        """Move an operation on to a later phase; see `Operation.advance`. Not a checkpoint.
 
         Args:
-          id: of a live operation.
-          phase: up to `Phase.EXECUTING`; skipping some is fine, going back is not.
-          peers: how many take part; None leaves the count as it was.
+          id: the id of a live operation.
+          phase: the phase, up to `Phase.EXECUTING`. It may skip some, and must not be an earlier
+            one than the present.
+          peers: how many peers take part, 0 or more; None leaves the count as it was.
 
         Raises:
-          OperationNotFound: where no such operation is live.
-          InvalidTransition: for an earlier phase, and for the two final ones.
-          SessionClosed: where the session was left.
+          OperationNotFound: if no live operation has this id.
+          InvalidTransition: if the phase is an earlier one, `Phase.COMPLETED` or `Phase.FAILED`.
+          TypeError, ValueError: if ``phase`` is not a phase, or ``peers`` is not a number of peers.
+          SessionClosed: if the session was left.
 
         """
         self._runtime.operations.find(id).advance(phase, peers=peers)
 
     def complete_operation(self, id: str, *, peers: int | None = None) -> None:
-        """End an operation well, and queue its terminal claim. Not a checkpoint.
+        """End an operation as completed, and queue its terminal claim. Not a checkpoint.
 
         Args:
-          id: of a live operation.
-          peers: how many took part; None leaves the count as it was.
+          id: the id of a live operation.
+          peers: how many peers took part, 0 or more; None leaves the count as it was.
 
         Raises:
-          OperationNotFound: where no such operation is live.
-          SessionClosed: where the session was left.
+          OperationNotFound: if no live operation has this id.
+          TypeError, ValueError: if ``peers`` is not a number of peers.
+          SessionClosed: if the session was left.
 
         """
         self._runtime.operations.find(id).complete(peers=peers)
@@ -531,12 +587,13 @@ class Session:
         """End an operation as failed, and queue its terminal claim. Not a checkpoint.
 
         Args:
-          id: of a live operation.
-          reason: goes into the claim's notes.
+          id: the id of a live operation.
+          reason: why, for people to read. It becomes a part of the claim's notes.
 
         Raises:
-          OperationNotFound: where no such operation is live.
-          SessionClosed: where the session was left.
+          OperationNotFound: if no live operation has this id.
+          TypeError, ValueError: if ``reason`` is not a string, or is empty.
+          SessionClosed: if the session was left.
 
         """
         self._runtime.operations.find(id).fail(reason)
@@ -544,14 +601,19 @@ class Session:
     # Observation.
 
     def health(self) -> Health:
-        """Return how the session is doing, or how it was when it was left.
+        """Return how the session is doing, or how it was when it was left. Not a checkpoint.
 
-        Not a checkpoint. It may be called at any time, also after Trio's run has ended.
+        While the session is open, call it where Trio runs. Another thread does so by
+        ``trio.from_thread.run_sync(bb.health)``; without that, Trio raises `RuntimeError`. Once the
+        session was left, it can be called anywhere, even after Trio's run has ended.
         """
         return self._runtime.health()
 
     def statistics(self) -> SessionStatistics:
-        """Return the counters. Not a checkpoint; fine at any time."""
+        """Return what the session has counted since it began. Not a checkpoint.
+
+        It also works once the session was left, and after Trio's run has ended.
+        """
         return self._runtime.statistics()
 
     @overload
@@ -585,9 +647,10 @@ class Session:
     ) -> AsyncGenerator[AsyncIterator[Any], None]:
         """Listen to the claims of agents for the length of a block.
 
-        The iterator gives one claim after the other, of operations and of health. With ``batched``
-        it gives a list of all claims that came in one message: of every live operation of an agent
-        at once, and at a fraction of the cost. A list is never empty.
+        Use it as ``async with bb.open_claims() as claims:``, and in it ``async for claim in
+        claims:``. Each step gives a `StatusClaim`, of an operation or of an agent's health. With
+        ``batched=True`` each step gives a list of all claims that came in one message, which takes
+        a tenth of the time; a list is never empty.
 
         Agents of several clusters may share a server. The iterator gives the claims of the
         session's own cluster. It also gives claims that name no cluster, as agents of earlier
@@ -597,18 +660,18 @@ class Session:
         first, and then goes on with live claims. No terminal claim is lost or given twice where the
         two meet. The terminal claims are those that the stream `BackbeatConfig.claims_stream` of
         JetStream has stored; on a ``memory://`` bus, the newest 10,000. While stored claims are
-        being read nothing else is heard; about a second passes between the last of them and the
-        first live claim. The iterator waits while there is no connection.
+        being read, live claims are not heard. About a second passes between the last stored claim
+        and the first live one. The iterator waits while there is no connection.
 
-        What does not decode, or speaks for another agent than its subject does, is counted and
-        dropped; so are the newest messages where the consumer falls far behind. Several tasks may
-        iterate at the same time: each step's result goes to one of them. Entering and each step are
-        checkpoints; leaving is not.
+        A message that cannot be decoded, or whose claims name another agent than its subject does,
+        is dropped and counted. If the consumer falls far behind, the newest messages are dropped
+        and counted. Several tasks may iterate at the same time: each claim goes to one of them.
+        Entering and each step are checkpoints; leaving is not.
 
         Args:
           agent_id: the agent to listen to; ``"*"`` is all of them.
-          batched: whether a step gives a list of claims and not a single one.
-          all_clusters: whether claims of all clusters are given.
+          batched: whether each step gives a list of claims instead of a single one.
+          all_clusters: whether the claims of all clusters are given.
           since: for how many seconds, by the server's clock, stored claims are given first, 0 or
             more; ``inf`` gives all that are stored, None gives none.
 
@@ -617,19 +680,24 @@ class Session:
             or there is no stream. The iterator raises it if the stream is deleted meanwhile.
           PermissionDenied: with ``since``, if the server's permissions refuse to read the stream.
           TransportBroken: with ``since``, if there is no connection, or JetStream does not answer.
-          ValueError: where ``agent_id`` is no subject token.
-          TransportClosed: by the iterator, when the session is closed.
-          SessionClosed: where the session was left.
+          BackbeatError: if the session is disabled.
+          TypeError: if ``since`` is not a number.
+          ValueError: if ``agent_id`` is neither ``"*"`` nor 1 to 128 of ``A-Z a-z 0-9 _ -``, or
+            ``since`` is negative or NaN.
+          TransportClosed: by the iterator, if the session is left meanwhile.
+          SessionClosed: if the session was left.
 
         """
         if agent_id != "*" and not is_token(agent_id):
-            raise ValueError(f"`agent_id` must be a subject token or '*', not {agent_id!r}")
+            raise ValueError(
+                f"`agent_id` must be '*' or 1 to 128 of A-Z a-z 0-9 _ -, not {agent_id!r}"
+            )
         seconds = None if since is None else check_seconds("since", since)
         runtime, subject = self._runtime, status_subject(agent_id)
         runtime.check_open()
         transport, archive, counts = runtime.transport, runtime.archive, runtime.claim_counts
         if transport is None or archive is None:
-            raise BackbeatError("there are no claims to hear: the session is disabled")
+            raise BackbeatError("the session is disabled, so it cannot listen to claims")
         cluster_id = None if all_clusters else runtime.config.cluster_id
         if seconds is not None:
             async with open_stored_claims(
@@ -650,6 +718,6 @@ def _reason(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - it must not take the place of the exception itself
-        text = "its text cannot be told"
+        text = "an exception whose text cannot be made"
     text = text.encode(errors="replace").decode()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

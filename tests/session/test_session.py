@@ -247,6 +247,17 @@ async def test_operations_by_id(
     assert bb.health().active_operations == 1
 
 
+async def test_health_in_other_threads() -> None:
+    async with open_session(tempo_bpm=600.0) as bb:
+        health = await trio.to_thread.run_sync(trio.from_thread.run_sync, bb.health)
+        assert health.started
+        with pytest.raises(RuntimeError, match="async context"):
+            await trio.to_thread.run_sync(bb.health)
+    left = bb.health()
+    assert await trio.to_thread.run_sync(bb.health) == left
+    await trio.to_thread.run_sync(bb.statistics)
+
+
 async def test_every_beat_has_one_array_of_claims(autojump_clock: Clock) -> None:
     async with open_session(tempo_bpm=60.0) as bb:
         transport = bb._runtime.transport
