@@ -1,6 +1,6 @@
-"""The six-phase machine of operations, and the claims of its transitions.
+"""The operations of an agent, their six phases, and the claims that say so.
 
-Nothing here reads a clock or sends anything: both is the business of the session's `Host`.
+Nothing here reads a clock or sends a message; the session's `Host` does both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,20 @@ from .._wire import ClaimState, LiveClaim, StatusClaim, encode_details
 
 
 class Phase(enum.IntEnum):
-    """The phases of an operation, in order; going forward may skip some, and `FAILED` ends any."""
+    """The phases of an operation, in their order.
+
+    An operation may skip phases, and cannot go back. It can fail in any phase before it has
+    completed.
+
+    Attributes:
+      STARTED: the operation was started. This is the first phase.
+      CONNECTING: it connects to its peers.
+      NEGOTIATING: it agrees with them on what to do.
+      EXECUTING: it does its work.
+      COMPLETED: it has ended well.
+      FAILED: it has failed.
+
+    """
 
     STARTED = 0
     CONNECTING = 1
@@ -29,7 +42,7 @@ class Phase(enum.IntEnum):
 
     @property
     def final(self) -> bool:
-        """Whether nothing comes after it."""
+        """Whether the operation has ended: `COMPLETED` or `FAILED`."""
         return self >= Phase.COMPLETED
 
 
@@ -41,30 +54,30 @@ ESTIMATES: Final = {
     "election": (3, 10),
     "task_coordination": (5, 20),
 }
-"""Minimum and maximum of beats of the operation types known by name; the maximum is the default."""
+"""The least and the most beats that operations of the known types take; the most is the default."""
 
 DEFAULT_ESTIMATE: Final = 8
-"""Estimate, in beats, of an operation of another type that names none: a bar by default."""
+"""The default estimate of operations of all other types, in beats."""
 
-# The most characters of a type or an id.
+# The most characters that a type or an id may have.
 _MAX_NAME: Final = 1000
-# How many descriptions are kept for operations that are alike.
+# How many descriptions are kept, to be shared by operations that are alike.
 _DESCRIPTIONS: Final = 1024
-# How many characters of its type an id that is made up begins with.
+# An id that was not given begins with the type, of which it has at most this many characters.
 _TYPE_IN_ID: Final = 100
-# A name of its own, as the comparison with it is made for each operation on each beat.
+# A name of its own, because each operation is compared with it on each beat.
 _COMPLETED: Final = Phase.COMPLETED
 
 
 class Host(Protocol):
-    """What operations need of the session that they belong to."""
+    """What the operations call of the session that they belong to."""
 
     def current_beat(self) -> int:
         """Return the index of the present beat."""
         ...
 
     def check_open(self) -> None:
-        """Raise `SessionClosed` where the session was left."""
+        """Raise `SessionClosed` if the session was left."""
         ...
 
     def emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
@@ -73,8 +86,8 @@ class Host(Protocol):
 
 
 def check_name(name: str, value: str) -> str:
-    """Return a type or an id of an operation; raise unless a message can carry it."""
-    # It must fit into any message, and unlike notes it cannot be shortened.
+    """Return an operation's type or id; raise unless it is a string that a message can carry."""
+    # It must fit into any message, and cannot be shortened as notes are.
     if len(_text(name, value)) > _MAX_NAME:
         raise ValueError(f"`{name}` must have at most {_MAX_NAME} characters")
     return value
@@ -85,16 +98,16 @@ def _text(name: str, value: str) -> str:
         raise TypeError(f"`{name}` must be a str, not {value!r}")
     if not value:
         raise ValueError(f"`{name}` must not be empty")
-    # Lone surrogates have no UTF-8: refused here, where the caller can see it, and not when the
-    # claim is encoded.
+    # Lone surrogates have no UTF-8. So this raises, while the caller can see it; otherwise encoding
+    # the claim would raise later.
     value.encode()
     return value
 
 
 @final
 class _Description:
-    # What the claims of operations say as long as nothing about the operations changes. Operations
-    # of which the same is to be said share one, as there may be a hundred thousand of them.
+    # The part of an operation's claims that stays the same between its changes. Operations for
+    # which it is equal share one object, because there may be a hundred thousand of them.
 
     __slots__ = ("encoded", "notes", "phase")
 
@@ -106,10 +119,20 @@ class _Description:
 
 @final
 class Operation:
-    """A tracked piece of distributed work, made by `Session.operation` and `start_operation`.
+    """A piece of distributed work, whose progress the session publishes as claims.
 
-    Its verbs are synchronous: they change its state and queue the claim. Using one after the
-    operation has ended raises `InvalidTransition`.
+    `Session.operation` and `Session.start_operation` make it. You cannot call the class. Its
+    methods change its state and queue a claim, without waiting for the server. Once the operation
+    has ended they raise `InvalidTransition`.
+
+    Attributes:
+      id: the name of the operation.
+      type: what kind of work it is, such as ``"election"``.
+      beats: the estimate: how many beats it will probably take, 1 or more.
+      data: the object that was given when it was started. It stays in this process.
+      phase: the present `Phase`.
+      peers: how many peers take part, 0 or more.
+
     """
 
     __slots__ = (
@@ -127,12 +150,9 @@ class Operation:
     id: str
     type: str
     beats: int
-    """The estimate, in beats."""
     data: Any
-    """Whatever was given when the operation was started; it stays in this process."""
     phase: Phase
     peers: int
-    """How many peers take part."""
     _description: _Description
     _start: int
     _table: Operations
@@ -141,58 +161,63 @@ class Operation:
         raise TypeError("operations are made by `Session.operation` and `Session.start_operation`")
 
     def advance(self, phase: Phase, *, peers: int | None = None) -> None:
-        """Go on to a later phase, and queue a claim that says so.
+        """Go on to a later phase, and queue a claim that says so. Not a checkpoint.
 
-        Not a checkpoint.
+        To stay in the present phase is allowed, and queues a claim, too. So work that is tried
+        again must not begin with an earlier phase: stay in the phase that was reached, or use a new
+        operation for each attempt.
 
         Args:
-          phase: the phase to go to; the present one again is fine, an earlier one is not.
-          peers: how many peers take part; None leaves the count as it was.
+          phase: the phase, up to `Phase.EXECUTING`. It may skip some.
+          peers: how many peers take part, 0 or more; None leaves the count as it was.
 
         Raises:
-          InvalidTransition: for an earlier phase, for the two final ones, or where the operation
-            has ended.
-          SessionClosed: where the session was left.
+          InvalidTransition: if the phase is an earlier one, `Phase.COMPLETED` or `Phase.FAILED`, or
+            if the operation has ended.
+          TypeError, ValueError: if ``phase`` is not a phase, or ``peers`` is not a number of peers.
+          SessionClosed: if the session was left.
 
         """
         self._table.advance(self, phase, peers)
 
     def complete(self, *, peers: int | None = None) -> None:
-        """End the operation well, and queue its terminal claim. Not a checkpoint.
+        """End the operation as completed, and queue its terminal claim. Not a checkpoint.
 
         Args:
-          peers: how many peers took part; None leaves the count as it was.
+          peers: how many peers took part, 0 or more; None leaves the count as it was.
 
         Raises:
-          InvalidTransition: where the operation has ended.
-          SessionClosed: where the session was left.
+          InvalidTransition: if the operation has ended.
+          TypeError, ValueError: if ``peers`` is not a number of peers.
+          SessionClosed: if the session was left.
 
         """
         self._table.complete(self, peers)
 
     def fail(self, reason: str) -> None:
-        """End the operation as failed for a reason, and queue its terminal claim. Not a checkpoint.
+        """End the operation as failed, and queue its terminal claim. Not a checkpoint.
 
         Args:
-          reason: goes into the claim's notes.
+          reason: why, for people to read. It becomes a part of the claim's notes.
 
         Raises:
-          InvalidTransition: where the operation has ended.
-          SessionClosed: where the session was left.
+          InvalidTransition: if the operation has ended.
+          TypeError, ValueError: if ``reason`` is not a string, or is empty.
+          SessionClosed: if the session was left.
 
         """
         self._table.fail(self, reason)
 
     @property
     def beats_left(self) -> int:
-        """What remains of the estimate, in beats; 0 when it is used up or the operation ended."""
+        """How many beats of the estimate are left; 0 if none are, or the operation has ended."""
         if self.phase.final:
             return 0
         return max(0, self.beats - (self._table.current_beat() - self.start_beat))
 
     @property
     def start_beat(self) -> int:
-        """The index of the beat in which it started, on the present grid."""
+        """The index of the beat on which it was started, counted on the present grid."""
         return self._start + self._table._shift
 
     def __repr__(self) -> str:
@@ -203,12 +228,12 @@ class Operation:
 
 @final
 class Operations:
-    """The live operations of an agent: it takes them from phase to phase, and emits their claims.
+    """The live operations of an agent. It changes their phases, and queues their claims.
 
     Args:
-      agent_id: who the claims are of.
+      agent_id: the agent that the claims name.
       node_id: the node that their notes name.
-      host: tells the present beat, and takes the claims.
+      host: gives the present beat, and takes the claims.
       cluster_id: the cluster that the claims name.
 
     """
@@ -220,8 +245,8 @@ class Operations:
         self._host = host
         self._live: dict[str, Operation] = {}
         self._descriptions: dict[tuple[str, Phase, int, int], _Description] = {}
-        # Start beats are kept less this, so that changing grid is a single addition however many
-        # operations live.
+        # Start beats are stored minus this. So a move to another grid is a single addition, however
+        # many operations live.
         self._shift = 0
 
     def __len__(self) -> int:
@@ -232,19 +257,20 @@ class Operations:
         return self._host.current_beat()
 
     def rebase(self, beats: int) -> None:
-        """Move all start beats along when the position changes grid."""
+        """Add a number of beats to all start beats, when the position moves to another grid."""
         self._shift += beats
 
     def live(self) -> list[Operation]:
-        """Return those that live now, oldest first."""
+        """Return the operations that live now, oldest first."""
         return list(self._live.values())
 
     def find(self, id: str) -> Operation:
-        """Return the live operation of an id.
+        """Return the live operation that has an id.
 
         Raises:
-          OperationNotFound: where there is none.
-          SessionClosed: where the session was left.
+          OperationNotFound: if no live operation has it.
+          SessionClosed: if the session was left.
+
         """
         self._host.check_open()
         try:
@@ -280,7 +306,7 @@ class Operations:
         return operation
 
     def advance(self, operation: Operation, phase: Phase, peers: int | None) -> None:
-        """Take an operation forward; `COMPLETED` and `FAILED` are reached by their own verbs."""
+        """Move an operation to a later phase; see `Operation.advance`."""
         self._check(operation)
         phase = Phase(phase)
         if phase.final:
@@ -298,7 +324,7 @@ class Operations:
         self._host.emit(self._claim(operation, self.current_beat()))
 
     def complete(self, operation: Operation, peers: int | None) -> None:
-        """End an operation well."""
+        """End an operation as completed; see `Operation.complete`."""
         self._check(operation)
         if peers is not None:
             operation.peers = check_integer("peers", peers, 0)
@@ -306,13 +332,13 @@ class Operations:
         self._end(operation, "done", 1.0)
 
     def fail(self, operation: Operation, reason: str) -> None:
-        """End an operation for a reason."""
+        """End an operation as failed; see `Operation.fail`."""
         self._check(operation)
         _text("reason", reason)
         self._fail(operation, reason)
 
     def fail_all(self, reason: str) -> None:
-        """End all live operations for a reason, also where the session is being left."""
+        """End all live operations as failed. This is possible while the session is being left."""
         for operation in self.live():
             self._fail(operation, reason)
 
@@ -322,8 +348,8 @@ class Operations:
         self._end(operation, "failed", 0.0, notes)
 
     def claims(self, operations: Iterable[Operation], beat: int) -> list[LiveClaim]:
-        """Return the beat's claims of those among ``operations`` that still live."""
-        # As `_claim` does, without a call for each: this is where a beat's time goes.
+        """Return the claims of a beat, of those among ``operations`` that still live."""
+        # The same as `_claim`, without a call for each, because most of a beat's time goes here.
         agent_id, since = self._agent_id, beat - self._shift
         return [
             LiveClaim(
@@ -350,7 +376,7 @@ class Operations:
         ]
 
     def _check(self, operation: Operation) -> None:
-        # By object and not by id: the id may belong to a later operation by now.
+        # It does not look the id up, because that may belong to a later operation by now.
         if operation.phase.final:
             ended = operation.phase.name.lower()
             raise InvalidTransition(f"operation {operation.id!r} has ended: {ended}")
