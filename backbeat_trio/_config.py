@@ -1,4 +1,4 @@
-"""Settings: frozen, checked before anything connects, and read from a mapping of variables."""
+"""The settings of a session: their checks, and how they are read from the environment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _AGENT_PREFIX: Final = "chorus-"
 
 
 class Server(msgspec.Struct, frozen=True):
-    """One server of a URL: where it is, and what the URL said of how to log in."""
+    """One server of a URL: its address, and the user and the password if the URL has them."""
 
     scheme: str
     host: str
@@ -40,7 +40,7 @@ class Server(msgspec.Struct, frozen=True):
 
     @property
     def url(self) -> str:
-        """The address without the secrets."""
+        """The address, without user and password."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
 
@@ -90,73 +90,98 @@ class ConfigFields(TypedDict, total=False):
 
 
 class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """The settings of a session. Each field may come from ``CHORUS_BACKBEAT_<FIELD>``.
+    """The settings of a session. They cannot be changed.
+
+    Each field has a variable of the environment, ``CHORUS_BACKBEAT_`` and its name in upper case,
+    which `from_env` reads. ``repr`` does not show secrets.
+
+    Attributes:
+      enabled: whether the session does anything. With False all methods work, but no claims are
+        published, and no budget cancels its block.
+      cluster_id: the name of the cluster, 1 to 128 of ``A-Z a-z 0-9 _ -``. Agents and metronomes of
+        the same name count the same beats.
+      agent_id: the name of this agent, 1 to 128 of ``A-Z a-z 0-9 _ -``. No other live process may
+        have it. By default it is ``chorus-`` and the node's id.
+      node_id: the name of the machine or process, as claims show it to people; any printable text.
+        By default it is the host's name and a random part. Unless ``agent_id`` is given, it must be
+        1 to 121 of ``A-Z a-z 0-9 _ -``.
+      nats_url: the servers: ``nats://`` or ``tls://`` with host and port, or several of these,
+        separated by commas. One without a scheme has the scheme of the one before it.
+        ``memory://<name>`` is a bus inside of this process, which needs no server.
+      tempo_bpm: the tempo of the local grid, and of the grid of a ``memory://`` bus, in beats per
+        minute, 0.1 to 6,000.
+      beats_per_bar: the length of a bar of these grids, in beats, 1 to 1,000,000.
+      lock_timeout: how long entering the session waits for a metronome, in seconds, 0 or more.
+      connect_timeout: how long an attempt to connect to one server may take, in seconds, 0 or more.
+      grace_period: how long leaving the session waits until the terminal claims have reached the
+        server, in seconds, 0 or more.
+      require_connection: whether entering the session fails if the first attempt to connect does.
+        Otherwise the session starts without a connection, and goes on trying.
+      health_beats: how many beats apart the claims of the agent's health are, 0 to 1,000,000. 0
+        publishes none, as is right for a program that only observes.
+      answer_recalls: whether the session tells a new metronome what it knows of the grid, if the
+        metronome finds no leader. False is right for a program that only observes.
+      store_claims: whether terminal claims are stored in a stream of JetStream, if the server has
+        JetStream.
+      claims_stream: the name of that stream, 1 to 128 of ``A-Z a-z 0-9 _ -``. The first session
+        that needs the stream creates it, with the limits below.
+      claims_max_age: how long the stream keeps a claim, in seconds; 0 is without limit.
+      claims_max_bytes: how many bytes the stream may hold before its oldest claims are deleted, 1
+        or more; -1 is without limit.
+      claims_replicas: on how many servers the stream is kept, 1 to 5. None is three in a cluster of
+        servers, or two if it has no third one, and one without a cluster.
+      user: the user's name, for a server that asks for one; it needs ``password``.
+      password: the user's password.
+      token: the token, for a server that asks for one.
+      creds: the path of a credentials file, which holds a JWT and an nkey seed. It needs the extra
+        ``nkeys``.
+      nkey: the path of a file that holds an nkey seed. It needs the extra ``nkeys``.
+      tls_ca: the path of the certificates of the authorities to trust, in PEM format. None trusts
+        those of the system.
+      tls_cert: the path of this client's certificate, in PEM format, for a server that asks for
+        one.
+      tls_key: the path of that certificate's private key. None if the key is in ``tls_cert``.
+      tls_first: whether TLS begins before the server's first message. The server must be configured
+        for it, by ``handshake_first``.
+      inbox_prefix: the beginning of the subjects on which answers arrive. Change it if the server's
+        permissions allow only certain ones.
 
     Raises:
-      ConfigError: for a value that cannot work; the text names the field (or the variable) and
-        the value, and never a secret.
+      ConfigError: if a setting is not valid. The text names the field, or the variable, and its
+        value unless that is a secret.
 
     """
 
     enabled: bool = True
-    """False makes a session inert: everything runs, nothing is emitted or enforced."""
     cluster_id: str = "chorus-production"
-    """The cluster; a subject token, ``[A-Za-z0-9_-]{1,128}``."""
     agent_id: str = ""
-    """This agent; a subject token, by default ``chorus-<node_id>``, which a `node_id` that is no
-    token, or has more than 121 characters, cannot give."""
     node_id: str = msgspec.field(default_factory=_default_node_id)
-    """The node, as the notes of claims name it; by default the host's name and a random part."""
     nats_url: str = "nats://backbeat-nats:4222"
-    """``nats://`` or ``tls://``, several separated by commas, or ``memory://<name>``.
-
-    One without a scheme has that of the one before it."""
     tempo_bpm: float = 2.0
-    """Tempo of the local grid, and of a grid that this session begins; 0.1 to 6,000 BPM."""
     beats_per_bar: int = 8
-    """Bar length of the local grid, and of a grid that this session begins."""
     lock_timeout: float = 2.0
-    """Seconds that start-up waits for the cluster's grid before it goes on without."""
     connect_timeout: float = 2.0
-    """Seconds after which an attempt to connect to one server is given up."""
     grace_period: float = 2.0
-    """Seconds that leaving the session waits for terminal claims to reach the server."""
     require_connection: bool = False
-    """True makes a failed first connection an error, instead of a degraded session."""
     health_beats: int = 8
-    """Every how many beats a health claim is emitted; 0 is never, for those who only look on."""
     answer_recalls: bool = True
-    """Whether this session tells a metronome that finds no leader what it remembers of the grid;
-    False is for those who only look on."""
     store_claims: bool = True
-    """Whether terminal claims go into a stream of JetStream, where the server has it."""
     claims_stream: str = "BACKBEAT_STATUS"
-    """The name of that stream; the first that needs it makes it, with the limits that follow."""
     claims_max_age: float = 604_800.0
-    """Seconds for which it keeps a claim; 0 is for ever."""
     claims_max_bytes: int = 1_073_741_824
-    """How large it may become before the oldest claims go; -1 is without limit."""
     claims_replicas: int | None = None
-    """Copies of it, 1 to 5; None is three in a cluster of servers, and one otherwise.
-
-    A cluster that has no third server keeps two."""
     user: str | None = None
     password: str | None = None
     token: str | None = None
     creds: str | None = None
-    """Path of a credentials file (a JWT and its seed); needs the ``nkeys`` extra."""
     nkey: str | None = None
-    """Path of a file with an nkey seed; needs the ``nkeys`` extra."""
     tls_ca: str | None = None
-    """Path of the certificates to trust in place of the system's."""
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_first: bool = False
-    """True begins TLS before the server has said a word."""
     inbox_prefix: str = "_INBOX"
-    """First tokens of the subjects on which replies come."""
 
-    # Whether `agent_id` is the default. As this is no field, it takes no part in comparisons.
+    # Whether `agent_id` is the default. It is not a field, so comparisons ignore it.
     _follows_node: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -167,7 +192,7 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             msgspec.structs.force_setattr(self, "_follows_node", True)
             if not is_token(self.agent_id):
                 most = MAX_TOKEN - len(_AGENT_PREFIX)
-                text = f"must be 1 to {most} of A-Z a-z 0-9 _ - where there is no `agent_id`"
+                text = f"must be 1 to {most} of A-Z a-z 0-9 _ - if there is no `agent_id`"
                 raise _refused("node_id", self.node_id, text)
         for name in ("cluster_id", "agent_id"):
             if not is_token(getattr(self, name)):
@@ -188,13 +213,15 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if self.claims_max_bytes < 1 and self.claims_max_bytes != -1:
             raise _refused("claims_max_bytes", self.claims_max_bytes, "must be 1 or more, or -1")
         if not is_token(self.claims_stream):
-            raise _refused("claims_stream", self.claims_stream, "must be a subject token")
+            text = f"must be 1 to {MAX_TOKEN} of A-Z a-z 0-9 _ -"
+            raise _refused("claims_stream", self.claims_stream, text)
         for name in ("lock_timeout", "connect_timeout", "grace_period", "claims_max_age"):
             # NaN fails every comparison.
             if not 0 <= getattr(self, name) < math.inf:
-                raise _refused(name, getattr(self, name), "must be seconds, 0 or more")
+                raise _refused(name, getattr(self, name), "must be 0 or more seconds, and finite")
         if not all(map(is_token, self.inbox_prefix.split("."))):
-            raise _refused("inbox_prefix", self.inbox_prefix, "must be subject tokens")
+            text = "must be names of A-Z a-z 0-9 _ -, separated by dots"
+            raise _refused("inbox_prefix", self.inbox_prefix, text)
         if (self.password is None) is not (self.user is None):
             raise _refused("user", self.user, "and `password` go together")
         if self.tls_key is not None and self.tls_cert is None:
@@ -212,17 +239,21 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     ) -> BackbeatConfig:
         """Read the settings from variables named ``CHORUS_BACKBEAT_<FIELD>``.
 
-        An empty variable counts as absent. One that has the prefix and names no field is ignored,
-        and logged at WARNING with the name that is nearest to it.
+        An empty variable counts as absent. A variable that has the prefix but does not name a field
+        is ignored, and logged at WARNING with the nearest name.
 
         Args:
           env: the variables; None means those of the process.
-          logger: by default ``logging.getLogger("backbeat_trio")``.
+          logger: where to log; by default ``logging.getLogger("backbeat_trio")``.
           **overrides: fields that take precedence over the variables.
 
+        Returns:
+          The settings.
+
         Raises:
-          ConfigError: naming the variable and its value.
-          TypeError: for an override that names no field.
+          ConfigError: if a setting is not valid. The text names the variable and its value, unless
+            that is a secret.
+          TypeError: if an override is not a field.
 
         """
         check_fields("BackbeatConfig.from_env", overrides)
@@ -249,17 +280,17 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             raise
 
     def __replace__(self, **changes: Unpack[ConfigFields]) -> BackbeatConfig:
-        """Return these settings with some fields changed.
+        """Return a copy of these settings with some fields changed.
 
-        An `agent_id` that was made from the node's id follows a `node_id` that changes. On Python
-        3.13 and later `copy.replace` does the same.
+        If ``agent_id`` is the default, which contains the node's id, it changes with ``node_id``.
+        On Python 3.13 and later `copy.replace` calls this.
 
         Args:
           **changes: fields, and their new values.
 
         Raises:
-          ConfigError: for a value that cannot work.
-          TypeError: for a change that names no field.
+          ConfigError: if a value is not valid.
+          TypeError: if a change is not of a field.
 
         """
         check_fields("BackbeatConfig.__replace__", changes)
@@ -269,21 +300,21 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def memory_name(self) -> str | None:
-        """The name of the in-process bus, or None where the URL is of NATS."""
+        """The name of the bus inside of this process; None if `nats_url` is of NATS."""
         url = self.nats_url.strip()
         if not url.startswith("memory:"):
             return None
         name = url.removeprefix("memory://")
         if not is_token(name):
-            raise _refused("nats_url", url, "must be memory://<name>, the name a subject token")
+            raise _refused("nats_url", url, "must be memory://<name>, the name of A-Z a-z 0-9 _ -")
         return name
 
     @property
     def servers(self) -> tuple[Server, ...]:
-        """The servers that `nats_url` names, in its order."""
+        """The servers that `nats_url` names, in their order."""
         servers: list[Server] = []
         for part in self.nats_url.split(","):
-            # What follows a tls:// is meant to be secured like it.
+            # A server that follows a tls:// one is meant to be secured, too.
             scheme = servers[-1].scheme if servers else "nats"
             servers.append(_server(part.strip(), scheme, self.nats_url))
         return tuple(servers)
@@ -296,7 +327,7 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return f"BackbeatConfig({shown})"
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        # Without it rich would show what `msgspec.Struct` tells it: everything.
+        # Without this method rich would show all fields, including the secrets.
         return list(self._shown().items())
 
 
@@ -308,7 +339,7 @@ def check_fields(function: str, names: Iterable[str]) -> None:
       names: its keyword arguments.
 
     Raises:
-      TypeError: for the first that is none, with the name of the nearest field.
+      TypeError: if a name is not one of a field. The text has the nearest name.
 
     """
     for name in names:
@@ -323,15 +354,15 @@ def _nearest_field(name: str) -> str | None:
 
 
 def _warn_of_variable(variable: str, logger: Logger) -> None:
-    # Without its value, as it may be a misspelt password.
+    # The value is not logged, because the variable may be a misspelt password.
     near = _nearest_field(variable.removeprefix(PREFIX).lower())
     hint = f"did you mean {PREFIX}{near.upper()}?" if near else "no setting has a similar name"
     logger.warning("the variable %s is ignored, because it names no setting: %s", variable, hint)
 
 
 def redact_url(url: str) -> str:
-    """Return a URL, or several separated by commas, with what stands before an @ hidden."""
-    # A comma may belong to a password; only one that a scheme follows surely separates.
+    """Return a URL, or several separated by commas, with user and password hidden."""
+    # A comma may belong to a password. It surely separates URLs only if a scheme follows.
     parts = re.split(r",\s*(?=\w+://)", url)
     return ",".join(re.sub(r"(^|://)(?:(?!://).)*@", r"\1***@", part) for part in parts)
 
@@ -392,7 +423,7 @@ def _server(url: str, scheme: str, whole: str) -> Server:
         parts: SplitResult = urlsplit(url)
         port = parts.port or 4222
     except ValueError:
-        raise _refused("nats_url", whole, "is no URL") from None
+        raise _refused("nats_url", whole, "is not a URL") from None
     if parts.scheme not in ("nats", "tls"):
         raise _refused("nats_url", whole, "the scheme must be nats://, tls:// or memory://")
     if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
