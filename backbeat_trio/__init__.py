@@ -13,6 +13,7 @@ Folders are layers, from the ground up. Imports between them point downwards onl
 `_transport`     NATS, and the bus inside a process
 `_metronome`     following a leader, leading, and standing by
 `_runtime`       what a session runs: operations, claims, health
+`_calls`         requests and services that carry a caller's deadline
 `_session`       what an application calls, and how a session begins and ends
 `testing`        for tests of what uses this
 `_cli`           the command line

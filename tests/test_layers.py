@@ -26,6 +26,7 @@ ORDER = [
     "_transport",
     "_metronome",
     "_runtime",
+    "_calls",
     "_session",
     "testing",
     "_cli",
