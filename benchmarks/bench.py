@@ -103,7 +103,10 @@ async def bench_scope(sizes: Sizes) -> Outcome:
             theirs_now: list[float] = []
             for batch in range(sizes.batches):
                 # In turns, so that neither always comes second.
-                sides = [(bb.move_on_after, ours_now), (trio.move_on_after, theirs_now)]
+                sides: list[tuple[Callable[[float], Any], list[float]]] = [
+                    (bb.move_on_after, ours_now),
+                    (trio.move_on_after, theirs_now),
+                ]
                 for make, times in sides if batch % 2 else reversed(sides):
                     times.append(time_scopes(make, 100))
                 # Trio sweeps its own heap between the turns of its loop only.

@@ -150,7 +150,9 @@ class Session:
 
     # Budgets.
 
-    def move_on_after(self, beats: float, *, shield: bool = False) -> BeatScope:
+    def move_on_after(
+        self, beats: float, *, shield: bool = False, soft_after: float | None = None
+    ) -> BeatScope:
         """Make a cancel scope whose deadline is some beats after it is entered.
 
         Use it as ``with bb.move_on_after(2):``. The block is cancelled when that many beats have
@@ -161,10 +163,13 @@ class Session:
         Args:
           beats: the number of beats, 0 or more; fractions are allowed, and ``inf`` is no limit.
           shield: whether cancellations from outside do not reach the block.
+          soft_after: how many beats after the entry the block should begin to wind down, at most
+            ``beats``; see `BeatScope.soft_deadline`. None is no soft edge.
 
         Raises:
-          TypeError: if ``beats`` is not a number.
-          ValueError: if ``beats`` is negative, NaN or too large for a float.
+          TypeError: if ``beats`` or ``soft_after`` is not a number.
+          ValueError: if one of them is negative, NaN or too large for a float, or if ``soft_after``
+            is later than the deadline.
           SessionClosed: on entering, if the session was left.
 
         """
@@ -173,9 +178,13 @@ class Session:
         kind = type(beats)
         if not (kind is int or kind is float) or not beats >= 0:
             beats = check_beats("beats", beats)
-        return self._clock.deadlines.scope_after(beats, shield)
+        if soft_after is None:
+            return self._clock.deadlines.scope_after(beats, shield)
+        return self._clock.deadlines.scope_after(beats, shield, soft=soft_after)
 
-    def move_on_at(self, beat: float, *, shield: bool = False) -> BeatScope:
+    def move_on_at(
+        self, beat: float, *, shield: bool = False, soft_at: float | None = None
+    ) -> BeatScope:
         """Make a cancel scope whose deadline is a position of the grid.
 
         A position names a beat of the cluster, which is the same for every agent. If the session
@@ -186,49 +195,64 @@ class Session:
           beat: a beat's index, or a position between beats. If it is past, the block is cancelled
             at its first checkpoint.
           shield: whether cancellations from outside do not reach the block.
+          soft_at: the position at which the block should begin to wind down, not later than
+            ``beat``; see `BeatScope.soft_deadline`. None is no soft edge.
 
         Raises:
-          TypeError: if ``beat`` is not a number.
-          ValueError: if ``beat`` is NaN or too large for a float.
+          TypeError: if ``beat`` or ``soft_at`` is not a number.
+          ValueError: if one of them is NaN or too large for a float, or if ``soft_at`` is later
+            than the deadline.
           SessionClosed: on entering, if the session was left.
 
         """
-        return self._clock.deadlines.scope_at(check_position("beat", beat), shield=shield)
+        return self._clock.deadlines.scope_at(
+            check_position("beat", beat), shield=shield, soft=soft_at
+        )
 
-    def fail_after(self, beats: float, *, shield: bool = False) -> BeatScope:
+    def fail_after(
+        self, beats: float, *, shield: bool = False, soft_after: float | None = None
+    ) -> BeatScope:
         """Make a scope as `move_on_after` does, which raises an error if it cancelled its block.
 
         Args:
           beats: the number of beats, 0 or more; fractions are allowed, and ``inf`` is no limit.
           shield: whether cancellations from outside do not reach the block.
+          soft_after: how many beats after the entry the block should begin to wind down, at most
+            ``beats``; see `BeatScope.soft_deadline`. None is no soft edge.
 
         Raises:
           BeatBudgetExceeded: on leaving, if the scope cancelled its block.
-          TypeError: if ``beats`` is not a number.
-          ValueError: if ``beats`` is negative, NaN or too large for a float.
+          TypeError: if ``beats`` or ``soft_after`` is not a number.
+          ValueError: if one of them is negative, NaN or too large for a float, or if ``soft_after``
+            is later than the deadline.
           SessionClosed: on entering, if the session was left.
 
         """
         return self._clock.deadlines.scope_after(
-            check_beats("beats", beats), shield=shield, fail=True
+            check_beats("beats", beats), shield=shield, fail=True, soft=soft_after
         )
 
-    def fail_at(self, beat: float, *, shield: bool = False) -> BeatScope:
+    def fail_at(
+        self, beat: float, *, shield: bool = False, soft_at: float | None = None
+    ) -> BeatScope:
         """Make a scope as `move_on_at` does, which raises an error if it cancelled its block.
 
         Args:
           beat: a beat's index, or a position between beats.
           shield: whether cancellations from outside do not reach the block.
+          soft_at: the position at which the block should begin to wind down, not later than
+            ``beat``; see `BeatScope.soft_deadline`. None is no soft edge.
 
         Raises:
           BeatBudgetExceeded: on leaving, if the scope cancelled its block.
-          TypeError: if ``beat`` is not a number.
-          ValueError: if ``beat`` is NaN or too large for a float.
+          TypeError: if ``beat`` or ``soft_at`` is not a number.
+          ValueError: if one of them is NaN or too large for a float, or if ``soft_at`` is later
+            than the deadline.
           SessionClosed: on entering, if the session was left.
 
         """
         return self._clock.deadlines.scope_at(
-            check_position("beat", beat), shield=shield, fail=True
+            check_position("beat", beat), shield=shield, fail=True, soft=soft_at
         )
 
     async def execute_with_beat_budget(

@@ -14,8 +14,9 @@ from .._grid.punctuality import Punctuality, is_late
 from .._grid.steering import Steering
 from .._grid.timeline import NEVER, Timeline, beat_ns
 from .._wire import Segment
+from .heap import seconds_at
 from .local import local_ns
-from .scopes import BeatScope, Deadlines, seconds_at
+from .scopes import BeatScope, Deadlines
 from .timer import Alarm
 
 
@@ -221,6 +222,7 @@ class BeatClock:
                 await trio.lowlevel.wait_task_rescheduled(turn_began)
             while self.deadlines.expire(local_ns()):
                 await trio.lowlevel.checkpoint()
+            self.deadlines.run_calls()
             self._strike()
 
     def _strike(self) -> None:

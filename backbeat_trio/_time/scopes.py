@@ -1,59 +1,34 @@
-"""Cancel scopes whose deadline is a beat, and the heap that orders them.
-
-The key of a scope in the heap is its deadline on an axis in beats: the position minus a shift. When
-the position moves to another grid, the shift changes by as much. A change of tempo, a slew or a
-move to another grid leaves the key of every relative deadline as it is. So one heap and one armed
-Trio timer serve any number of scopes.
-"""
+"""Cancel scopes whose deadline is a beat."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
-from collections.abc import Callable
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from heapq import heappush
 from types import TracebackType
-from typing import Any, Final, TypeAlias, final
+from typing import Final, NamedTuple, final
 
 import trio
 from trio import CancelScope
-from trio.lowlevel import current_task
 
 from .._checks import check_beats, check_position
-from .._errors import BeatBudgetExceeded, SessionClosed
+from .._errors import BeatBudgetExceeded
 from .._grid.grid import Grid
 from .._grid.timeline import NEVER
-from .local import local_ns, seconds_of
+from .enclosing import find_enclosing
+from .heap import CLOSED, ENDED, BeatHeap, Entry, seconds_at
+from .soft import SoftEdge
 
 # The largest finite number of beats.
 _MAX: Final = sys.float_info.max
-# How many scopes are cancelled at once while Trio expires its deadlines; more would block the loop.
-_AT_ONCE: Final = 1000
-_ENDED: Final = "the beat budget ran out"
-_CLOSED: Final = "the session was closed"
+_SOFT_PASSED: Final = "the soft edge has passed"
 # Seconds of Trio's clock that are later than any instant of local time.
 _FAR: Final = NEVER / 1e9
 
 # `BeatScope.__init__` refuses calls, because the methods of a session make the scopes.
 _new_scope: Final[Callable[[type[BeatScope]], BeatScope]] = object.__new__
-
-# An entry of the heap: the key, a unique number, the scope, and the task that entered it. The last
-# two become None when the scope is left, so that the heap does not keep the objects alive.
-_Entry: TypeAlias = list[Any]
-
-
-def seconds_at(grid: Grid, position: float) -> float:
-    """Return when a position will be reached by the present grid, in seconds of Trio's clock.
-
-    It is ``inf`` for a position that the grid does not reach.
-    """
-    if math.isinf(position):
-        return position
-    reached = grid.local_at(position)
-    if abs(reached) >= NEVER:
-        return math.inf if reached > 0 else -math.inf
-    return seconds_of(reached)
 
 
 @final
@@ -78,12 +53,12 @@ class BeatScope:
     __slots__ = (
         "__weakref__",
         "_deadlines",
-        "_entry",
         "_fail",
         "_key",
         "_position",
         "_relative",
         "_scope",
+        "_soft",
     )
 
     _deadlines: Deadlines
@@ -96,7 +71,7 @@ class BeatScope:
     # The deadline on the axis, after the entry.
     _key: float
     _fail: bool
-    _entry: _Entry | None
+    _soft: SoftEdge | None
 
     def __init__(self) -> None:
         raise TypeError("beat scopes are made by the methods of a session")
@@ -113,23 +88,27 @@ class BeatScope:
         if relative is not None:
             key = now + relative
         elif self._position is not None:
-            key = self._position - deadlines._shift
+            key = self._position - deadlines.shift
         else:
             # The scope was entered before. Trio raises an error for that below.
             key = self._key
-        self._scope.__enter__()
+        scope = self._scope
+        scope.__enter__()
         # From here on nothing may raise, or the scope would stay entered.
         self._key = key
         self._relative = None
-        if not deadlines._enforcing:
+        if self._soft is not None:
+            # First, so that the edge passes before a deadline on the same beat.
+            self._soft.enter(now)
+        if not deadlines.enforcing:
             pass
         elif key > now:
-            self._entry = entry = [key, next(deadlines._order), self, current_task()]
+            deadlines._entered[scope] = entry = [key, next(deadlines._order), self]
             heappush(deadlines._heap, entry)
             if key < deadlines._armed:
                 deadlines._rearm()
         else:
-            self._scope.cancel(_ENDED)
+            scope.cancel(ENDED)
         return self
 
     @trio.lowlevel.enable_ki_protection
@@ -139,30 +118,27 @@ class BeatScope:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
+        scope, deadlines = self._scope, self._deadlines
         try:
-            handled = self._scope.__exit__(exc_type, exc, traceback)
-        except BaseException as error:
-            entry = self._entry
+            handled = scope.__exit__(exc_type, exc, traceback)
+        except BaseException:
             # If an unrelated task tries to leave the scope, Trio refuses and the scope stays
-            # entered.
-            if entry is not None and not (
-                isinstance(error, RuntimeError) and entry[3] is not current_task()
-            ):
-                self._entry = None
-                self._deadlines._drop(entry)
+            # entered. Only its text tells.
+            if "active" not in repr(scope):
+                self._leave()
             raise
-        entry = self._entry
+        entry = deadlines._take(scope, None)
         if entry is not None:
-            self._entry = None
-            deadlines = self._deadlines
             heap = deadlines._heap
             if heap[-1] is entry:
                 heap.pop()
             else:
-                deadlines._drop(entry)
-        if self._fail and self._scope.cancelled_caught:
+                deadlines.drop(entry)
+        if self._soft is not None:
+            self._soft.leave()
+        if self._fail and scope.cancelled_caught:
             raise BeatBudgetExceeded(
-                _CLOSED if self._deadlines.closed else f"{_ENDED} at beat {self.deadline:g}"
+                CLOSED if deadlines.closed else f"{ENDED} at beat {self.deadline:g}"
             ) from None
         return handled
 
@@ -182,7 +158,7 @@ class BeatScope:
             raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
         if self._position is not None:
             return self._position
-        return self._key + self._deadlines._shift
+        return self._key + self._deadlines.shift
 
     @deadline.setter
     def deadline(self, position: float) -> None:
@@ -190,7 +166,7 @@ class BeatScope:
         if self._relative is not None:
             raise RuntimeError("unentered relative beat scope does not have an absolute deadline")
         self._position = position
-        self._move(position - self._deadlines._shift)
+        self._move(position - self._deadlines.shift)
 
     @property
     def relative_deadline(self) -> float:
@@ -216,7 +192,7 @@ class BeatScope:
         beats = check_beats("relative_deadline", beats)
         if self.is_relative is None:
             self._position = None
-            self._move(self._deadlines._axis_now() + beats)
+            self._move(self._deadlines.axis_now() + beats)
         elif self._relative is None and self._position != math.inf:
             raise RuntimeError("unentered absolute beat scope does not have a relative deadline")
         elif beats == math.inf:
@@ -257,13 +233,114 @@ class BeatScope:
         An absolute deadline may pass before the scope is entered.
         """
         if not self._scope.cancel_called and self._is_past():
-            self._scope.cancel(_ENDED)
+            self._scope.cancel(ENDED)
         return self._scope.cancel_called
 
     @property
     def cancelled_caught(self) -> bool:
         """Whether this scope caught a `trio.Cancelled` of its own when it was left."""
         return self._scope.cancelled_caught
+
+    @property
+    def soft_deadline(self) -> float:
+        """The position, in beats, of the soft edge; ``inf`` if there is none.
+
+        From this position on, the block should wind down: `soft_called` is true, `wait_soft`
+        returns, and `graceful` blocks are cut. The scope itself is not cancelled. It can be set,
+        which makes it a position that stays the same on another grid. It has no effect if it is
+        later than the deadline, and moving it does not undo that it has passed.
+
+        Raises:
+          RuntimeError: if the scope counts the soft edge from its entry and is not yet entered.
+          TypeError: if it is set to something that is not a number.
+          ValueError: if it is set to NaN, or to a number that is too large for a float.
+
+        """
+        if self._soft is None:
+            return math.inf
+        self._check_soft()
+        return self._soft.position
+
+    @soft_deadline.setter
+    def soft_deadline(self, position: float) -> None:
+        position = check_position("soft_deadline", position)
+        self._check_soft()
+        self._any_soft().position = position
+
+    @property
+    def soft_called(self) -> bool:
+        """Whether the soft edge has passed while the scope was entered."""
+        return self._soft is not None and self._soft.called()
+
+    async def wait_soft(self) -> None:
+        """Wait until the soft edge passes. A checkpoint.
+
+        It returns at once if the edge has passed. It waits until it is cancelled if the scope has
+        no soft edge, or is left before the edge.
+
+        Raises:
+          SessionClosed: if the session is closed before.
+
+        """
+        await self._any_soft().wait()
+
+    @contextmanager
+    def graceful(self) -> Generator[BeatScope, None, None]:
+        """Run a block that is cut at the soft edge, so that what follows it has the rest.
+
+        Use it inside of the scope. The block ends quietly, and its own scope says whether it was
+        cut. Inside of the block, the soft edge is the deadline. Entering and leaving are not
+        checkpoints.
+
+        Raises:
+          RuntimeError: if the scope is not entered.
+
+        """
+        if self.is_relative is not None:
+            raise RuntimeError("a block can be graceful only inside of the scope")
+        soft = self._any_soft()
+        scope = self._deadlines.scope_at(math.inf)
+        scope._position = None if soft.is_relative else soft.position
+        scope._key = soft._key
+        soft.followers.append(scope)
+        try:
+            with scope:
+                if soft.called():
+                    scope.cancel(_SOFT_PASSED)
+                yield scope
+        finally:
+            soft.followers.remove(scope)
+
+    def clean_up(self, beats: float = 1) -> BeatScope:
+        """Make a shielded scope with a budget of its own, for what must follow a cancellation.
+
+        Use it in a ``finally`` or an ``except`` clause inside of the scope. A cancellation of the
+        scope, or of any scope around it, does not reach the block. The block ends quietly after
+        ``beats``. Not a checkpoint; neither is entering or leaving it.
+
+        Args:
+          beats: the number of beats, 0 or more.
+
+        Raises:
+          TypeError: if ``beats`` is not a number.
+          ValueError: if ``beats`` is negative, NaN or too large for a float.
+
+        """
+        return self._deadlines.scope_after(check_beats("beats", beats), shield=True)
+
+    def _any_soft(self) -> SoftEdge:
+        # An edge that never passes takes the place of one that is missing, as it can be set later.
+        soft = self._soft
+        if soft is None:
+            self._soft = soft = SoftEdge(self._deadlines, position=math.inf)
+            if self.is_relative is None:
+                soft.enter(self._deadlines.axis_now())
+        return soft
+
+    def _check_soft(self) -> None:
+        relative = self._relative is not None or (self._soft is not None and self._soft.is_relative)
+        if relative and self.is_relative is not None:
+            raise RuntimeError("unentered relative beat scope does not have an absolute soft edge")
 
     def cancel(self, reason: str | None = None) -> None:
         """Cancel the scope at once. A second call has no effect. Not a checkpoint.
@@ -277,27 +354,39 @@ class BeatScope:
     def _left(self) -> float:
         deadlines = self._deadlines
         if self._position is None:
-            return self._key - deadlines._axis_now()
-        return self._position - deadlines._axis_now() - deadlines._shift
+            return self._key - deadlines.axis_now()
+        return self._position - deadlines.axis_now() - deadlines.shift
 
     def _is_past(self) -> bool:
         # False once the scope is cancelled or left, because then the deadline has no effect.
         deadlines = self._deadlines
-        if self._entry is not None:
-            return deadlines._due(self._key)
-        if self._position is None or self.is_relative is None or not deadlines._enforcing:
+        if self._scope in deadlines._entered:
+            return deadlines.is_due(self._key)
+        if self._position is None or self.is_relative is None or not deadlines.enforcing:
             return False
-        return deadlines._due(self._position - deadlines._shift)
+        return deadlines.is_due(self._position - deadlines.shift)
+
+    def _end(self, reason: str) -> None:
+        # The heap calls this when the scope is due, and when the session is closed.
+        del self._deadlines._entered[self._scope]
+        self._scope.cancel(reason)
+
+    def _leave(self) -> None:
+        entry = self._deadlines._entered.pop(self._scope, None)
+        if entry is not None:
+            self._deadlines.drop(entry)
+        if self._soft is not None:
+            self._soft.leave()
 
     def _move(self, key: float) -> None:
         self._key = key
         # A scope has an entry while it is entered and not cancelled.
-        entry = self._entry
+        deadlines = self._deadlines
+        entry = deadlines._entered.get(self._scope)
         if entry is not None:
-            deadlines = self._deadlines
-            self._entry = moved = [key, next(deadlines._order), self, entry[3]]
+            deadlines.drop(entry)
+            deadlines._entered[self._scope] = moved = [key, next(deadlines._order), self]
             heappush(deadlines._heap, moved)
-            deadlines._drop(entry)
             if key < deadlines._armed:
                 deadlines._rearm()
 
@@ -309,8 +398,20 @@ class BeatScope:
         return f"<BeatScope at {id(self):#x}, {state}, {self._scope!r}>"
 
 
+class Bounds(NamedTuple):
+    """What bounds a task: the nearest of each kind."""
+
+    beat: float
+    """The position of the nearest deadline in beats; ``inf`` for none."""
+    soft: float
+    """The position of the nearest soft edge, past or not; ``inf`` for none."""
+    seconds: float
+    """The nearest deadline in seconds, on Trio's clock; ``inf`` for none, and ``-inf`` if the task
+    is cancelled already."""
+
+
 @final
-class Deadlines:
+class Deadlines(BeatHeap):
     """The scopes that wait for their deadline, ordered by it.
 
     Args:
@@ -321,26 +422,25 @@ class Deadlines:
     """
 
     def __init__(self, grid: Grid, rearm: Callable[[], None], *, enforcing: bool) -> None:
-        self.closed: bool = False
-        self._grid = grid
-        self._rearm = rearm
-        self._enforcing = enforcing
-        self._shift = 0.0
-        self._heap: list[_Entry] = []
-        self._time = trio.lowlevel.current_clock().current_time
-        self._order = itertools.count()
-        self._prune_at = 1000
-        self._armed = math.inf
-        self.redraw()
+        super().__init__(grid, rearm, enforcing=enforcing)
+        # The entries of the scopes that are entered and were not cancelled at their deadlines.
+        self._entered: dict[CancelScope, Entry] = {}
+        self._take = self._entered.pop
 
     @property
     def live(self) -> int:
         """The number of scopes that wait for their deadline."""
-        return sum(entry[2] is not None for entry in self._heap)
+        return len(self._entered)
 
     # Making.
 
-    def scope_after(self, beats: float, shield: bool = False, fail: bool = False) -> BeatScope:
+    def scope_after(
+        self,
+        beats: float,
+        shield: bool = False,
+        fail: bool = False,
+        soft: float | None = None,
+    ) -> BeatScope:
         """Make a scope that ends some beats after it is entered.
 
         Args:
@@ -348,9 +448,12 @@ class Deadlines:
           shield: whether cancellations from outside do not reach the block.
           fail: whether leaving the scope raises `BeatBudgetExceeded` if the scope has caught its
             own cancellation.
+          soft: how many beats after the entry its soft edge is; None for no soft edge.
 
         Raises:
-          ValueError: if ``beats`` is an int that is too large for a float.
+          TypeError: if ``soft`` is not a number.
+          ValueError: if ``beats`` is an int that is too large for a float, or if ``soft`` is
+            negative, NaN, or more than ``beats``.
 
         """
         scope = _new_scope(BeatScope)
@@ -364,172 +467,81 @@ class Deadlines:
             scope._relative = None
             scope._position = check_beats("beats", beats)
         scope._fail = fail
-        scope._entry = None
+        if soft is None:
+            scope._soft = None
+        else:
+            soft = check_beats("soft_after", soft)
+            if soft > beats:
+                raise ValueError(
+                    f"`soft_after` must not be later than the deadline: {soft:g} beats"
+                )
+            scope._soft = SoftEdge(self, beats=soft)
         return scope
 
-    def scope_at(self, position: float, shield: bool = False, fail: bool = False) -> BeatScope:
-        """Make a scope that ends at a position of the grid; otherwise as `scope_after` does."""
-        scope = self.scope_after(math.inf, shield=shield, fail=fail)
-        scope._position = position
-        return scope
-
-    # Ending.
-
-    def arm(self, index: int, due: int) -> float:
-        """Return when a beat or the first deadline is due, whichever comes first.
-
-        The result holds until `rearm` is called.
+    def scope_at(
+        self,
+        position: float,
+        shield: bool = False,
+        fail: bool = False,
+        soft: float | None = None,
+    ) -> BeatScope:
+        """Make a scope that ends at a position of the grid; otherwise as `scope_after` does.
 
         Args:
-          index: the index of the beat.
-          due: the local time, in nanoseconds, at which it begins.
+          position: the position, in beats.
+          shield: as for `scope_after`.
+          fail: as for `scope_after`.
+          soft: the position of its soft edge; None for no soft edge.
 
-        Returns:
-          Seconds of Trio's clock.
+        Raises:
+          TypeError: if ``soft`` is not a number.
+          ValueError: if ``soft`` is NaN, or later than ``position``.
 
         """
-        first, edge = self._first(), index - self._shift
-        self._armed = min(first, edge)
-        if first <= self._axis_now():
-            # The deadline may be so long past that Trio's clock has no number for it.
-            return -math.inf
-        if first < edge:
-            due = min(due, self._due_ns(first))
-        return seconds_of(due)
+        scope = self.scope_after(math.inf, shield=shield, fail=fail)
+        scope._position = position
+        if soft is not None:
+            soft = check_position("soft_at", soft)
+            if soft > position:
+                raise ValueError(f"`soft_at` must not be later than the deadline: beat {soft:g}")
+            scope._soft = SoftEdge(self, position=soft)
+        return scope
 
-    def expire(self, now_ns: int) -> bool:
-        """Cancel scopes that are due at a local time, and return whether more may be due."""
-        if self._first() == math.inf:
-            return False
-        limit = self._grid.position_at(now_ns) - self._shift
-        for _ in range(_AT_ONCE):
-            key = self._first()
-            if key > limit and (key == math.inf or self._due_ns(key) > now_ns):
-                return False
-            scope = heappop(self._heap)[2]
-            scope._entry = None
-            scope._scope.cancel(_ENDED)
-        return True
+    def anchor(self, scope: BeatScope, position: float | None) -> None:
+        """Make the deadline of a scope absolute, or relative if ``position`` is None.
 
-    def rebase(self, beats: float) -> None:
-        """Follow the move of the position to another grid by some beats.
-
-        Relative deadlines keep the beats that are left, so their keys stay the same. Absolute
-        deadlines keep their position, so their keys change.
+        Only `before_rebase` may call this. The rebase then computes the key.
         """
-        self._shift += beats
-        for entry in self._heap:
-            scope = entry[2]
-            if scope is not None and scope._position is not None:
-                entry[0] = scope._key = scope._position - self._shift
-        self._prune()
-
-    def close(self) -> None:
-        """Cancel the scopes that are still open. Entering another one raises `SessionClosed`."""
-        self.closed = True
-        self._line_until = -math.inf
-        for entry in self._heap:
-            scope = entry[2]
-            if scope is not None:
-                scope._entry = None
-                scope._scope.cancel(_CLOSED)
-        self._heap.clear()
+        scope._position = position
 
     def effective_deadline(self) -> float:
         """Return the position at which the current task will be cancelled, by the present grid."""
-        # Only Trio knows which scopes enclose the task and which of them shield it. So the scopes
-        # that may enclose it get a deadline in seconds while Trio computes the answer.
-        ancestors = set()
-        task: trio.lowlevel.Task | None = current_task()
-        while task is not None:
-            ancestors.add(task)
-            task = None if task.parent_nursery is None else task.parent_nursery.parent_task
-        entries = sorted(
-            entry for entry in self._heap if entry[0] != math.inf and entry[3] in ancestors
-        )
-        # Deadlines that the present grid does not reach have no instant, but keep their order.
-        asked: list[tuple[BeatScope, float]] = [
-            (entry[2], min(seconds_at(self._grid, entry[2].deadline), _FAR + number))
-            for number, entry in enumerate(entries)
-        ]
-        try:
-            for scope, seconds in asked:
-                scope._scope.deadline = seconds
-            answer = trio.current_effective_deadline()
-        finally:
-            for scope, _ in asked:
-                scope._scope.deadline = math.inf
-        for scope, seconds in asked:
-            if seconds == answer:
-                return scope.deadline
-        if abs(answer) >= _FAR:
-            return math.copysign(math.inf, answer)
-        return self._grid.position_at(round(answer * 1e9))
+        seconds, scopes = self._enclosing()
+        first = min(scopes, key=_key_of, default=None)
+        if first is not None and seconds_at(self._grid, first.deadline) <= seconds:
+            return first.deadline
+        if abs(seconds) >= _FAR:
+            return math.copysign(math.inf, seconds)
+        return self._grid.position_at(round(seconds * 1e9))
 
-    # The heap.
+    def bounds(self) -> Bounds:
+        """Return what bounds the current task, in beats and in seconds."""
+        seconds, scopes = self._enclosing()
+        beat = soft = math.inf
+        for scope in scopes:
+            beat = min(beat, scope.deadline)
+            if scope._soft is not None:
+                soft = min(soft, scope._soft.position)
+        return Bounds(beat, soft, seconds)
 
-    def _due_ns(self, key: float) -> int:
-        return self._grid.local_at(key + self._shift)
+    def soft_edges(self) -> list[SoftEdge]:
+        """Return the soft edges of the scopes that can cancel the current task."""
+        return [scope._soft for scope in self._enclosing()[1] if scope._soft is not None]
 
-    def _due(self, key: float) -> bool:
-        return key != math.inf and (key == -math.inf or self._due_ns(key) <= local_ns())
+    def _enclosing(self) -> tuple[float, list[BeatScope]]:
+        seconds, entries = find_enclosing(self._entered)
+        return seconds, [entry[2] for entry in entries]
 
-    def _drop(self, entry: _Entry) -> None:
-        entry[2] = entry[3] = None
-        if len(self._heap) > self._prune_at:
-            self._prune()
 
-    def _prune(self) -> None:
-        # Change the list in place: a task that is entering or leaving a scope may hold it.
-        heap = self._heap
-        heap[:] = [entry for entry in heap if entry[2] is not None]
-        heapify(heap)
-        self._prune_at = 1000 + 2 * len(heap)
-
-    def _first(self) -> float:
-        heap = self._heap
-        while heap and heap[0][2] is None:
-            heappop(heap)
-        key: float = heap[0][0] if heap else math.inf
-        return key
-
-    # The axis. Every entry of a scope computes the position on it. So the present straight line of
-    # the grid is kept in three numbers, with the local time until which it is valid: until the next
-    # segment, the end of slewing or the end of a hold. It is never valid after `close`.
-
-    def redraw(self) -> None:
-        """Compute the line again, because the grid has changed."""
-        now, grid = local_ns(), self._grid
-        steering, timeline = grid.steering, grid.timeline
-        cluster = steering.cluster_at(now)
-        segment, position = timeline.segment_at(cluster), timeline.position_at(cluster)
-        ends = [other.t0_ns for other in timeline.segments if other.t0_ns > segment.t0_ns]
-        until = [steering.local_at(min(ends))] if ends else []
-        if now < steering.settled_ns:
-            until.append(steering.settled_ns)
-        behind = position < grid.floor
-        if behind and (reached := grid.held_until()) != NEVER:
-            until.append(reached)
-        if behind or not segment.milli_bpm:
-            self._line_base, self._line_beat_s = 0.0, math.inf
-            self._line_beat = max(grid.floor, position) - self._shift
-        elif now < steering.settled_ns or steering.frequency:
-            self._line_base = now / 1e9
-            self._line_beat_s = 60_000 / segment.milli_bpm / steering.rate_at(now)
-            self._line_beat = position - self._shift
-        else:
-            # The line begins with the segment, so that whole beats are computed exactly.
-            self._line_base = (segment.t0_ns - steering.target_at(now)) / 1e9
-            self._line_beat_s = 60_000 / segment.milli_bpm
-            self._line_beat = segment.beat0 - self._shift
-        self._line_until = min(until) / 1e9 if until else math.inf
-        if self.closed:
-            self._line_until = -math.inf
-
-    def _check_line(self) -> None:
-        if self.closed:
-            raise SessionClosed("the session has been closed")
-        self.redraw()
-
-    def _axis_now(self) -> float:
-        return self._grid.position_at(local_ns()) - self._shift
+def _key_of(scope: BeatScope) -> float:
+    return scope._key

@@ -164,11 +164,11 @@ def test_no_beat_comes_twice_and_scopes_end(
 
         async def budget(clock: BeatClock) -> None:
             while True:
-                begin = clock.position() - clock.deadlines._shift
+                begin = clock.position() - clock.deadlines.shift
                 with clock.deadlines.scope_after(0.75) as scope:
                     await trio.sleep_forever()
                 assert scope.cancelled_caught
-                budgets.append(clock.position() - clock.deadlines._shift - begin)
+                budgets.append(clock.position() - clock.deadlines.shift - begin)
 
         async with running() as clock, trio.open_nursery() as nursery:
             nursery.start_soon(collect, clock)
