@@ -192,7 +192,7 @@ class Metronome:
     def _next_term(self, store: MemoryStore) -> Term:
         data = store.read_nowait().data
         if not data:
-            return self._first_term(1)
+            return self._first_term(1, nonce=secrets.token_hex(8))
         record = decode_record(data)
         return Term(
             epoch=record.epoch + 1,
@@ -201,6 +201,7 @@ class Metronome:
             beats_per_bar=record.beats_per_bar,
             sent=record.high_water,
             milli_bpm=record.milli_bpm,
+            incarnation=record.incarnation,
         )
 
     async def _run_by_turns(self, task_status: trio.TaskStatus[None]) -> None:
