@@ -40,6 +40,7 @@ if _starts_program:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 if _typing.TYPE_CHECKING or not _starts_program:
+    from ._calls.remaining import Remaining as Remaining
     from ._config import BackbeatConfig as BackbeatConfig
     from ._errors import (
         AuthenticationFailed as AuthenticationFailed,

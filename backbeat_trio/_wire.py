@@ -129,6 +129,13 @@ class StatusClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat
     """How many peers take part in the operation."""
     estimated_beats: int | UnsetType = UNSET
     """How many beats the operation was expected to take when it started."""
+    parent: str | UnsetType = UNSET
+    """The operation inside of which this one was opened, as ``"<agent id>/<operation id>"``."""
+    correlation_id: str | UnsetType = UNSET
+    """The outermost of the operations around this one, in the same form. An operation without a
+    parent does not say it, because it would name itself."""
+    soft: bool | UnsetType = UNSET
+    """True from when the operation should wind down. Otherwise it is absent."""
 
 
 class LiveClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat.statusclaim.v1"):
@@ -148,12 +155,21 @@ class LiveClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat.s
 
 
 def encode_details(
-    notes: str, cluster_id: str, operation_type: str, phase: str, peers: int, estimated_beats: int
+    notes: str,
+    cluster_id: str,
+    operation_type: str,
+    phase: str,
+    peers: int,
+    estimated_beats: int,
+    parent: str | UnsetType = UNSET,
+    correlation_id: str | UnsetType = UNSET,
+    soft: bool | UnsetType = UNSET,
 ) -> Raw:
     """Encode the notes of a claim and all fields after them, for `LiveClaim`."""
     claim = StatusClaim(
         *("", "", 0, "executing", 0, 0.0),
         *(notes, cluster_id, operation_type, phase, peers, estimated_beats),
+        *(parent, correlation_id, soft),
     )
     # Neither the fields before it nor `type` contain this.
     _, _, details = encode(claim).partition(b'"notes":')

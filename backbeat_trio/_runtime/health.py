@@ -79,6 +79,19 @@ class Health(msgspec.Struct, frozen=True):
     before the first one."""
 
 
+class CallCounts(msgspec.Struct):
+    """What a session counts of calls while it runs.
+
+    `Session.statistics` copies it into `SessionStatistics`, which has the same fields and says what
+    each of them counts.
+    """
+
+    operations_soft: int = 0
+    headers_garbled: int = 0
+    headers_absurd: int = 0
+    headers_expired: int = 0
+
+
 class SessionStatistics(msgspec.Struct, frozen=True):
     """What `Session.statistics` tells: counters since the session began."""
 
@@ -114,6 +127,14 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     """Claims that the server has no message large enough for, not even without their notes."""
     claims_undecodable: int
     """Messages to `Session.open_claims` that were no claims, or were of another agent."""
+    operations_soft: int
+    """Operations that a soft edge has passed."""
+    headers_garbled: int
+    """Headers of messages that were not valid, and counted as missing."""
+    headers_absurd: int
+    """Headers with a deadline that was too far away, and counted as missing."""
+    headers_expired: int
+    """Messages whose deadline had passed when `Session.extract` was entered."""
     live_scopes: int
     """Budgets that are running."""
     transport: TransportStatistics | None

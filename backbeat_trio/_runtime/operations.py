@@ -8,9 +8,9 @@ from __future__ import annotations
 import enum
 import secrets
 from collections.abc import Iterable
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, Protocol, TypeAlias, final
 
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from .._checks import check_integer
 from .._errors import InvalidTransition, OperationExists, OperationNotFound
@@ -93,6 +93,14 @@ def check_name(name: str, value: str) -> str:
     return value
 
 
+def check_estimate(type: str, beats: int | None) -> int:
+    """Return the estimate of an operation of a type; raise unless both arguments are valid."""
+    check_name("type", type)
+    if beats is None:
+        return ESTIMATES.get(type, (0, DEFAULT_ESTIMATE))[1]
+    return check_integer("beats", beats, 1)
+
+
 def _text(name: str, value: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be a str, not {value!r}")
@@ -102,6 +110,9 @@ def _text(name: str, value: str) -> str:
     # the claim would raise later.
     value.encode()
     return value
+
+
+_Fields: TypeAlias = tuple[str, Phase, int, int, str | UnsetType, str | UnsetType, bool | UnsetType]
 
 
 @final
@@ -136,7 +147,9 @@ class Operation:
     """
 
     __slots__ = (
+        "_correlation_id",
         "_description",
+        "_parent",
         "_start",
         "_table",
         "beats",
@@ -144,6 +157,7 @@ class Operation:
         "id",
         "peers",
         "phase",
+        "soft",
         "type",
     )
 
@@ -153,6 +167,9 @@ class Operation:
     data: Any
     phase: Phase
     peers: int
+    soft: bool
+    _parent: str | UnsetType
+    _correlation_id: str | UnsetType
     _description: _Description
     _start: int
     _table: Operations
@@ -209,6 +226,16 @@ class Operation:
         self._table.fail(self, reason)
 
     @property
+    def parent(self) -> str | None:
+        """The operation that this one is a part of, as ``<agent id>/<operation id>``, or None."""
+        return self._parent or None
+
+    @property
+    def correlation_id(self) -> str:
+        """The outermost of the operations around this one; itself if it has no parent."""
+        return self._correlation_id or f"{self._table.agent_id}/{self.id}"
+
+    @property
     def beats_left(self) -> int:
         """How many beats of the estimate are left; 0 if none are, or the operation has ended."""
         if self.phase.final:
@@ -239,12 +266,12 @@ class Operations:
     """
 
     def __init__(self, agent_id: str, node_id: str, host: Host, cluster_id: str) -> None:
-        self._agent_id = agent_id
-        self._cluster_id = cluster_id
+        self.agent_id: str = agent_id
+        self.cluster_id: str = cluster_id
         self._node_id = node_id
         self._host = host
         self._live: dict[str, Operation] = {}
-        self._descriptions: dict[tuple[str, Phase, int, int], _Description] = {}
+        self._descriptions: dict[_Fields, _Description] = {}
         # Start beats are stored minus this. So a move to another grid is a single addition, however
         # many operations live.
         self._shift = 0
@@ -279,25 +306,43 @@ class Operations:
             raise OperationNotFound(f"no live operation {id!r}") from None
 
     def start(
-        self, type: str, *, id: str | None = None, beats: int | None = None, data: object = None
+        self,
+        type: str,
+        *,
+        id: str | None = None,
+        beats: int | None = None,
+        data: object = None,
+        parent: str | UnsetType = UNSET,
+        correlation_id: str | UnsetType = UNSET,
     ) -> Operation:
-        """Start an operation; see `Session.start_operation`."""
+        """Start an operation; see `Session.start_operation`.
+
+        Args:
+          type: as there.
+          id: as there.
+          beats: as there.
+          data: as there.
+          parent: the operation that it is a part of, as ``<agent id>/<operation id>``.
+          correlation_id: the outermost of the operations around it, in the same form.
+
+        """
         self._host.check_open()
         operation = Operation.__new__(Operation)
-        operation.type = check_name("type", type)
+        estimate = check_estimate(type, beats)
+        operation.type = type
         if id is None:
             id = f"{type[:_TYPE_IN_ID]}-{secrets.token_hex(6)}"
         operation.id = check_name("id", id)
-        if beats is None:
-            operation.beats = ESTIMATES.get(type, (0, DEFAULT_ESTIMATE))[1]
-        else:
-            operation.beats = check_integer("beats", beats, 1)
+        operation.beats = estimate
         if id in self._live:
             raise OperationExists(f"operation {id!r} is live already")
         beat = self.current_beat()
         operation.data = data
         operation.phase = Phase.STARTED
         operation.peers = 0
+        operation.soft = False
+        operation._parent = parent
+        operation._correlation_id = correlation_id
         operation._table = self
         operation._start = beat - self._shift
         self._live[id] = operation
@@ -350,7 +395,7 @@ class Operations:
     def claims(self, operations: Iterable[Operation], beat: int) -> list[LiveClaim]:
         """Return the claims of a beat, of those among ``operations`` that still live."""
         # The same as `_claim`, without a call for each, because most of a beat's time goes here.
-        agent_id, since = self._agent_id, beat - self._shift
+        agent_id, since = self.agent_id, beat - self._shift
         return [
             LiveClaim(
                 agent_id,
@@ -375,6 +420,14 @@ class Operations:
             if operation.phase < _COMPLETED
         ]
 
+    def soften(self, operation: Operation) -> bool:
+        """Have an operation's claims say that it should wind down; return whether that is new."""
+        if operation.soft or operation.phase.final:
+            return False
+        operation.soft = True
+        self._describe(operation)
+        return True
+
     def _check(self, operation: Operation) -> None:
         # It does not look the id up, because that may belong to a later operation by now.
         if operation.phase.final:
@@ -383,7 +436,10 @@ class Operations:
         self._host.check_open()
 
     def _describe(self, operation: Operation) -> None:
-        fields = operation.type, operation.phase, operation.peers, operation.beats
+        fields = (
+            *(operation.type, operation.phase, operation.peers, operation.beats),
+            *(operation._parent, operation._correlation_id, operation.soft or UNSET),
+        )
         found = self._descriptions.get(fields)
         if found is None:
             if len(self._descriptions) >= _DESCRIPTIONS:
@@ -391,10 +447,21 @@ class Operations:
             found = self._descriptions[fields] = self._description_of(*fields)
         operation._description = found
 
-    def _description_of(self, type: str, phase: Phase, peers: int, beats: int) -> _Description:
+    def _description_of(
+        self,
+        type: str,
+        phase: Phase,
+        peers: int,
+        beats: int,
+        parent: str | UnsetType,
+        correlation_id: str | UnsetType,
+        soft: bool | UnsetType,
+    ) -> _Description:
         name = phase.name.lower()
         notes = f"P2P {type}: {name} (peers: {peers}, node: {self._node_id})"
-        encoded = encode_details(notes, self._cluster_id, type, name, peers, beats)
+        encoded = encode_details(
+            *(notes, self.cluster_id, type, name, peers, beats), parent, correlation_id, soft
+        )
         return _Description(notes, name, encoded)
 
     def _claim(self, operation: Operation, beat: int) -> StatusClaim:
@@ -423,16 +490,19 @@ class Operations:
         notes: str,
     ) -> StatusClaim:
         return StatusClaim(
-            self._agent_id,
+            self.agent_id,
             operation.id,
             beat,
             state,
             left,
             progress,
             notes,
-            self._cluster_id,
+            self.cluster_id,
             operation.type,
             operation._description.phase,
             operation.peers,
             operation.beats,
+            operation._parent,
+            operation._correlation_id,
+            operation.soft or UNSET,
         )

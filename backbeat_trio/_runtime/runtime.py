@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final, final
 
+import msgspec
 import trio
 
 from .._config import BackbeatConfig
@@ -26,7 +27,7 @@ from .._transport.protocol import Transport, TransportStatistics
 from .._wire import StatusClaim, format_bpm
 from .claims import ClaimCounts
 from .emitter import ClaimEmitter, Journal
-from .health import GridState, Health, PendingChange, SessionStatistics, health_claim
+from .health import CallCounts, GridState, Health, PendingChange, SessionStatistics, health_claim
 from .notices import Notices, process_name, shared_id_text
 from .operations import Operations
 from .services import ServiceGroup
@@ -77,6 +78,7 @@ class Runtime(ListenerObserver):
             on_rebase=self.operations.rebase,
         )
         self.claim_counts: ClaimCounts = ClaimCounts()
+        self.call_counts: CallCounts = CallCounts()
         self.started: bool = False
         self.closing: bool = False
         self._last_health: Health | None = None
@@ -350,6 +352,7 @@ class Runtime(ListenerObserver):
             claims_pending=0 if emitter is None else emitter.pending,
             claims_undecodable=claims.claims_undecodable,
             claims_dropped=claims.claims_dropped,
+            **msgspec.structs.asdict(self.call_counts),
             live_scopes=self.clock.live_scopes,
             transport=None if transport is None else transport.statistics(),
         )

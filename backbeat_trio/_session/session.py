@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+import math
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    MutableMapping,
+)
 from contextlib import (
     AbstractAsyncContextManager,
+    AbstractContextManager,
     asynccontextmanager,
     contextmanager,
     nullcontext,
@@ -16,6 +25,9 @@ import msgspec
 import trio
 from msgspec import UNSET
 
+from .._calls.context import Calls
+from .._calls.headers import Headers
+from .._calls.remaining import Remaining
 from .._checks import check_beats, check_index, check_position, check_seconds
 from .._config import BackbeatConfig
 from .._errors import (
@@ -31,7 +43,7 @@ from .._grid.changes import ASKED_NS
 from .._grid.timeline import milli_bpm
 from .._runtime.claims import ClaimBatches, Claims, open_stored_claims
 from .._runtime.health import Health, SessionStatistics
-from .._runtime.operations import Operation, Phase
+from .._runtime.operations import Operation, Phase, check_estimate
 from .._runtime.runtime import Runtime
 from .._time.beats import Beats
 from .._time.clock import BeatClock
@@ -120,6 +132,7 @@ def make_session(runtime: Runtime) -> Session:
     bb: Session = object.__new__(Session)
     bb._runtime = runtime
     bb._clock = runtime.clock
+    bb._calls = Calls(runtime)
     return bb
 
 
@@ -139,6 +152,7 @@ class Session:
     _runtime: Runtime
     # The runtime's clock, as budgets are made and entered as often as Trio's own scopes.
     _clock: BeatClock
+    _calls: Calls
 
     def __init__(self) -> None:
         raise TypeError("sessions are made by `backbeat_trio.session`")
@@ -295,6 +309,72 @@ class Session:
 
         """
         return self._clock.deadlines.effective_deadline()
+
+    def remaining(self) -> Remaining:
+        """Return what is left of the current task's budget, in beats and in seconds.
+
+        ``str`` of the result is a sentence for people and for language models, such as "12 beats
+        left, about 6 minutes at 2 BPM". The nearest deadline around the task counts, in whichever
+        unit it is; the seconds are those at the present tempo. A disabled session enforces no
+        deadlines in beats, so it has none here. Not a checkpoint.
+        """
+        return self._calls.remaining()
+
+    # Calls.
+
+    def inject(self, headers: MutableMapping[str, str]) -> None:
+        """Write into the headers of a message what bounds the current task.
+
+        These are the nearest deadline and the nearest soft edge around the task, the operation that
+        it is a part of, and the ``traceparent`` that it was called with. The receiver enters
+        `extract` with them. A deadline in seconds is converted at the present tempo; while the grid
+        is paused it cannot be converted, and is left out. What the task is not bound by is not
+        written. A disabled session writes nothing. Not a checkpoint.
+
+        Args:
+          headers: the headers, which are changed. Earlier ones of this kind are removed, in any
+            case of letters. All others stay, and so does a ``traceparent`` that is there already.
+
+        """
+        self._calls.inject(headers)
+
+    def extract(self, headers: Headers | None) -> AbstractContextManager[BeatScope]:
+        """Return a block that runs within what the headers of a message say.
+
+        Use it as ``with bb.extract(headers) as scope:``. The block gives a `BeatScope` that ends
+        quietly, as that of `move_on_at` does, on the beat of the header, which is the same for the
+        sender and for everybody whom the message reaches. If the header is of another grid, the
+        beats that were left when the message was sent count from now. If the session moves to
+        another grid, so do the beats that are left then. Without a header there is no deadline.
+        Deadlines around the block go on to count.
+
+        Operations that are opened in the block are parts of the sender's operation, and messages of
+        the block carry its ``traceparent``. A header that is not valid counts as missing;
+        `statistics` counts those. Not a checkpoint; neither is entering or leaving the block.
+
+        Args:
+          headers: a mapping from names to values or lists of values, or pairs of name and value.
+            None is the same as no headers.
+
+        Raises:
+          SessionClosed: on entering, if the session was left.
+
+        """
+        return self._calls.extract(headers)
+
+    def detached(self) -> AbstractContextManager[BeatScope]:
+        """Return a block that runs apart from its caller.
+
+        Neither deadlines nor cancellations from outside reach the block, operations that are opened
+        in it are parts of no other one, and its messages carry no deadline and no trace. The end of
+        the session cancels it. The block gives its scope, which has no deadline until you set one.
+        Not a checkpoint; neither is entering or leaving the block.
+
+        Raises:
+          SessionClosed: on entering, if the session was left.
+
+        """
+        return self._calls.detached()
 
     # Time.
 
@@ -502,6 +582,7 @@ class Session:
         beats: int | None = None,
         data: Any = None,
         enforce: bool = False,
+        soft_after: float | None = None,
     ) -> AsyncGenerator[Operation, None]:
         """Run a block as an operation, whose progress the session publishes as claims.
 
@@ -515,6 +596,10 @@ class Session:
         ``"election"`` 10, ``"peer_discovery"`` 5, ``"pubsub_sync"`` 2, ``"task_coordination"`` 20.
         Any other name has 8.
 
+        An operation that is opened inside another one, or inside an `extract` block, is a part of
+        that one, and its claims say so. If a soft edge around the block passes, the claims say
+        that, too. This includes the edges of scopes around the operation.
+
         An operation that was ended in the block stays as it is. Entering is a checkpoint, leaving
         is not.
 
@@ -525,19 +610,25 @@ class Session:
           beats: the estimate, in whole beats, 1 or more; by default that of the type.
           data: any object, which is kept as `Operation.data` and is not published.
           enforce: whether the block is cancelled when the estimate runs out.
+          soft_after: how many beats after its start the operation should begin to wind down. With
+            ``enforce`` it must not be later than the end of the budget. None is no soft edge.
 
         Raises:
           OperationExists: if a live operation has this id.
-          TypeError, ValueError: if the type, the id or the estimate is not valid; the text names
-            it.
+          TypeError, ValueError: if the type, the id, the estimate or the soft edge is not valid;
+            the text names it.
           BeatBudgetExceeded: with ``enforce``, if the budget ran out.
           SessionClosed: if the session was left.
 
         """
         await trio.lowlevel.checkpoint()
+        scope = None
+        if enforce or soft_after is not None:
+            budget = check_estimate(type, beats) if enforce else math.inf
+            scope = self.fail_after(budget, soft_after=soft_after)
         operation = self.start_operation(type, id=id, beats=beats, data=data)
         try:
-            with self.fail_after(operation.beats) if enforce else nullcontext():
+            with scope or nullcontext(), self._calls.inside(operation):
                 yield operation
         except BaseException as error:
             if not operation.phase.final:
@@ -552,7 +643,9 @@ class Session:
         """Start an operation that has no block of its own, and queue its first claim.
 
         End it by `Operation.complete` or `Operation.fail`. An operation that is live when the
-        session is left fails then. Not a checkpoint.
+        session is left fails then. It is a part of the operation that the task is in, as
+        with `operation`, but it may outlive the scopes around it, so it has no soft edge. Not a
+        checkpoint.
 
         ``beats`` is an estimate: nothing happens when it runs out. To end work at a budget, use
         `fail_after`, or `operation` with ``enforce=True``.
@@ -572,7 +665,9 @@ class Session:
           SessionClosed: if the session was left.
 
         """
-        return self._runtime.operations.start(type, id=id, beats=beats, data=data)
+        return self._runtime.operations.start(
+            type, id=id, beats=beats, data=data, **self._calls.kin()
+        )
 
     def advance_operation(self, id: str, phase: Phase, *, peers: int | None = None) -> None:
         """Move an operation on to a later phase; see `Operation.advance`. Not a checkpoint.

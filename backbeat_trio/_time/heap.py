@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, final
 
 import trio
 
@@ -44,6 +44,49 @@ class Member(Protocol):
 
     def _end(self, reason: str) -> None:
         """React to the deadline, or to the end of the session. The entry is out of the heap."""
+
+    def _anchor(self, position: float | None) -> None:
+        """Make it absolute, or relative if ``position`` is None. Call it before a rebase only."""
+
+
+@final
+class Anchor:
+    """A deadline that is a beat of one grid, and counts what was left while that grid is away.
+
+    Args:
+      member: what waits for the deadline, already absolute if ``here`` is ``home``, and entered.
+      home: the identity of that grid.
+      beat: the position of the deadline on that grid, in beats.
+      here: the identity of the present grid.
+
+    """
+
+    __slots__ = ("_beat", "_home", "_is_home", "_key", "_member")
+
+    def __init__(self, member: Member, home: str, beat: float, here: str) -> None:
+        self._member = member
+        self._home = home
+        self._beat = beat
+        self._is_home = home == here
+        self._key = member._key
+
+    def settle(self, here: str) -> None:
+        """Follow the move to another grid; `BeatHeap.before_rebase` calls this.
+
+        A deadline that somebody has moved in the meantime stays where it is.
+
+        Args:
+          here: the identity of the grid to which the position is about to move.
+
+        """
+        member, to_home = self._member, here == self._home
+        if self._is_home:
+            if member._position == self._beat and not to_home:
+                self._key, self._is_home = member._key, False
+                member._anchor(None)
+        elif member._position is None and member._key == self._key and to_home:
+            self._is_home = True
+            member._anchor(self._beat)
 
 
 def seconds_at(grid: Grid, position: float) -> float:
@@ -77,7 +120,7 @@ class BeatHeap:
         self.shift: float = 0.0
         self.before_rebase: Callable[[], None] | None = None
         """Called when the position is about to move to another grid, while keys are still those of
-        the present one. `anchor` may be called then."""
+        the present one. `Anchor.settle` may be called then."""
         self.calls: deque[Callable[[], object]] = deque()
         """What `run_calls` will call."""
         self._heap: list[Entry] = []

@@ -371,6 +371,9 @@ class BeatScope:
         del self._deadlines._entered[self._scope]
         self._scope.cancel(reason)
 
+    def _anchor(self, position: float | None) -> None:
+        self._position = position
+
     def _leave(self) -> None:
         entry = self._deadlines._entered.pop(self._scope, None)
         if entry is not None:
@@ -507,12 +510,16 @@ class Deadlines(BeatHeap):
             scope._soft = SoftEdge(self, position=soft)
         return scope
 
-    def anchor(self, scope: BeatScope, position: float | None) -> None:
-        """Make the deadline of a scope absolute, or relative if ``position`` is None.
+    def soften(
+        self, scope: BeatScope, *, beats: float = math.inf, position: float | None = None
+    ) -> SoftEdge:
+        """Give a scope that is not entered yet a soft edge, whatever its deadline is."""
+        scope._soft = edge = SoftEdge(self, beats=beats, position=position)
+        return edge
 
-        Only `before_rebase` may call this. The rebase then computes the key.
-        """
-        scope._position = position
+    def is_waiting(self, scope: BeatScope) -> bool:
+        """Return whether a scope is entered, and was not cancelled at its deadline."""
+        return scope._scope in self._entered
 
     def effective_deadline(self) -> float:
         """Return the position at which the current task will be cancelled, by the present grid."""

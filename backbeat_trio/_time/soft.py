@@ -104,7 +104,7 @@ class SoftEdge:
 
     @position.setter
     def position(self, position: float) -> None:
-        self.anchor(position)
+        self._anchor(position)
         self._key = key = position - self._heap.shift
         self._drop()
         if self._entered and self._heap.enforcing and not self.has_passed and key != math.inf:
@@ -112,7 +112,7 @@ class SoftEdge:
         for scope in self.followers:
             scope._move(key)
 
-    def anchor(self, position: float | None) -> None:
+    def _anchor(self, position: float | None) -> None:
         """Make it absolute, or relative if ``position`` is None. Call it before a rebase only."""
         self._position = position
         for scope in self.followers:

@@ -1,0 +1,297 @@
+"""What bounds a task, and what it is a part of: how both get into a message and out of it.
+
+The deadline is that of the scopes around the task. The operation and the trace that it is part of
+are in a context variable, as is usual for them, so the tasks that it starts have them, too.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import secrets
+from collections.abc import Generator, MutableMapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Final, NamedTuple, TypedDict, final
+
+import trio
+from msgspec import UNSET, UnsetType
+
+from .._runtime.operations import Operation
+from .._runtime.runtime import Runtime
+from .._time.heap import Anchor
+from .._time.scopes import BeatScope, Bounds
+from .headers import (
+    DEADLINE,
+    OPERATION,
+    SOFT_DEADLINE,
+    TRACEPARENT,
+    Carried,
+    Deadline,
+    Headers,
+    ParentOperation,
+    parse,
+    write,
+)
+from .remaining import Remaining
+
+_BOUND: Final = frozenset(name.lower() for name in (DEADLINE, SOFT_DEADLINE, OPERATION))
+# Bytes of chance in the identity of a local grid.
+_IDENTITY_BYTES: Final = 16
+
+
+class _Part(NamedTuple):
+    # What a task is a part of.
+
+    operation: ParentOperation | None
+    traceparent: str | None
+
+
+_NOTHING: Final = _Part(None, None)
+_part: contextvars.ContextVar[_Part] = contextvars.ContextVar("backbeat part", default=_NOTHING)
+
+
+class Kin(TypedDict):
+    """The arguments of `Operations.start` that say what an operation is a part of."""
+
+    parent: str | UnsetType
+    correlation_id: str | UnsetType
+
+
+@final
+class Calls:
+    """What a session does so that deadlines, operations and traces travel with messages.
+
+    Args:
+      runtime: what the session runs.
+
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._deadlines = runtime.clock.deadlines
+        self._deadlines.before_rebase = self._settle
+        self._local_identity = secrets.token_hex(_IDENTITY_BYTES)
+        self._entered: set[Extracted] = set()
+
+    @property
+    def incarnation(self) -> str:
+        """The identity of the present grid. That of a local grid is known to nobody else."""
+        listener = self._runtime.listener
+        if listener is None or not listener.follower.locked:
+            return self._local_identity
+        return listener.follower.incarnation or self._local_identity
+
+    # Sending.
+
+    def inject(self, headers: MutableMapping[str, str]) -> None:
+        """Write the headers of a message; see `Session.inject`."""
+        part = _part.get()
+        deadline = soft = None
+        if self._runtime.config.enabled:
+            bounds = self._deadlines.bounds()
+            position = self._runtime.clock.position()
+            beat = self._nearest(bounds, position)
+            if beat != math.inf:
+                deadline = self._deadline(beat, position)
+            if bounds.soft < beat:
+                soft = self._deadline(bounds.soft, position)
+            written = write(Carried(deadline, soft, *part))
+        else:
+            written = {}
+        if headers:
+            for name in [name for name in headers if name.lower() in _BOUND]:
+                del headers[name]
+            if TRACEPARENT in written and any(name.lower() == TRACEPARENT for name in headers):
+                # The application traces itself, and its span is the nearer one.
+                del written[TRACEPARENT]
+        headers.update(written)
+
+    def _deadline(self, beat: float, position: float) -> Deadline:
+        return Deadline(self.incarnation, max(0.0, beat), max(0.0, beat - position))
+
+    def _nearest(self, bounds: Bounds, position: float) -> float:
+        # The nearest deadline as a position, with those in seconds at the present tempo.
+        seconds = bounds.seconds
+        if seconds == math.inf:
+            return bounds.beat
+        if seconds == -math.inf:
+            return min(bounds.beat, position)
+        milli = self._runtime.clock.segment().milli_bpm
+        if not milli:
+            # In a pause no position says when they are due.
+            return bounds.beat
+        return min(bounds.beat, position + (seconds - trio.current_time()) * milli / 60_000)
+
+    def remaining(self) -> Remaining:
+        """Return what is left of the current task's budget; see `Session.remaining`."""
+        clock = self._runtime.clock
+        bounds, position, milli = (
+            self._deadlines.bounds(),
+            clock.position(),
+            clock.segment().milli_bpm,
+        )
+        nearest = self._nearest(bounds, position)
+        beats = max(0.0, nearest - position)
+        if milli:
+            seconds = beats * 60_000 / milli
+        else:
+            seconds = max(0.0, bounds.seconds - trio.current_time())
+            if not beats:
+                seconds = 0.0
+        soft = max(0.0, bounds.soft - position) if bounds.soft < nearest else math.inf
+        return Remaining(beats, seconds, not milli, soft, milli / 1000)
+
+    # Receiving.
+
+    def extract(self, headers: Headers | None) -> Extracted:
+        """Return a block that runs within what the headers say; see `Session.extract`."""
+        return Extracted(self, self.read(headers))
+
+    def read(self, headers: Headers | None) -> Carried:
+        """Return what the headers of a message say, and count those that are not valid."""
+        if not headers:
+            return _NOTHING_CARRIED
+        carried, problems = parse(headers)
+        counts = self._runtime.call_counts
+        for problem in problems:
+            if problem.kind == "absurd":
+                counts.headers_absurd += 1
+            else:
+                counts.headers_garbled += 1
+            self._runtime.logger.debug("header %s is ignored: %s", problem.header, problem.text)
+        return carried
+
+    def _enter(self, extracted: Extracted, carried: Carried) -> BeatScope:
+        deadlines, here = self._deadlines, self.incarnation
+        deadline, soft = carried.deadline, carried.soft
+        if deadline is None:
+            scope = deadlines.scope_at(math.inf)
+        elif deadline.incarnation == here:
+            scope = deadlines.scope_at(deadline.beat)
+        else:
+            scope = deadlines.scope_after(deadline.left)
+        edge = None
+        if soft is not None:
+            if soft.incarnation == here:
+                edge = deadlines.soften(scope, position=soft.beat)
+            else:
+                edge = deadlines.soften(scope, beats=soft.left)
+        scope.__enter__()
+        if deadline is not None:
+            extracted.anchors.append(Anchor(scope, deadline.incarnation, deadline.beat, here))
+            if not deadlines.is_waiting(scope) and deadlines.enforcing:
+                self._runtime.call_counts.headers_expired += 1
+        if edge is not None and soft is not None:
+            extracted.anchors.append(Anchor(edge, soft.incarnation, soft.beat, here))
+        if extracted.anchors:
+            self._entered.add(extracted)
+        return scope
+
+    def _leave(self, extracted: Extracted) -> None:
+        self._entered.discard(extracted)
+
+    def _settle(self) -> None:
+        here = self.incarnation
+        for extracted in self._entered:
+            for anchor in extracted.anchors:
+                anchor.settle(here)
+
+    # Parts of a whole.
+
+    @contextmanager
+    def detached(self) -> Generator[BeatScope, None, None]:
+        """Run a block apart from its caller; see `Session.detached`."""
+        former = _part.get()
+        _part.set(_NOTHING)
+        try:
+            with self._deadlines.scope_after(math.inf, shield=True) as scope:
+                yield scope
+        finally:
+            _part.set(former)
+
+    def kin(self) -> Kin:
+        """Return what an operation that is started now is a part of."""
+        operation = _part.get().operation
+        if operation is None:
+            return {"parent": UNSET, "correlation_id": UNSET}
+        return {"parent": operation.path, "correlation_id": operation.correlation_id}
+
+    @contextmanager
+    def inside(self, operation: Operation) -> Generator[None, None, None]:
+        """Run a block as part of an operation, which hears of the soft edges around the block."""
+        config = self._runtime.config
+        parent = ParentOperation(
+            config.cluster_id, config.agent_id, operation.id, operation.correlation_id
+        )
+
+        def soften() -> None:
+            self._soften(operation)
+
+        edges = self._deadlines.soft_edges()
+        former = _part.get()
+        _part.set(former._replace(operation=parent))
+        try:
+            for edge in edges:
+                edge.watch(soften)
+            yield
+        finally:
+            # Not by a token: the block may be left in another context than it was entered in.
+            _part.set(former)
+            for edge in edges:
+                edge.unwatch(soften)
+
+    def _soften(self, operation: Operation) -> None:
+        runtime = self._runtime
+        if runtime.operations.soften(operation):
+            runtime.call_counts.operations_soft += 1
+            runtime.logger.info(
+                "operation %s should wind down: its soft edge passed on beat %d",
+                operation.id,
+                runtime.current_beat(),
+            )
+
+
+_NOTHING_CARRIED: Final = Carried()
+
+
+@final
+class Extracted:
+    """The block of `Session.extract`. It can be entered once."""
+
+    __slots__ = ("__weakref__", "_calls", "_carried", "_former", "_scope", "anchors")
+
+    _former: _Part
+    _scope: BeatScope
+
+    def __init__(self, calls: Calls, carried: Carried) -> None:
+        self._calls = calls
+        self._carried: Carried | None = carried
+        self.anchors: list[Anchor] = []
+
+    @trio.lowlevel.enable_ki_protection
+    def __enter__(self) -> BeatScope:
+        carried, self._carried = self._carried, None
+        if carried is None:
+            raise RuntimeError("each block of `extract` can be entered once")
+        self._scope = scope = self._calls._enter(self, carried)
+        self._former = former = _part.get()
+        if carried.operation is not None or carried.traceparent is not None:
+            _part.set(
+                _Part(
+                    carried.operation or former.operation,
+                    carried.traceparent or former.traceparent,
+                )
+            )
+        return scope
+
+    @trio.lowlevel.enable_ki_protection
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        _part.set(self._former)
+        self._calls._leave(self)
+        return self._scope.__exit__(exc_type, exc, traceback)
