@@ -20,7 +20,8 @@ from msgspec import UNSET, UnsetType
 from .._runtime.operations import Operation
 from .._runtime.runtime import Runtime
 from .._time.heap import Anchor
-from .._time.scopes import BeatScope, Bounds
+from .._time.scopes import BeatScope, Bounds, Deadlines
+from .._time.soft import SoftEdge
 from .headers import (
     DEADLINE,
     OPERATION,
@@ -68,16 +69,17 @@ class Calls:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._deadlines = runtime.clock.deadlines
-        self._deadlines.before_rebase = self._settle
+        self.runtime: Runtime = runtime
+        self.deadlines: Deadlines = runtime.clock.deadlines
+        self.deadlines.before_rebase = self._settle
         self._local_identity = secrets.token_hex(_IDENTITY_BYTES)
-        self._entered: set[Extracted] = set()
+        self.extracted: set[Extracted] = set()
+        """The blocks of `extract` that are entered and have a deadline."""
 
     @property
     def incarnation(self) -> str:
         """The identity of the present grid. That of a local grid is known to nobody else."""
-        listener = self._runtime.listener
+        listener = self.runtime.listener
         if listener is None or not listener.follower.locked:
             return self._local_identity
         return listener.follower.incarnation or self._local_identity
@@ -88,9 +90,9 @@ class Calls:
         """Write the headers of a message; see `Session.inject`."""
         part = _part.get()
         deadline = soft = None
-        if self._runtime.config.enabled:
-            bounds = self._deadlines.bounds()
-            position = self._runtime.clock.position()
+        if self.runtime.config.enabled:
+            bounds = self.deadlines.bounds()
+            position = self.runtime.clock.position()
             beat = self._nearest(bounds, position)
             if beat != math.inf:
                 deadline = self._deadline(beat, position)
@@ -117,7 +119,7 @@ class Calls:
             return bounds.beat
         if seconds == -math.inf:
             return min(bounds.beat, position)
-        milli = self._runtime.clock.segment().milli_bpm
+        milli = self.runtime.clock.segment().milli_bpm
         if not milli:
             # In a pause no position says when they are due.
             return bounds.beat
@@ -125,9 +127,9 @@ class Calls:
 
     def remaining(self) -> Remaining:
         """Return what is left of the current task's budget; see `Session.remaining`."""
-        clock = self._runtime.clock
+        clock = self.runtime.clock
         bounds, position, milli = (
-            self._deadlines.bounds(),
+            self.deadlines.bounds(),
             clock.position(),
             clock.segment().milli_bpm,
         )
@@ -153,49 +155,19 @@ class Calls:
         if not headers:
             return _NOTHING_CARRIED
         carried, problems = parse(headers)
-        counts = self._runtime.call_counts
+        counts = self.runtime.call_counts
         for problem in problems:
             if problem.kind == "absurd":
                 counts.headers_absurd += 1
             else:
                 counts.headers_garbled += 1
-            self._runtime.logger.debug("header %s is ignored: %s", problem.header, problem.text)
+            self.runtime.logger.debug("header %s is ignored: %s", problem.header, problem.text)
         return carried
-
-    def _enter(self, extracted: Extracted, carried: Carried) -> BeatScope:
-        deadlines, here = self._deadlines, self.incarnation
-        deadline, soft = carried.deadline, carried.soft
-        if deadline is None:
-            scope = deadlines.scope_at(math.inf)
-        elif deadline.incarnation == here:
-            scope = deadlines.scope_at(deadline.beat)
-        else:
-            scope = deadlines.scope_after(deadline.left)
-        edge = None
-        if soft is not None:
-            if soft.incarnation == here:
-                edge = deadlines.soften(scope, position=soft.beat)
-            else:
-                edge = deadlines.soften(scope, beats=soft.left)
-        scope.__enter__()
-        if deadline is not None:
-            extracted.anchors.append(Anchor(scope, deadline.incarnation, deadline.beat, here))
-            if not deadlines.is_waiting(scope) and deadlines.enforcing:
-                self._runtime.call_counts.headers_expired += 1
-        if edge is not None and soft is not None:
-            extracted.anchors.append(Anchor(edge, soft.incarnation, soft.beat, here))
-        if extracted.anchors:
-            self._entered.add(extracted)
-        return scope
-
-    def _leave(self, extracted: Extracted) -> None:
-        self._entered.discard(extracted)
 
     def _settle(self) -> None:
         here = self.incarnation
-        for extracted in self._entered:
-            for anchor in extracted.anchors:
-                anchor.settle(here)
+        for extracted in self.extracted:
+            extracted.settle(here)
 
     # Parts of a whole.
 
@@ -205,7 +177,7 @@ class Calls:
         former = _part.get()
         _part.set(_NOTHING)
         try:
-            with self._deadlines.scope_after(math.inf, shield=True) as scope:
+            with self.deadlines.scope_after(math.inf, shield=True) as scope:
                 yield scope
         finally:
             _part.set(former)
@@ -220,7 +192,7 @@ class Calls:
     @contextmanager
     def inside(self, operation: Operation) -> Generator[None, None, None]:
         """Run a block as part of an operation, which hears of the soft edges around the block."""
-        config = self._runtime.config
+        config = self.runtime.config
         parent = ParentOperation(
             config.cluster_id, config.agent_id, operation.id, operation.correlation_id
         )
@@ -228,7 +200,7 @@ class Calls:
         def soften() -> None:
             self._soften(operation)
 
-        edges = self._deadlines.soft_edges()
+        edges = self.deadlines.soft_edges()
         former = _part.get()
         _part.set(former._replace(operation=parent))
         try:
@@ -242,7 +214,7 @@ class Calls:
                 edge.unwatch(soften)
 
     def _soften(self, operation: Operation) -> None:
-        runtime = self._runtime
+        runtime = self.runtime
         if runtime.operations.soften(operation):
             runtime.call_counts.operations_soft += 1
             runtime.logger.info(
@@ -259,30 +231,60 @@ _NOTHING_CARRIED: Final = Carried()
 class Extracted:
     """The block of `Session.extract`. It can be entered once."""
 
-    __slots__ = ("__weakref__", "_calls", "_carried", "_former", "_scope", "anchors")
+    __slots__ = (
+        "_anchors",
+        "_calls",
+        "_carried",
+        "_edge",
+        "_former",
+        "_here",
+        "_keys",
+        "_scope",
+    )
 
     _former: _Part
     _scope: BeatScope
+    _edge: SoftEdge | None
+    # The grid on which it was entered, and the keys that its deadline and its edge had then.
+    _here: str
+    _keys: tuple[float, float]
 
     def __init__(self, calls: Calls, carried: Carried) -> None:
         self._calls = calls
-        self._carried: Carried | None = carried
-        self.anchors: list[Anchor] = []
+        self._carried = carried
+        # They are made when they are needed, as moves to another grid are rare.
+        self._anchors: list[Anchor] | None = None
 
     @trio.lowlevel.enable_ki_protection
     def __enter__(self) -> BeatScope:
-        carried, self._carried = self._carried, None
-        if carried is None:
+        calls, carried = self._calls, self._carried
+        deadlines, here = calls.deadlines, calls.incarnation
+        deadline, soft = carried.deadline, carried.soft
+        operation, traceparent = carried.operation, carried.traceparent
+        if hasattr(self, "_scope"):
             raise RuntimeError("each block of `extract` can be entered once")
-        self._scope = scope = self._calls._enter(self, carried)
+        if deadline is None:
+            scope = deadlines.scope_at(math.inf)
+        elif deadline.incarnation == here:
+            scope = deadlines.scope_at(deadline.beat)
+        else:
+            scope = deadlines.scope_after(deadline.left)
+        edge = None
+        if soft is not None:
+            if soft.incarnation == here:
+                edge = deadlines.soften(scope, position=soft.beat)
+            else:
+                edge = deadlines.soften(scope, beats=soft.left)
+        scope.__enter__()
+        self._scope, self._edge, self._here = scope, edge, here
+        if deadline is not None or edge is not None:
+            self._keys = scope._key, math.inf if edge is None else edge._key
+            calls.extracted.add(self)
+            if deadlines.enforcing and not deadlines.is_waiting(scope):
+                calls.runtime.call_counts.headers_expired += 1
         self._former = former = _part.get()
-        if carried.operation is not None or carried.traceparent is not None:
-            _part.set(
-                _Part(
-                    carried.operation or former.operation,
-                    carried.traceparent or former.traceparent,
-                )
-            )
+        if operation is not None or traceparent is not None:
+            _part.set(_Part(operation or former.operation, traceparent or former.traceparent))
         return scope
 
     @trio.lowlevel.enable_ki_protection
@@ -293,5 +295,20 @@ class Extracted:
         traceback: TracebackType | None,
     ) -> bool | None:
         _part.set(self._former)
-        self._calls._leave(self)
+        self._calls.extracted.discard(self)
         return self._scope.__exit__(exc_type, exc, traceback)
+
+    def settle(self, here: str) -> None:
+        """Follow the move to another grid (see `Anchor.settle`)."""
+        if self._anchors is None:
+            self._anchors = []
+            members = (self._scope, self._carried.deadline), (self._edge, self._carried.soft)
+            for (member, deadline), key in zip(members, self._keys, strict=True):
+                if member is not None and deadline is not None:
+                    home = deadline.incarnation
+                    is_home = home == self._here
+                    self._anchors.append(
+                        Anchor(member, home, deadline.beat, is_home=is_home, key=key)
+                    )
+        for anchor in self._anchors:
+            anchor.settle(here)

@@ -125,11 +125,15 @@ def parse(headers: Headers) -> tuple[Carried, list[Problem]]:
     found: dict[str, str | None] = {}
     for name, value in headers.items() if isinstance(headers, Mapping) else headers:
         known = _KNOWN.get((name if isinstance(name, str) else _text(name)).lower())
-        if known is not None:
-            for one in (value,) if isinstance(value, (str, bytes)) else value:
-                text = _text(one).strip()
-                if found.setdefault(known, text) != text:
-                    found[known] = None
+        if known is None:
+            continue
+        if known not in found and isinstance(value, str):
+            found[known] = value.strip()
+            continue
+        for one in (value,) if isinstance(value, (str, bytes)) else value:
+            text = _text(one).strip()
+            if found.setdefault(known, text) != text:
+                found[known] = None
     problems: list[Problem] = []
     deadline = soft = operation = trace = None
     # Most messages have few of these headers, so a reader is called only if there is a value.
@@ -150,11 +154,11 @@ def write(carried: Carried) -> dict[str, str]:
     A beat is written so that every reader gets the same number, and what is left to a thousandth of
     a beat. A deadline that readers would find absurd is left out.
     """
-    headers = {}
-    for name, deadline in ((DEADLINE, carried.deadline), (SOFT_DEADLINE, carried.soft)):
-        if deadline is not None and deadline.beat <= MAX_INDEX and deadline.left <= MAX_LEFT:
-            incarnation, beat, left = deadline.incarnation, deadline.beat, deadline.left
-            headers[name] = f"{_escaped(incarnation)}; {_exactly(beat)}; {max(0.0, left):.3f}"
+    headers: dict[str, str] = {}
+    if carried.deadline is not None:
+        _write(headers, DEADLINE, carried.deadline)
+    if carried.soft is not None:
+        _write(headers, SOFT_DEADLINE, carried.soft)
     operation = carried.operation
     if operation is not None:
         headers[OPERATION] = (
@@ -258,14 +262,16 @@ def _unescaped(part: str, longest: int) -> str:
 # Writing.
 
 
+def _write(headers: dict[str, str], name: str, deadline: Deadline) -> None:
+    beat, left = deadline.beat, deadline.left
+    if beat <= MAX_INDEX and left <= MAX_LEFT:
+        text = f"{beat:.3f}"
+        if float(text) != beat and beat > 0.001:
+            # Positions are at most 2**53, so only one near 0 would have an exponent.
+            text = repr(beat)
+        headers[name] = f"{_escaped(deadline.incarnation)}; {text}; {left if left > 0 else 0.0:.3f}"
+
+
 @lru_cache(maxsize=1024)
 def _escaped(text: str) -> str:
     return quote(text, safe=_SAFE)
-
-
-def _exactly(beat: float) -> str:
-    thousandths = f"{beat:.3f}"
-    if float(thousandths) == beat:
-        return thousandths
-    # Positions are at most 2**53, so only one near 0 would have an exponent.
-    return repr(beat) if beat > 0.001 else thousandths

@@ -54,21 +54,24 @@ class Anchor:
     """A deadline that is a beat of one grid, and counts what was left while that grid is away.
 
     Args:
-      member: what waits for the deadline, already absolute if ``here`` is ``home``, and entered.
+      member: what waits for the deadline.
       home: the identity of that grid.
       beat: the position of the deadline on that grid, in beats.
-      here: the identity of the present grid.
+      is_home: whether the present grid is that one. If so, the member is absolute.
+      key: the key that the member had when it was entered.
 
     """
 
     __slots__ = ("_beat", "_home", "_is_home", "_key", "_member")
 
-    def __init__(self, member: Member, home: str, beat: float, here: str) -> None:
+    def __init__(
+        self, member: Member, home: str, beat: float, *, is_home: bool, key: float
+    ) -> None:
         self._member = member
         self._home = home
         self._beat = beat
-        self._is_home = home == here
-        self._key = member._key
+        self._is_home = is_home
+        self._key = key
 
     def settle(self, here: str) -> None:
         """Follow the move to another grid; `BeatHeap.before_rebase` calls this.

@@ -501,8 +501,8 @@ class Deadlines(BeatHeap):
           ValueError: if ``soft`` is NaN, or later than ``position``.
 
         """
-        scope = self.scope_after(math.inf, shield=shield, fail=fail)
-        scope._position = position
+        scope = self.scope_after(0, shield, fail)
+        scope._relative, scope._position = None, position
         if soft is not None:
             soft = check_position("soft_at", soft)
             if soft > position:
