@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any, Final, NamedTuple, TypeVar
 
 import trio
+import trio.testing
 from peers import AGENT_ID, END, MARK, NODE_ID, TYPE, Heard, Peer, open_peer, open_process
 from report import Figure, Outcome, Rounds, Target, percentile, run
 from trio.lowlevel import TrioToken
@@ -45,6 +46,8 @@ T = TypeVar("T")
 
 TARGETS: Final = {
     "scope": Target("enter and leave a beat scope / trio.move_on_after", "≤", 1.0, "x"),
+    "inject": Target("inject, beside 10,000 live budgets", "≤", 10.0, "µs"),
+    "extract": Target("extract, entered and left, beyond an empty budget", "≤", 10.0, "µs"),
     "tempo": Target("tempo change with 100,000 live budgets", "≤", 1.0, "ms"),
     "tempo_ratio": Target("tempo change with 100,000 live budgets / with 1,000", "≤", 3.0, "x"),
     "claims": Target("claims of 100,000 live operations, received", "≥", 500_000, "/s"),
@@ -116,6 +119,41 @@ async def bench_scope(sizes: Sizes) -> Outcome:
     rounds = {"backbeat_s": ours, "trio_s": theirs, "ratio": ratios(ours, theirs)}
     note = f"{median(ours) * 1e6:.2f} µs against {median(theirs) * 1e6:.2f} µs"
     return [Figure("scope", median(rounds["ratio"]), note)], rounds
+
+
+async def bench_headers(sizes: Sizes) -> Outcome:
+    rounds: Rounds = {"inject_s": [], "extract_s": [], "budget_s": []}
+
+    async def hold(beats: float) -> None:
+        with bb.move_on_after(beats):
+            await trio.sleep_forever()
+
+    async with open_session(tempo_bpm=60.0) as bb, trio.open_nursery() as nursery:
+        for number in range(sizes.budgets // 10):
+            nursery.start_soon(hold, 1e6 + number)
+        await trio.testing.wait_all_tasks_blocked()
+        async with bb.operation("task_coordination"):
+            for _ in range(sizes.rounds * sizes.batches):
+                # Few at a time, so that most rounds are not interrupted on a machine that is busy.
+                with bb.fail_after(100):
+                    begin = time.perf_counter()
+                    for _ in range(20):
+                        headers: dict[str, str] = {}
+                        bb.inject(headers)
+                    rounds["inject_s"].append((time.perf_counter() - begin) / 20)
+                one = {"Backbeat-Deadline": headers["Backbeat-Deadline"]}
+                begin = time.perf_counter()
+                for _ in range(20):
+                    with bb.extract(one):
+                        pass
+                rounds["extract_s"].append((time.perf_counter() - begin) / 20)
+                rounds["budget_s"].append(time_scopes(bb.move_on_after, 20))
+                await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    inject, extract, budget = (1e6 * median(times) for times in rounds.values())
+    note = f"{extract:.2f} µs, of which {budget:.2f} µs are an empty budget"
+    live = f"{sizes.budgets // 10:,} live budgets, a deadline and an operation"
+    return [Figure("inject", inject, live), Figure("extract", extract - budget, note)], rounds
 
 
 def time_adopt(clock: BeatClock, milli: int) -> float:
@@ -582,6 +620,7 @@ async def bench_idle(sizes: Sizes) -> Outcome:
 
 BENCHMARKS: Final[dict[str, Callable[[Sizes], Awaitable[Outcome]]]] = {
     "scope": bench_scope,
+    "headers": bench_headers,
     "tempo": bench_tempo,
     "claims": bench_claims,
     "listen": bench_listen,

@@ -71,10 +71,14 @@ def test_the_optional_fields_of_a_claim_to_the_letter() -> None:
         phase="started",
         peers=0,
         estimated_beats=5,
+        parent="chorus-agent-7/plan",
+        correlation_id="chorus-agent-1/root",
+        soft=True,
     )
     text = (
         f'{CLAIM_JSON[:-1]},"cluster_id":"chorus-production","operation_type":"election",'
-        '"phase":"started","peers":0,"estimated_beats":5}'
+        '"phase":"started","peers":0,"estimated_beats":5,"parent":"chorus-agent-7/plan",'
+        '"correlation_id":"chorus-agent-1/root","soft":true}'
     )
     assert wire.encode(claim).decode() == text
     assert wire.decode_claims(text.encode()) == [claim]
@@ -84,6 +88,7 @@ def test_a_claim_of_an_earlier_version_has_no_optional_field() -> None:
     (claim,) = wire.decode_claims(CLAIM_JSON.encode())
     assert claim.cluster_id is claim.operation_type is claim.phase is msgspec.UNSET
     assert claim.peers is claim.estimated_beats is msgspec.UNSET
+    assert claim.parent is claim.correlation_id is claim.soft is msgspec.UNSET
 
 
 def test_readers_of_earlier_versions_ignore_the_optional_fields() -> None:

@@ -92,12 +92,15 @@ class Calls:
         deadline = soft = None
         if self.runtime.config.enabled:
             bounds = self.deadlines.bounds()
-            position = self.runtime.clock.position()
+            position = self.deadlines.position()
             beat = self._nearest(bounds, position)
             if beat != math.inf:
-                deadline = self._deadline(beat, position)
-            if bounds.soft < beat:
-                soft = self._deadline(bounds.soft, position)
+                here = self.incarnation
+                deadline = Deadline(here, max(0.0, beat), beat - position)
+                if bounds.soft < beat:
+                    soft = Deadline(here, max(0.0, bounds.soft), bounds.soft - position)
+            elif bounds.soft != math.inf:
+                soft = Deadline(self.incarnation, max(0.0, bounds.soft), bounds.soft - position)
             written = write(Carried(deadline, soft, *part))
         else:
             written = {}
@@ -108,9 +111,6 @@ class Calls:
                 # The application traces itself, and its span is the nearer one.
                 del written[TRACEPARENT]
         headers.update(written)
-
-    def _deadline(self, beat: float, position: float) -> Deadline:
-        return Deadline(self.incarnation, max(0.0, beat), max(0.0, beat - position))
 
     def _nearest(self, bounds: Bounds, position: float) -> float:
         # The nearest deadline as a position, with those in seconds at the present tempo.

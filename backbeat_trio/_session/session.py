@@ -335,6 +335,9 @@ class Session:
           headers: the headers, which are changed. Earlier ones of this kind are removed, in any
             case of letters. All others stay, and so does a ``traceparent`` that is there already.
 
+        Raises:
+          SessionClosed: if the session was left.
+
         """
         self._calls.inject(headers)
 

@@ -271,6 +271,13 @@ class BeatHeap:
         if self.closed:
             self._line_until = -math.inf
 
+    def position(self) -> float:
+        """Return the present position by the line, which takes less time than by the grid."""
+        now = self._time()
+        if now >= self._line_until:
+            self._check_line()
+        return (now - self._line_base) / self._line_beat_s + self._line_beat + self.shift
+
     def _check_line(self) -> None:
         if self.closed:
             raise SessionClosed("the session has been closed")

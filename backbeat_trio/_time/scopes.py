@@ -533,10 +533,11 @@ class Deadlines(BeatHeap):
 
     def bounds(self) -> Bounds:
         """Return what bounds the current task, in beats and in seconds."""
-        seconds, scopes = self._enclosing()
-        beat = soft = math.inf
-        for scope in scopes:
-            beat = min(beat, scope.deadline)
+        seconds, entries = find_enclosing(self._entered)
+        beat = soft = first = math.inf
+        for key, _, scope in entries:
+            if key < first:
+                first, beat = key, scope.deadline
             if scope._soft is not None:
                 soft = min(soft, scope._soft.position)
         return Bounds(beat, soft, seconds)

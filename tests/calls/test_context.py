@@ -289,6 +289,8 @@ async def test_a_block_is_entered_once_and_in_an_open_session(mock_clock: Clock)
         unentered = bb.extract({"traceparent": TRACE})
     with pytest.raises(SessionClosed), unentered:
         pytest.fail("not reached")  # pragma: no cover
+    with pytest.raises(SessionClosed):
+        bb.inject({})
 
 
 async def test_other_headers_stay(mock_clock: Clock) -> None:
