@@ -143,6 +143,7 @@ class Operation:
       data: the object that was given when it was started. It stays in this process.
       phase: the present `Phase`.
       peers: how many peers take part, 0 or more.
+      soft: whether it should wind down, because a soft edge around it has passed.
 
     """
 
