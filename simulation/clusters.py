@@ -49,6 +49,9 @@ _SAMPLE_NS: Final = 100 * MS
 _TURNS_NS: Final = SECOND
 # When, after all has healed, somebody has a grid go on that stands still, and how often.
 _RESUME_S: Final = (12.0, 14.5, 17.0)
+# How long a position may be held at most, and when it is certain that it is not held any more.
+_HELD_NS: Final = 3600 * SECOND
+_PAST_NS: Final = 2 * SECOND
 # What leaving may take.
 _LEAVING_S: Final = 8.0
 # How soon the command line tries again where JetStream does not answer.
@@ -129,6 +132,18 @@ class PulseProcess:
         if leader is None:
             return None
         return self.process.look(lambda: leader.timeline.position_at(leader.cluster_ns()))
+
+    def time_until(self, position: float) -> int:
+        """Return how long it takes until the grid is past a position, in ns.
+
+        It is 0 if the grid is past it already, or is not going to reach it.
+        """
+        leader = None if self._metronome is None else self._metronome._leader
+        if leader is None:
+            return 0
+        reached = leader.timeline.time_of(position)
+        left = reached - self.process.look(leader.cluster_ns)
+        return left + _PAST_NS if 0 < left < _HELD_NS else 0
 
 
 @final
@@ -333,6 +348,7 @@ class Cluster:
             try:
                 self._plan()
                 self.world.run(self._end_ns)
+                self.world.run(self.world.now + self._held_ns())
                 self._check()
                 self._leave()
             except StuckError as error:
@@ -540,6 +556,26 @@ class Cluster:
         still = [agent for agent in agents if not agent.present()[1]]
         if still:
             still[0].ask(Resume(self.world.now / SECOND, still[0].process.name))
+
+    def _held_ns(self) -> int:
+        """Return how long it takes until the grid reaches all agents that hold their positions.
+
+        An agent that is ahead holds its position until the grid reaches it (section 5, rule 5).
+        That may take longer than the quiet time, for example if the grid was paused or became
+        slower. It only counts if the agent has held its position since everything healed.
+        """
+        healed = round((self.schedule.seconds + self.watch.settle_s) * SECOND)
+        leading = [pulse for pulse in self.pulses if not pulse.process.ended and pulse.leads()]
+        if len(leading) != 1:
+            return 0
+        return max(
+            (
+                leading[0].time_until(agent.present()[0])
+                for agent in self._living()
+                if agent.view.position is not None and agent.view.moved_ns < healed
+            ),
+            default=0,
+        )
 
     def _check(self) -> None:
         now, agents = self.world.now, self._living()

@@ -176,6 +176,8 @@ class AgentView:
         self.seen: list[_Seen] = []
         self.position: tuple[Segment, float] | None = None
         """The last one, and on which grid."""
+        self.moved_ns: int = 0
+        """When the position was last seen to be another one than before, in true time."""
 
 
 @final
@@ -219,7 +221,8 @@ class Watch:
         beat_s = 60 / min(
             schedule.bpm, *(f.bpm for f in self._commands if isinstance(f, Change)), 60
         )
-        self._settle_s = 10 + 4 * beat_s
+        self.settle_s: float = 10 + 4 * beat_s
+        """How long it may take to notice that a position is off, and to correct it."""
         # How long it may take from when a change is asked for until it takes effect.
         self._pending_s = 3 + (schedule.beats_per_bar + 4) * beat_s
         self._unlike = {node.name: self._find_unlike(node.name) for node in schedule.nodes}
@@ -254,7 +257,7 @@ class Watch:
                 fault.at - self._pending_s <= command.at <= end + 1 for command in self._commands
             )
             if moved or stopped or missed:
-                times.append((fault.at, end + self._settle_s))
+                times.append((fault.at, end + self.settle_s))
         return times
 
     def heard_all(self, name: str, since_ns: int, until_ns: int) -> bool:
@@ -443,6 +446,8 @@ class Watch:
                 self.tell(
                     "back", now, f"{agent.process!r} goes from {last:.6f} back to {position:.6f}"
                 )
+        if view.position is None or view.position[1] != position:
+            view.moved_ns = now
         view.position = agent.timeline().segments[0], position
 
     def turned(self, process: Process, turns: int) -> None:
@@ -572,7 +577,9 @@ class Watch:
         - *one tempo*: all agents have the same tempo. The grid is not paused, because it was asked
           to resume, several times if that was refused (*resume*).
         - *one position*: all agents agree with the leader within `TOLERANCE_NS`, and what the ways
-          explain: nobody can tell a longer way from a longer way back.
+          explain: nobody can tell a longer way from a longer way back. An agent that was ahead
+          when everything healed, and holds its position since, has the time that the grid takes to
+          reach it.
         - *calm*: nobody has taken over lately.
         """
         leading = [pulse for pulse in pulses if pulse.leads()]

@@ -84,6 +84,23 @@ def test_a_dead_leader_is_replaced_and_no_beat_is_lost() -> None:
     assert any("pulse-0#1: stands by" in line for line in result.trace)
 
 
+def test_agents_that_hold_their_positions_have_time_until_the_grid_reaches_them() -> None:
+    # The leader's clock stops for 15 s, and then the grid is paused before it reaches the agents.
+    schedule = make(faults.Suspend(5.0, "pulse-0", 15.0), faults.Pause(19.5, "agent-0"))
+    result = clusters.run(schedule, keep=True)
+    assert not result.violations
+    stopped = next(line for line in result.trace if "integration stopped" in line)
+    assert float(stopped.split()[0]) > schedule.seconds + schedule.quiet + 4
+
+
+# Each of these broke a rule once, and is the only one known for its cause.
+
+
+@pytest.mark.parametrize("seed", [2144, 2193, 2214, 2457, 2652, 20103])
+def test_schedules_that_broke_a_rule_once(seed: int) -> None:
+    assert not clusters.run(faults.draw(seed)).violations
+
+
 # The same again.
 
 
@@ -484,6 +501,18 @@ def plant_position(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return broken(make())
 
 
+def plant_position_held_too_late(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    real = backbeat.Session.current_position
+
+    def current_position(self: Any) -> float:
+        position = real(self)
+        # From 38 s on, when nothing has happened for long, it holds a position that is far ahead.
+        return max(position, 95.0) if position > 75 else position
+
+    monkeypatch.setattr(backbeat.Session, "current_position", current_position)
+    return broken(make())
+
+
 def plant_unrest(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     async def main(cluster: Any, process: Any) -> None:
         transport = cluster.transport(process)
@@ -579,7 +608,7 @@ PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], set[str]], ...]] = {
     "resume": (plant_resume,),
     "one leader": (plant_no_leader,),
     "one tempo": (plant_tempo,),
-    "one position": (plant_position,),
+    "one position": (plant_position, plant_position_held_too_late),
     "calm": (plant_unrest,),
     "claims": (plant_claim_twice, plant_claim_lost),
     "hangs": (plant_hang_on_entering, plant_hang_on_leaving),
