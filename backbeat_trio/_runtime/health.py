@@ -1,4 +1,4 @@
-"""What a session tells of itself: its health, its counters, and the health claim."""
+"""The health and the counters of a session, and the claim that publishes its health."""
 
 from __future__ import annotations
 
@@ -14,69 +14,83 @@ GridState: TypeAlias = Literal["locked", "holdover", "local"]
 
 
 class PendingChange(msgspec.Struct, frozen=True):
-    """A change of the tempo that was committed and is not in force yet."""
+    """A change of the tempo that is stored and has not taken effect yet.
+
+    Attributes:
+      beat: the index of the beat on which it takes effect.
+      tempo_bpm: the tempo from then on, in beats per minute; 0.0 if the grid is paused then.
+
+    """
 
     beat: int
-    """The index of the beat on which it takes effect."""
     tempo_bpm: float
-    """Beats per minute from then on; 0 has the grid stand still on that beat."""
 
 
 class Health(msgspec.Struct, frozen=True):
-    """What `Session.health` tells."""
+    """How a session is doing, as `Session.health` returns it.
+
+    Attributes:
+      enabled: whether the session does anything; False if ``enabled`` is off in its settings.
+      started: whether the session is open.
+      connected: whether there is a connection to the server.
+      current_beat: the index of the present beat.
+      current_tempo: the present tempo, in beats per minute; 0.0 while the grid is paused.
+      measured_bpm: the tempo at which beat frames arrive, in beats per minute; None before two have
+        arrived.
+      tempo_drift: how far the beat frames are from the grid that they announce. ``"acceptable"``:
+        their tempo is within 0.1 %, and each is within 2 ms or 1 % of a beat, whichever is more.
+        ``"elevated"``: more than that. ``"severe"``: more than ten times that. ``"unknown"``: eight
+        frames have not arrived yet. Three bad frames in a row make it worse, and eight good ones
+        make it acceptable again.
+      reconnect_count: how many times the connection was made again after a loss.
+      active_operations: the number of live operations.
+      local_degradation: whether the beats may differ from those of the cluster. So it is if the
+        grid is not ``"locked"``; if the position is wrong by more than 2 ms and more than 1 % of a
+        beat; or if Trio's loop in this process was late for one of the last eight beats, by more
+        than a tenth of a beat.
+      errors: the recent errors, the newest one last. While the position is wrong by more than
+        allowed, the last one says by how much. They do not contain secrets.
+      node_id: the node's id, from the settings.
+      paused: whether the grid is paused.
+      uncertainty: how much the position may differ from that of the metronome that leads, in
+        seconds. It grows in holdover. None on a local grid, and before a ping was answered.
+      epoch: the number of the present term of leadership; None on a local grid.
+      leader_id: the id of the metronome that leads; None unless ``grid`` is ``"locked"``.
+      standbys: how many metronomes stand by, according to the leader; None on a local grid, or if
+        the leader has not said it. One that has died is counted for up to 150 s.
+      pending: the changes of tempo that are still to come, in the order of their beats. Each step
+        of a gradual change is one. A paused grid resumes by a change on the beat on which it is
+        paused.
+      grid: the grid on which the session counts. ``"locked"`` is the cluster's, and a metronome is
+        heard. ``"holdover"`` is the cluster's, continued by the local clock, because there is no
+        connection, or two beat frames in a row are missing. ``"local"`` is the session's own, which
+        began with beat 0 at the tempo of the settings, because no metronome has been heard since
+        the session began.
+      last_frame_age: how long ago the last valid beat frame arrived, in seconds; None before the
+        first one.
+
+    """
 
     enabled: bool
-    """Whether anything is emitted and enforced."""
     started: bool
-    """Whether the session is open."""
     connected: bool
-    """Whether a connection to the server stands."""
     current_beat: int
-    """The index of the present beat."""
     current_tempo: float
-    """Beats per minute in force."""
     measured_bpm: float | None
-    """The tempo at which frames arrive; None before two have."""
     tempo_drift: TempoDrift
-    """How far the frames are from the grid that they announce: ``"acceptable"`` within 0.1 % of its
-    tempo and max(2 ms, 1 % of a beat) of its beats, ``"severe"`` beyond ten times that; left after
-    three bad frames, regained after eight good ones, ``"unknown"`` before there were eight."""
     reconnect_count: int
-    """How many times the connection was made again."""
     active_operations: int
-    """How many operations live."""
     local_degradation: bool
-    """Whether the grid is a local one or in holdover (no connection, no lock, two frames missing),
-    or the position is off the cluster's by more than max(2 ms, 1 % of a beat), or this process's
-    own loop was late for one of its last eight beats by more than a tenth."""
     errors: tuple[str, ...]
-    """What went wrong recently, newest last; at the end, by how much the position is off, while it
-    is off by more than it may be. It never holds a secret."""
     node_id: str
-    """The name of the node."""
     paused: bool
-    """Whether the grid stands still."""
     uncertainty: float | None
-    """Seconds by which the position may differ from the leader's; it grows in holdover, and is None
-    where no ping was ever answered."""
     epoch: int | None
-    """The term of leadership that is followed; None on a local grid."""
     leader_id: str | None
-    """The metronome that leads; None unless `grid` is ``"locked"``."""
     standbys: int | None
-    """How many metronomes stand by, as the leader told last; None on a local grid, and where it has
-    not told. One that died counts for up to 150 s more."""
     pending: tuple[PendingChange, ...]
-    """The changes to come, in the order of their beats; each step of a ramp is one. A grid that
-    stands still goes on with a change on the beat on which it stands."""
     grid: GridState
-    """Which grid the session counts on. ``"locked"``: the cluster's, and a metronome is heard.
-    ``"holdover"``: the cluster's, continued by the local clock, because there is no connection or
-    two beat frames in a row are missing. ``"local"``: a grid of its own from beat 0, at the tempo
-    of the settings, because no metronome has been heard since the session began."""
     last_frame_age: float | None
-    """Seconds since the last beat frame of the cluster arrived that the session followed; None
-    before the first one."""
 
 
 class CallCounts(msgspec.Struct):
@@ -93,58 +107,73 @@ class CallCounts(msgspec.Struct):
 
 
 class SessionStatistics(msgspec.Struct, frozen=True):
-    """What `Session.statistics` tells: counters since the session began."""
+    """What a session has counted since it began, as `Session.statistics` returns it.
+
+    Attributes:
+      frames: beat frames that the session followed.
+      frames_undecodable: messages on the subject of beat frames that are not beat frames.
+      frames_foreign: beat frames of another cluster.
+      frames_stale_epoch: beat frames and answers of an earlier term of leadership.
+      frames_repeated: beat frames whose beat had come before.
+      frames_unexplained: beat frames that disagree with what the metronome answers to pings.
+      pings: pings that were sent, by which the session measures its offset to the metronome.
+      pings_failed: pings without an answer, or with one that is not valid.
+      pings_outlying: groups of pings that were ignored, because they disagree with earlier ones.
+      locks: how many times the session has moved to a grid of the cluster.
+      claims_sent: claims that were given to the connection, or that the stream has stored.
+      claims_stored: terminal claims that the stream in JetStream has stored.
+      claims_coalesced: claims of live operations that were replaced by newer ones before they were
+        sent.
+      claims_pending: terminal claims that neither the server nor the stream has confirmed yet.
+      claims_dropped: claims that were too large for the server, even without their notes.
+      claims_undecodable: messages, and claims in them, that `Session.open_claims` ignored: they are
+        not valid, or name another agent than the one that published them.
+      operations_soft: operations that a soft edge has passed.
+      headers_garbled: headers of messages that were not valid, and counted as missing.
+      headers_absurd: headers with a deadline that was too far away, and counted as missing.
+      headers_expired: messages whose deadline had passed when `Session.extract` was entered.
+      live_scopes: budgets whose blocks are running now.
+      transport: the counters of the connection; None if the session is disabled.
+
+    """
 
     frames: int
-    """Beat frames that were followed."""
     frames_undecodable: int
-    """Messages on the frames' subject that are no frames."""
     frames_foreign: int
-    """Frames of another cluster."""
     frames_stale_epoch: int
-    """Frames and replies of an earlier term of leadership."""
     frames_repeated: int
-    """Frames whose index was not new."""
     frames_unexplained: int
-    """Frames that the leader's own answers did not bear out."""
     pings: int
-    """Pings sent."""
     pings_failed: int
-    """Pings that brought no answer, or none that could be decoded."""
     pings_outlying: int
-    """Bursts of pings that contradicted what was known of cluster time, and were left out."""
     locks: int
-    """How many times the position moved to the cluster's grid."""
     claims_sent: int
-    """Claims handed to the server, or acknowledged by the stream."""
     claims_stored: int
-    """Terminal claims that the stream in JetStream has acknowledged."""
     claims_coalesced: int
-    """Claims of live operations that a newer one took the place of."""
     claims_pending: int
-    """Terminal claims that neither the server nor the stream has confirmed yet."""
     claims_dropped: int
-    """Claims that the server has no message large enough for, not even without their notes."""
     claims_undecodable: int
-    """Messages to `Session.open_claims` that were no claims, or were of another agent."""
     operations_soft: int
-    """Operations that a soft edge has passed."""
     headers_garbled: int
-    """Headers of messages that were not valid, and counted as missing."""
     headers_absurd: int
-    """Headers with a deadline that was too far away, and counted as missing."""
     headers_expired: int
-    """Messages whose deadline had passed when `Session.extract` was entered."""
     live_scopes: int
-    """Budgets that are running."""
     transport: TransportStatistics | None
-    """The transport's counters; None where there is no transport."""
 
 
 def health_claim(
     health: Health, agent_id: str, cluster_id: str, index: int, milli_bpm: int
 ) -> StatusClaim:
-    """Make the claim that tells of an agent's health."""
+    """Make the claim of an agent's health.
+
+    Args:
+      health: the health.
+      agent_id: the agent.
+      cluster_id: its cluster.
+      index: the index of the present beat.
+      milli_bpm: the present tempo, in thousandths of a beat per minute.
+
+    """
     return StatusClaim(
         agent_id,
         HEALTH_TASK_ID,
