@@ -1,8 +1,8 @@
 """The wire contract, version 1: structs, subjects and codecs.
 
-Every message is JSON and carries ``type``. Unknown fields are ignored, so that a later version may
-add some; a message that does not decode raises `msgspec.DecodeError` here and is counted and
-dropped by whoever received it.
+Every message is JSON and has a field ``type``. Unknown fields are ignored, so that a later version
+may add some. Decoding a message that is not valid raises `msgspec.DecodeError`. The receiver counts
+such a message, and drops it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MIN_MILLI_BPM: Final = 100
 MAX_MILLI_BPM: Final = 6_000_000
 MAX_BEATS_PER_BAR: Final = 1_000_000
 
-# Bounds are part of the types: an integer that a float cannot hold exactly would make positions
-# differ between agents, and an unbounded one is a way to stall the arithmetic.
+# Bounds are part of the types. An integer that a float cannot hold exactly would make positions
+# differ between agents, and computing with one of any size could take for ever.
 MAX_INDEX: Final = 2**53
 MAX_NS: Final = 2**62
 Index: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_INDEX)]
@@ -46,10 +46,19 @@ TOKEN: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}", re.ASCII)
 
 
 class Segment(Struct, frozen=True, gc=False):
-    """A straight piece of the grid: from ``beat0`` on, one tempo.
+    """A straight piece of the grid: from one beat on, the tempo stays the same.
 
-    ``t0_ns`` is the cluster time of ``beat0`` in nanoseconds, ``milli_bpm`` the tempo in
-    thousandths of a beat a minute; 0 is a grid that stands still on ``beat0``.
+    All times of beats are computed from segments in exact integers. So they come out the same in
+    every process.
+
+    Attributes:
+      epoch: the number of the term of leadership in which it was made, 0 to 2**53.
+      seq: the number of the segment on this grid, 0 to 2**53; each later segment has a higher one.
+      beat0: the index of its first beat, 0 to 2**53.
+      t0_ns: the cluster time of that beat, in nanoseconds.
+      milli_bpm: its tempo, in thousandths of a beat per minute, 100 to 6,000,000; 0 if the grid is
+        paused on that beat.
+
     """
 
     epoch: Index
@@ -68,7 +77,7 @@ LaterSegments: TypeAlias = Annotated[tuple[Segment, ...], Meta(max_length=1024)]
 
 
 class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v1"):
-    """What the metronome's leader publishes once a beat."""
+    """The message that the metronome that leads publishes on every beat."""
 
     cluster_id: str
     beat_index: Index
@@ -83,65 +92,73 @@ class BeatFrame(Struct, frozen=True, tag_field="type", tag="backbeat.beatframe.v
     next_segment: Segment | None = None
     later_segments: LaterSegments | UnsetType = UNSET
     incarnation: Identity | UnsetType = UNSET
-    """The grid's identity: two grids of one cluster have different ones."""
+    """The grid's identity. A cluster that begins a new grid gives it a new one."""
     alone: bool | UnsetType = UNSET
-    """True where the leader has no record, so that anybody who has one outranks it."""
+    """True if the leader has no record, so that a metronome that has one takes precedence."""
     contested: ContestedIds | UnsetType = UNSET
-    """Ids that more than one process has used lately: whoever has one of them pings at once."""
+    """Ids that more than one process has used lately. An agent that has one of them pings at once,
+    which shows whether two live agents have it."""
 
     def __post_init__(self) -> None:
         if self.segment.beat0 > self.beat_index:
-            raise ValueError("`segment.beat0` lies behind `beat_index`")
+            raise ValueError("`segment.beat0` is later than `beat_index`")
         if not self.segment.milli_bpm and self.beat_index != self.segment.beat0:
-            raise ValueError("`beat_index` is not that on which the grid stands still")
+            raise ValueError("`beat_index` is not the beat on which the grid is paused")
 
 
 class StatusClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat.statusclaim.v1"):
     """A status message of one operation, or of an agent's health.
 
-    The fields after `notes` are optional. Agents of earlier versions leave them out, and a claim of
-    an agent's health has `cluster_id` only. A field that a claim does not have is `msgspec.UNSET`,
-    which is false, so ``claim.operation_type or ""`` is always a string.
+    The fields after ``notes`` are optional. Agents of earlier versions leave them out, and a claim
+    of an agent's health has only ``cluster_id`` of them. A field that a claim does not have is
+    `msgspec.UNSET`, which is false, so ``claim.operation_type or ""`` is always a string.
+
+    Attributes:
+      agent_id: the agent that published the claim.
+      task_id: the id of the operation; ``"chorus-p2p-health"`` in a claim of the agent's health.
+      beat_index: the index of the beat on which the claim was made.
+      state: the state of the operation: ``"executing"``, ``"done"`` or ``"failed"``. In a claim of
+        the agent's health, ``"waiting"`` without live operations, ``"executing"`` with some, and
+        ``"failed"`` while the agent has errors to report.
+      beats_left: how many beats of the estimate are left, 0 or more.
+      progress: how much of the estimate has passed, from 0.0 to 1.0; 0.0 after a failure.
+      notes: a description for people to read, which contains the reason of a failure.
+      cluster_id: the cluster whose beats the claim counts.
+      operation_type: the type of the operation, such as ``"election"``.
+      phase: the phase of the operation in lower case, from ``"started"`` to ``"completed"``, or
+        ``"failed"``. Later versions may add phases.
+      peers: how many peers take part in the operation, 0 or more.
+      estimated_beats: how many beats the operation was expected to take when it started, 1 or more.
+      parent: the operation inside which this one was opened, as ``"<agent id>/<operation id>"``;
+        absent if there is none.
+      correlation_id: the outermost of the operations around this one, in the same form; absent if
+        there is no parent.
+      soft: True from when the operation should wind down; absent before.
+
     """
 
     agent_id: str
-    """The agent that published the claim."""
     task_id: str
-    """The id of the operation; ``"chorus-p2p-health"`` in a claim of the agent's health."""
     beat_index: int
-    """The index of the beat on which the claim was made."""
     state: ClaimState
-    """``"executing"``, ``"done"``, ``"failed"`` or ``"waiting"``."""
     beats_left: int
-    """How many beats of the estimate are left, 0 or more."""
     progress: float
-    """How much of the estimate has passed, from 0.0 to 1.0; 0.0 after a failure."""
     notes: str
-    """The same for people to read, and the reason of a failure."""
     cluster_id: str | UnsetType = UNSET
-    """The cluster whose beats the claim counts."""
     operation_type: str | UnsetType = UNSET
-    """The type of the operation, such as ``"election"``."""
     phase: str | UnsetType = UNSET
-    """The phase of the operation in lower case, from ``"started"`` to ``"completed"``, or
-    ``"failed"``. Later versions may add phases."""
     peers: int | UnsetType = UNSET
-    """How many peers take part in the operation."""
     estimated_beats: int | UnsetType = UNSET
-    """How many beats the operation was expected to take when it started."""
     parent: str | UnsetType = UNSET
-    """The operation inside of which this one was opened, as ``"<agent id>/<operation id>"``."""
     correlation_id: str | UnsetType = UNSET
-    """The outermost of the operations around this one, in the same form. An operation without a
-    parent does not say it, because it would name itself."""
     soft: bool | UnsetType = UNSET
-    """True from when the operation should wind down. Otherwise it is absent."""
 
 
 class LiveClaim(Struct, frozen=True, gc=False, tag_field="type", tag="backbeat.statusclaim.v1"):
-    """A `StatusClaim` of a live operation, with all that stays the same between beats encoded.
+    """A `StatusClaim` of a live operation, whose last fields are encoded already.
 
-    Encoding it gives the same bytes as the `StatusClaim`, in less time.
+    These are the fields that stay the same between beats. Encoding it gives the same bytes as the
+    `StatusClaim`, in less time.
     """
 
     agent_id: str
@@ -182,13 +199,16 @@ class SyncRequest(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1")
     cluster_id: str
     agent_id: str
     role: Identity | UnsetType = UNSET
-    """What the one who asks is, a `Role`, where it is no agent. One that is unknown is no error."""
+    """The `Role` of the sender if it is not an agent. A role that is unknown is not an error."""
     process: Identity | UnsetType = UNSET
-    """A name of the process that no other one has, if its agent must be the only one of its id."""
+    """A name that no other process has, if the sender must be the only one with its id."""
 
 
 class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
-    """The leader's answer: the grid, and when the ping came and the answer left in cluster time."""
+    """The leader's answer to a ping: the grid, and when the ping came and the answer left.
+
+    Both times are cluster time.
+    """
 
     cluster_id: str
     epoch: Index
@@ -202,24 +222,24 @@ class SyncReply(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1"):
     incarnation: Identity | UnsetType = UNSET
     alone: bool | UnsetType = UNSET
     uncertainty_ns: Uncertainty | UnsetType = UNSET
-    """What the leader's cluster time may differ by from that of the grid's first leader."""
+    """How much the leader's cluster time may differ from that of the grid's first leader."""
     standbys: Index | UnsetType = UNSET
     """How many metronomes stand by, as far as the leader has heard of them."""
     wait_ns: Wait | UnsetType = UNSET
-    """How long to wait before the next ping, where the leader is asked too often."""
+    """How long to wait before the next ping, if the leader gets too many."""
     shared_id: bool | UnsetType = UNSET
     """True if another live process pings as the same agent."""
 
 
 class RecallRequest(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1"):
-    """A question of a metronome that finds no leader, to everybody who remembers the grid."""
+    """A request of a metronome that finds no leader, to all processes that know the grid."""
 
     cluster_id: str
     leader_id: str
 
 
 class RecallReply(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1"):
-    """The answer of whoever is locked to the grid: what it is, and what time it is."""
+    """The answer of a process that is locked to the grid: the grid, and its cluster time."""
 
     cluster_id: str
     agent_id: str
@@ -230,9 +250,9 @@ class RecallReply(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1
     sent_ns: Nanoseconds
     """The cluster time at which the answer left."""
     uncertainty_ns: Uncertainty
-    """What these may be wrong by."""
+    """How much these two may be wrong."""
     last_beat: Annotated[int, Meta(ge=-1, le=MAX_INDEX)]
-    """The last beat that was delivered."""
+    """The last beat that the process has delivered to its tasks."""
     beats_per_bar: BeatsPerBar
     segment: Segment
     next_segment: Segment | None = None
@@ -242,10 +262,11 @@ class RecallReply(Struct, frozen=True, tag_field="type", tag="backbeat.recall.v1
 
 
 class TempoRequest(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1"):
-    """An operator's request; ``at_beat`` None means the next downbeat that can be kept.
+    """An operator's request to change the tempo.
 
-    ``tempo_bpm`` 0 has the grid stand still, and None has it go on at the tempo of before.
-    ``over_beats`` spreads the change over so many beats.
+    A ``tempo_bpm`` of 0 pauses the grid, and None resumes it at the tempo that it had before. An
+    ``at_beat`` of None is the next downbeat that leaves enough time. ``over_beats`` is the number
+    of beats over which the tempo changes.
     """
 
     cluster_id: str
@@ -255,7 +276,7 @@ class TempoRequest(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1
 
 
 class TempoReply(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1"):
-    """The leader's answer: the segment that was committed, or the reason for which none was."""
+    """The leader's answer: the segment that was committed, or the reason why none was."""
 
     cluster_id: str
     ok: bool
@@ -266,7 +287,7 @@ class TempoReply(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1")
 
 
 class Probe(Struct, frozen=True, tag_field="type", tag="backbeat.lead.v1"):
-    """A question whether the leader of an epoch lives, and its answer."""
+    """A request that asks whether the leader of an epoch lives, and also its answer."""
 
     cluster_id: str
     epoch: Index
@@ -274,7 +295,7 @@ class Probe(Struct, frozen=True, tag_field="type", tag="backbeat.lead.v1"):
 
 
 class Record(Struct, frozen=True, tag_field="type", tag="backbeat.metronome.v1"):
-    """What metronomes keep of the grid, so that the next one goes on with it."""
+    """What the metronomes of a cluster store of the grid, so that the next leader continues it."""
 
     cluster_id: str
     incarnation: str
@@ -285,20 +306,21 @@ class Record(Struct, frozen=True, tag_field="type", tag="backbeat.metronome.v1")
     segments: Annotated[tuple[Segment, ...], Meta(min_length=1)]
     high_water: Annotated[int, Meta(ge=-1, le=MAX_INDEX // 2)]
     milli_bpm: Annotated[int, Meta(ge=MIN_MILLI_BPM, le=MAX_MILLI_BPM)]
-    """The tempo at which a grid that stands still goes on."""
+    """The tempo at which a paused grid resumes."""
     announced_seq: Annotated[int, Meta(ge=-1, le=MAX_INDEX)] = msgspec.field(
         default=MAX_INDEX, name="told_seq"
     )
     """The last segment that a frame or an answer has announced; by default all of them were."""
     written_ms: Milliseconds | None = None
-    """When it was written by the wall clock of who wrote it, for where nothing else is left."""
+    """When it was written, by the writer's wall clock. It is used if nobody knows the cluster time
+    any more."""
     written_ns: Nanoseconds | None = None
     """The cluster time at which it was written."""
 
 
 class _Other(Struct, tag_field="type", tag=""):
-    # A second member makes a tagged union of each decoder's type: only then does msgspec insist
-    # that `type` is there at all.
+    # A second member makes each decoder's type a tagged union. Only then does msgspec require that
+    # a message has a `type` at all.
     pass
 
 
@@ -308,7 +330,7 @@ encode: Final[Callable[[Any], bytes]] = msgspec.json.Encoder().encode
 
 
 def _decode(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
-    # These two come from the depths of the decoder as they are.
+    # The decoder raises these two as they are.
     try:
         return decoder.decode(data)
     except (RecursionError, UnicodeDecodeError) as error:
@@ -328,7 +350,7 @@ def _decoder(kind: type[T]) -> Callable[[bytes], T]:
     return decode_kind
 
 
-# Each raises `msgspec.DecodeError` for what is not such a message.
+# Each raises `msgspec.DecodeError` unless the data is such a message.
 decode_frame: Final = _decoder(BeatFrame)
 decode_sync_request: Final = _decoder(SyncRequest)
 decode_sync_reply: Final = _decoder(SyncReply)
@@ -343,7 +365,7 @@ _claim_arrays: Final = msgspec.json.Decoder(list[StatusClaim | _Other])
 
 
 def decode_claims(data: bytes) -> list[StatusClaim]:
-    """Decode one claim, or an array of them; raise `msgspec.DecodeError` where it is neither."""
+    """Decode one claim, or an array of them; raise `msgspec.DecodeError` if it is neither."""
     if not data.lstrip().startswith(b"["):
         return [_decode_claim(data)]
     claims = _decode(_claim_arrays, data)
@@ -379,7 +401,7 @@ def lead_subject(cluster_id: str, epoch: int) -> str:
 
 
 def recall_subject(cluster_id: str) -> str:
-    """Return the subject on which whoever is locked answers who remembers the grid."""
+    """Return the subject on which processes that are locked answer what they know of the grid."""
     return f"backbeat.recall.{cluster_id}"
 
 
@@ -396,14 +418,14 @@ def is_token(text: str) -> bool:
 def is_inbox(reply: str) -> bool:
     """Tell whether a subject is one on which an answer may be published.
 
-    Servers check who publishes on a subject, and not who asks for an answer on it. Whoever may ask
-    could otherwise have another one publish where only that one may.
+    The server checks who publishes on a subject, but not who asks for an answer on it. Without this
+    check, a client could make another one publish on a subject that only the other one may use.
     """
     return bool(reply) and not reply.startswith(("backbeat.", "$"))
 
 
 def window_id(index: int, beats_per_bar: int) -> str:
-    """Return the name of the window (the bar) that a beat lies in."""
+    """Return the name of the window (the bar) that a beat belongs to."""
     return f"w-{index // beats_per_bar}"
 
 
@@ -424,11 +446,11 @@ def format_bpm(milli_bpm: int) -> str:
 
 
 def encode_claim(claim: StatusClaim, limit: int) -> bytes | None:
-    """Encode one claim in at most ``limit`` bytes, and shorten its notes where they are too long.
+    """Encode one claim in at most ``limit`` bytes, and shorten its notes if they are too long.
 
     Returns:
-      The claim as JSON. Notes that were shortened end with an ellipsis, or are empty where there is
-      no room for that either. None where the claim is too large even without notes.
+      The claim as JSON. Notes that were shortened end with an ellipsis, or are empty if there is no
+      room for it. None if the claim is too large even without notes.
 
     """
     data = encode(claim)
@@ -449,17 +471,17 @@ def encode_claim(claim: StatusClaim, limit: int) -> bytes | None:
 
 
 class ClaimArrays:
-    """Gather claims into JSON arrays of at most ``limit`` bytes, as few as the limit allows."""
+    """Collects claims in JSON arrays of at most ``limit`` bytes, as few as the limit allows."""
 
     def __init__(self, limit: int) -> None:
         self.dropped = 0
-        """How many claims were left out, because they do not fit into any array."""
+        """How many claims were left out, because they are too large for an array."""
         self._limit = limit
         self._pieces: list[bytes | memoryview] = []
         self._size = 2
 
     def add(self, claims: Sequence[StatusClaim | LiveClaim]) -> list[bytes]:
-        """Take in some claims, and return the arrays that became full by it."""
+        """Add claims, and return the arrays that are full now."""
         if not claims:
             return []
         piece = memoryview(encode(claims))[1:-1]
@@ -481,10 +503,10 @@ class ClaimArrays:
         return full
 
     def take(self) -> bytes:
-        """Return what has been gathered and begin anew; empty bytes where nothing was."""
+        """Return the last array, and begin another one; empty bytes if there are no claims."""
         if not self._pieces:
             return b""
-        # In one go, as it is up to a megabyte that would be copied.
+        # All at once, because each copy is of up to a megabyte.
         array = b"".join((*self._pieces, b"]"))
         self._pieces.clear()
         self._size = 2
