@@ -1,6 +1,22 @@
-"""Budgets, beats and claims for Trio, on one metronome for a whole cluster.
+"""Time limits for Trio that a whole cluster shares, and that can be stretched or paused.
 
-Folders are layers, from the ground up. Imports between them point downwards only:
+They count beats of a metronome, which all agents of the cluster follow::
+
+    import backbeat_trio as backbeat
+
+    async with backbeat.session() as bb:  # settings from CHORUS_BACKBEAT_*
+        async with bb.operation("search", beats=4):  # its progress is published on every beat
+            with bb.move_on_after(2):  # two beats, however long they last
+                await search()
+
+`session` opens a `Session`, which has budgets (`BeatScope`), beats (`Beat`), operations
+(`Operation`, `Phase`), claims (`StatusClaim`) and its own `Health`. `BackbeatConfig` has all
+settings. `run` runs a program that SIGTERM may end. `Metronome` runs a metronome, on a `Transport`.
+All errors are subclasses of `BackbeatError`. The module `backbeat_trio.testing` is for tests, and
+the command ``backbeat demo`` shows a cluster at work.
+
+For those who change the package: folders are layers, and imports point downwards only. From the
+ground up:
 
 ===============  ===========================================================
 `_errors`        errors, and what a logger must have
@@ -26,10 +42,10 @@ import threading as _threading
 import typing as _typing
 from importlib import reload as _reload
 
-# The program `backbeat` imports this before any of its own lines run. Ctrl-C until then ends it as
-# it ends any program, without a traceback. For everybody else it stays a `KeyboardInterrupt`.
-# The program imports by itself what a command needs, which is little for `backbeat --version` and
-# for the completion of a shell. If it is another program of that name, `__getattr__` serves it.
+# The program `backbeat` imports this module before it runs any of its own lines. Until then Ctrl-C
+# ends it without a traceback. In any other program Ctrl-C stays a `KeyboardInterrupt`. `backbeat`
+# imports what a command needs by itself, which is little for `backbeat --version` and for the
+# completion of a shell. Another program of that name gets all names by `__getattr__`.
 _starts_program = (
     "_starts_program" not in globals()
     and "".join(getattr(_sys, "argv", ())[:1]).rpartition("/")[2] in ("backbeat", "-m")
@@ -88,6 +104,7 @@ if _typing.TYPE_CHECKING or not _starts_program:
         Transport as Transport,
         TransportStatistics as TransportStatistics,
     )
+    from ._transport.store import RecordRefused as RecordRefused
     from ._wire import Segment as Segment, StatusClaim as StatusClaim
 
 if _starts_program:

@@ -26,7 +26,11 @@ class Conflict(BackbeatError):
 
 
 class RecordRefused(BackbeatError):
-    """The store refuses to keep the value, and trying again will not help."""
+    """JetStream refuses to keep the record of the grid, and trying again will not help.
+
+    `Metronome.run` raises it. The text has the server's reason, for example too few servers for the
+    copies that were asked for.
+    """
 
 
 class Store(Protocol):
