@@ -52,6 +52,8 @@ _RESUME_S: Final = (12.0, 14.5, 17.0)
 # How long a position may be held at most, and when it is certain that it is not held any more.
 _HELD_NS: Final = 3600 * SECOND
 _PAST_NS: Final = 2 * SECOND
+# How near the end of a schedule may be to a change of the tempo.
+_NEAR_NS: Final = SECOND // 2
 # What leaving may take.
 _LEAVING_S: Final = 8.0
 # How soon the command line tries again where JetStream does not answer.
@@ -144,6 +146,14 @@ class PulseProcess:
         reached = leader.timeline.time_of(position)
         left = reached - self.process.look(leader.cluster_ns)
         return left + _PAST_NS if 0 < left < _HELD_NS else 0
+
+    def changes_tempo(self) -> bool:
+        """Tell whether it leads, and the tempo changes about now."""
+        leader = None if self._metronome is None else self._metronome._leader
+        if leader is None:
+            return False
+        now = self.process.look(leader.cluster_ns)
+        return any(abs(segment.t0_ns - now) < _NEAR_NS for segment in leader.timeline.segments)
 
 
 @final
@@ -349,6 +359,9 @@ class Cluster:
                 self._plan()
                 self.world.run(self._end_ns)
                 self.world.run(self.world.now + self._held_ns())
+                if any(pulse.changes_tempo() for pulse in self.pulses):
+                    # Agents that agree have different tempos for as long as they are apart.
+                    self.world.run(self.world.now + 2 * _NEAR_NS)
                 self._check()
                 self._leave()
             except StuckError as error:

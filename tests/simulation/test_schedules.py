@@ -93,6 +93,20 @@ def test_agents_that_hold_their_positions_have_time_until_the_grid_reaches_them(
     assert float(stopped.split()[0]) > schedule.seconds + schedule.quiet + 4
 
 
+def test_agents_may_be_apart_at_the_instant_at_which_the_tempo_changes() -> None:
+    schedule = make(faults.Change(19.0, "agent-0", 20.0, over=32))
+    # Nobody can tell a longer way from a longer way back.
+    pulse, near, far = schedule.nodes
+    far = msgspec.structs.replace(far, up_ms=40.0)
+    schedule = msgspec.structs.replace(schedule, nodes=(pulse, near, far))
+    trace = clusters.run(schedule, keep=True).trace
+    steps = sorted(float(line.split()[0]) for line in trace if ": beat 71 " in line)
+    assert 0.01 < steps[1] - steps[0] < 0.03
+    # The schedule ends when some agents have come to a step of the ramp, and others have not.
+    seconds = (steps[0] + steps[-1]) / 2 - schedule.quiet
+    assert not broken(msgspec.structs.replace(schedule, seconds=seconds))
+
+
 # Each of these broke a rule once, and is the only one known for its cause.
 
 
