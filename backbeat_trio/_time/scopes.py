@@ -52,8 +52,8 @@ class BeatScope:
     # Scopes are entered and left very often, so these two methods make as few calls as possible.
     __slots__ = (
         "__weakref__",
+        "_budget",
         "_deadlines",
-        "_fail",
         "_key",
         "_position",
         "_relative",
@@ -70,7 +70,8 @@ class BeatScope:
     _position: float | None
     # The deadline on the axis, after the entry.
     _key: float
-    _fail: bool
+    # The number of beats from the entry, for the error; None if the scope raises none.
+    _budget: float | None
     _soft: SoftEdge | None
 
     def __init__(self) -> None:
@@ -136,10 +137,8 @@ class BeatScope:
                 deadlines.drop(entry)
         if self._soft is not None:
             self._soft.leave()
-        if self._fail and scope.cancelled_caught:
-            raise BeatBudgetExceeded(
-                CLOSED if deadlines.closed else f"{ENDED} at beat {self.deadline:g}"
-            ) from None
+        if self._budget is not None and scope.cancelled_caught:
+            raise BeatBudgetExceeded(self._ended_text(self._budget)) from None
         return handled
 
     @property
@@ -190,6 +189,8 @@ class BeatScope:
     @relative_deadline.setter
     def relative_deadline(self, beats: float) -> None:
         beats = check_beats("relative_deadline", beats)
+        if self._budget is not None:
+            self._budget = beats
         if self.is_relative is None:
             self._position = None
             self._move(self._deadlines.axis_now() + beats)
@@ -351,6 +352,15 @@ class BeatScope:
         """
         self._scope.cancel(reason)
 
+    def _ended_text(self, budget: float) -> str:
+        if self._deadlines.closed:
+            return CLOSED
+        beat = f"{self.deadline:.3f}".rstrip("0").rstrip(".")
+        if self._position is not None:
+            return f"{ENDED} at beat {beat}"
+        beats = "1 beat" if budget == 1 else f"{budget:.6g} beats"
+        return f"the budget of {beats} ran out at beat {beat}"
+
     def _left(self) -> float:
         deadlines = self._deadlines
         if self._position is None:
@@ -469,7 +479,7 @@ class Deadlines(BeatHeap):
             # `beats` is infinite, or an int that is too large for a float and is refused here.
             scope._relative = None
             scope._position = check_beats("beats", beats)
-        scope._fail = fail
+        scope._budget = beats if fail else None
         if soft is None:
             scope._soft = None
         else:
@@ -503,6 +513,8 @@ class Deadlines(BeatHeap):
         """
         scope = self.scope_after(0, shield, fail)
         scope._relative, scope._position = None, position
+        if fail:
+            scope._budget = math.inf
         if soft is not None:
             soft = check_position("soft_at", soft)
             if soft > position:

@@ -170,6 +170,36 @@ async def test_errors_name_the_budget_and_its_beat(autojump_clock: trio.testing.
         assert caught.value.__suppress_context__
         with pytest.raises(KeyError), after(clock, 3, fail=True):
             raise KeyError
+        for budget, text in (1, "1 beat"), (2.5, "2.5 beats"), (0, "0 beats"):
+            beat = f"{clock.position() + budget:.3f}".rstrip("0").rstrip(".")
+            with pytest.raises(BeatBudgetExceeded) as caught, after(clock, budget, fail=True):
+                await trio.sleep_forever()
+            assert str(caught.value) == f"the budget of {text} ran out at beat {beat}"
+        with pytest.raises(BeatBudgetExceeded) as caught, at(clock, 10.0625, fail=True):
+            await trio.sleep_forever()
+        assert str(caught.value) == "the beat budget ran out at beat 10.062"
+
+
+async def test_errors_name_the_budget_that_was_set_last(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as clock:
+        # Also a beat that has more digits than a float shows by default.
+        with pytest.raises(BeatBudgetExceeded, match=r"^the beat budget ran out at beat 12345\.5$"):
+            with after(clock, 3, fail=True) as scope:
+                scope.deadline = 12345.5
+                await trio.sleep_forever()
+        with pytest.raises(
+            BeatBudgetExceeded, match=r"^the budget of 2 beats ran out at .* 12348\.5$"
+        ):
+            with after(clock, 30, fail=True) as scope:
+                await clock.sleep(1)
+                scope.relative_deadline = 2
+                await trio.sleep_forever()
+        scope = at(clock, math.inf, fail=True)
+        scope.relative_deadline = 4
+        with pytest.raises(BeatBudgetExceeded, match="budget of 4 beats"), scope:
+            await trio.sleep_forever()
 
 
 async def test_a_budget_and_a_sleep_on_one_beat(autojump_clock: trio.testing.MockClock) -> None:
