@@ -17,13 +17,18 @@ class BackbeatError(Exception):
 class ConfigError(BackbeatError, ValueError):
     """A setting is not valid.
 
-    It is raised before anything is connected. The text names the setting and its value.
+    It is raised before anything is connected. The text names the field or the variable, its value
+    unless that is a secret, and which values are allowed.
+
+    Attributes:
+      field: the field of `BackbeatConfig` that is not valid, such as ``"tempo_bpm"``; None if the
+        error is not about a field.
+      problem: the value of that field, and what is wrong with it, for people to read.
+
     """
 
     field: str | None = None
-    """The field of `BackbeatConfig` that is not valid; None if the error is not about a field."""
     problem: str = ""
-    """The value of that field, unless it is a secret, and what is wrong with it."""
 
 
 class SessionClosed(BackbeatError):
@@ -33,7 +38,9 @@ class SessionClosed(BackbeatError):
 class BeatBudgetExceeded(BackbeatError, trio.TooSlowError):
     """A block took longer than its budget in beats.
 
-    `Session.fail_after`, `Session.fail_at` and the methods that use them raise it.
+    `Session.fail_after`, `Session.fail_at`, `Session.execute_with_beat_budget`, and
+    `Session.operation` with ``enforce=True`` raise it. The text names the budget and its beat. It
+    is a `trio.TooSlowError`, as those of Trio's own time-outs are.
     """
 
 
@@ -46,15 +53,27 @@ class OperationExists(BackbeatError):
 
 
 class InvalidTransition(BackbeatError):
-    """An operation cannot go back to an earlier phase, or leave `COMPLETED` or `FAILED`."""
+    """An operation cannot go back to an earlier phase, or leave `COMPLETED` or `FAILED`.
+
+    The text names the operation and both phases. If work is tried again, see `Operation.advance`.
+    """
 
 
 class TempoRefused(BackbeatError):
-    """The leader of the metronomes refused a change of the tempo or a pause; the text says why."""
+    """The metronome that leads refused a change of the tempo, a pause, or its end.
+
+    The text has its reason: for example the beat is past, or too soon, in which case it names the
+    earliest one. `Health.pending` and `Health.paused` show what is ordered already.
+    """
 
 
 class MetronomeUnavailable(BackbeatError):
-    """No metronome of this cluster answered: none is running, or none can be reached."""
+    """No metronome of this cluster answered: none is running, or none can be reached.
+
+    Check that ``backbeat pulse`` runs for the same ``cluster_id`` on the same servers, for example
+    by ``backbeat status``. `Health.connected` says whether the connection is the cause, and
+    `Health.grid` whether a metronome is heard at present.
+    """
 
 
 class TransportError(BackbeatError):
@@ -70,11 +89,20 @@ class TransportBroken(TransportError):
 
 
 class AuthenticationFailed(TransportBroken):
-    """The server refused the credentials."""
+    """The server refused the login.
+
+    Check `BackbeatConfig.user` and ``password``, or ``token``, ``nkey`` or ``creds``. The text has
+    the server's reason, and never a secret.
+    """
 
 
 class TLSFailed(TransportBroken):
-    """The TLS connection failed: by the certificate, the host name, or a server without TLS."""
+    """The TLS connection failed, because of a certificate, a host name, or a server without TLS.
+
+    Check that `BackbeatConfig.tls_ca` is the authority of the server's certificate, that the
+    certificate names the host of ``nats_url``, and that the server has TLS. If it asks for a
+    certificate of the client, ``tls_cert`` and ``tls_key`` must be set.
+    """
 
 
 class NoResponders(TransportBroken):
@@ -82,17 +110,27 @@ class NoResponders(TransportBroken):
 
 
 class PermissionDenied(TransportBroken):
-    """The server's permissions refuse a request, or the subscription on which its answer comes."""
+    """The server's permissions refuse a request, or the subscription on which its answer comes.
+
+    The text names the subject. ``docs/security.md`` lists what each role needs.
+    """
 
 
 class ClaimsUnavailable(BackbeatError):
-    """Stored claims cannot be read, as nothing stores them; the text says what is missing."""
+    """Stored claims cannot be read, because nothing stores them; the text says what is missing."""
 
 
 class Logger(Protocol):
     """The methods that a session calls to log. A `logging.Logger` has them."""
 
-    def debug(self, msg: object, /, *args: object) -> Any: ...
-    def info(self, msg: object, /, *args: object) -> Any: ...
-    def warning(self, msg: object, /, *args: object) -> Any: ...
-    def error(self, msg: object, /, *args: object) -> Any: ...
+    def debug(self, msg: object, /, *args: object) -> Any:
+        """As `logging.Logger.debug`."""
+
+    def info(self, msg: object, /, *args: object) -> Any:
+        """As `logging.Logger.info`."""
+
+    def warning(self, msg: object, /, *args: object) -> Any:
+        """As `logging.Logger.warning`."""
+
+    def error(self, msg: object, /, *args: object) -> Any:
+        """As `logging.Logger.error`."""

@@ -40,52 +40,62 @@ _RETRY: Final = 1.0
 
 
 class MetronomeStatistics(NamedTuple):
-    """Counters of a metronome since it was made, over all its terms of leadership."""
+    """What a metronome has counted since it was made, over all its terms of leadership.
+
+    Attributes:
+      frames: beat frames that were published.
+      frames_unsent: beat frames that could not be published: there was no connection, or the frame
+        was too large.
+      syncs: pings of agents that were answered.
+      tempo_changes: changes that were committed: of the tempo, and pauses and their ends.
+      refused: changes that were refused.
+      undecodable: requests that were dropped: they were not valid, were for another cluster, or
+        named a reply subject that is not an inbox.
+      takeovers: terms of leadership that it began by taking over from another metronome.
+      deposed: terms that ended before the metronome was stopped: another metronome led, or a record
+        became possible.
+      probes: probes that were sent to a leader whose frame was late.
+      commits: successful writes of the record.
+      commits_failed: writes of the record that failed, or that the store did not answer in time.
+      frames_foreign: frames of a leader of a higher rank or epoch that were heard while leading.
+      records_unreadable: values in the store that were not a valid record of this cluster.
+
+    """
 
     frames: int
-    """Frames that were published."""
     frames_unsent: int
-    """Frames that could not be published: there was no connection, or the frame was too large."""
     syncs: int
-    """Sync requests (pings of agents) that were answered."""
     tempo_changes: int
-    """Changes that were committed: of the tempo, and pauses and resumptions."""
     refused: int
-    """Changes that were refused."""
     undecodable: int
-    """Requests that were dropped: they could not be decoded, were for another cluster, or named a
-    reply subject that is not an inbox."""
     takeovers: int
-    """Terms of leadership that a standby began by taking the lead."""
     deposed: int
-    """Terms that ended before the metronome was stopped: another metronome led, or a record became
-    possible."""
     probes: int
-    """Probes that were sent to a leader whose frame was late."""
     commits: int
-    """Successful writes of the record."""
     commits_failed: int
-    """Writes of the record that failed, or that the store did not answer in time."""
     frames_foreign: int
-    """Frames of a leader of a higher rank or epoch that were heard while leading."""
     records_unreadable: int
-    """Values in the store that were not a readable record of this cluster."""
 
 
 @final
 class Metronome:
     """A metronome of a cluster. It leads, or stands by for the metronome that does.
 
+    The program ``backbeat pulse`` runs one, and a session with a ``nats_url`` of ``memory://`` runs
+    its own. So an application needs this class only to run a metronome in another way: make one,
+    and start the `run` of its transport and its own `run` as tasks.
+
     Args:
-      transport: the transport; call its `run` beside that of the metronome.
+      transport: the connection. It has a `run` of its own, which must be running.
       cluster_id: the cluster to lead.
       leader_id: the name of this metronome in frames and answers.
       tempo_bpm: the tempo of a grid that begins here, 0.1 to 6,000 beats per minute.
       beats_per_bar: the bar length of such a grid, 1 to 1,000,000 beats.
-      bus: the in-process bus that keeps the grid; None if there is none.
-      store: the store that this metronome shares with others of the cluster, such as a key in
-        JetStream; None to run without a record.
-      logger: the logger; by default ``logging.getLogger("backbeat_trio")``.
+      bus: the bus of ``transport`` if that is a `MemoryTransport`; None otherwise. Metronomes on a
+        bus take turns, and the next one continues the grid.
+      store: where metronomes of the cluster share the record of the grid, such as a key in
+        JetStream. With None there is no record: if this metronome ends, so does its grid.
+      logger: where to log; by default ``logging.getLogger("backbeat_trio")``.
 
     Raises:
       TypeError, ValueError: if the tempo or the bar length is not valid; the text names it.
@@ -133,7 +143,7 @@ class Metronome:
         return self._epoch
 
     def statistics(self) -> MetronomeStatistics:
-        """Return a snapshot of the counters. Not a checkpoint."""
+        """Return what the metronome has counted since it was made. Not a checkpoint."""
         counts = self._counts
         return MetronomeStatistics(
             frames=counts.frames,
@@ -163,7 +173,7 @@ class Metronome:
 
         """
         if self._bus is not None:
-            await self._run_on_bus(self._bus.store_of(self._cluster_id), task_status)
+            await self._run_on_bus(self._bus._store_of(self._cluster_id), task_status)
         else:
             await self._run_by_turns(task_status)
 
@@ -380,5 +390,6 @@ class Metronome:
             ``bpm`` is None and it is not; or if the change could not be committed.
           TypeError: if ``bpm`` is not a number, or ``over`` not an integer.
           ValueError: if ``bpm`` is out of range or NaN, or ``over`` is negative.
+
         """
         return await self._present().change(bpm, at_beat=at_beat, over=over)

@@ -24,28 +24,36 @@ _SPINS: Final = 2000
 
 
 class Beat(Struct, frozen=True):
-    """One beat, as the iterators `Session.beats` and `Session.downbeats` yield it."""
+    """One beat, as the iterators of `Session.beats` and `Session.downbeats` give it.
+
+    Attributes:
+      index: the beat's index: 0 or more, and sequential over the life of the cluster.
+      downbeat: whether it is the first beat of its bar.
+      phase: ``"downbeat"`` on the first beat of a bar, ``"upbeat"`` on the others.
+      tempo_bpm: the tempo of this beat, in beats per minute; 0.0 in a pause.
+      window_id: the name of its bar, for example ``"w-1543"``.
+      skipped: how many beats (or downbeats) the consumer missed before this one, because it was
+        busy.
+
+    """
 
     index: int
-    """The beat's index: 0 or more, and sequential over the life of the cluster."""
     downbeat: bool
-    """Whether it is the first beat of its bar."""
     phase: BeatPhase
-    """``"downbeat"`` on the first beat of a bar, ``"upbeat"`` on the others."""
     tempo_bpm: float
-    """The tempo of this beat, in beats per minute; 0 in a pause."""
     window_id: str
-    """The name of its bar, for example ``"w-1543"``."""
     skipped: int
-    """How many beats (or downbeats) the consumer missed before this one, because it was busy."""
 
 
 @final
 class Beats:
-    """An async iterator of beats, or of downbeats, without a queue.
+    """An async iterator of beats or downbeats: ``async for beat in bb.beats():``.
 
-    A slow consumer gets the newest `Beat` next, whose ``skipped`` is the number of those it missed.
-    It does not slow down other consumers. Each step is a checkpoint.
+    `Session.beats` and `Session.downbeats` make it. You cannot call the class.
+
+    Each step waits for the next `Beat`, and is a checkpoint. A consumer that was busy gets the
+    newest one, whose ``skipped`` is the number of those it missed. Consumers do not slow down one
+    another.
 
     Raises:
       SessionClosed: if the session is closed.

@@ -35,8 +35,9 @@ _new_scope: Final[Callable[[type[BeatScope]], BeatScope]] = object.__new__
 class BeatScope:
     """A cancel scope whose deadline is a position of the grid.
 
-    Use it like `trio.CancelScope`, with beats instead of seconds. The methods of a session make it:
-    `Session.move_on_after`, `Session.move_on_at`, `Session.fail_after` and `Session.fail_at`.
+    Use it like `trio.CancelScope`, with beats instead of seconds. You cannot call the class: the
+    methods of a session make it. These are `Session.move_on_after`, `Session.move_on_at`,
+    `Session.fail_after` and `Session.fail_at`.
 
     A deadline is either relative or absolute. A relative deadline counts beats from the entry, or
     from the moment at which `relative_deadline` was set. If the position moves to another grid, the
@@ -44,8 +45,8 @@ class BeatScope:
     `move_on_at` or `fail_at`, or by setting `deadline`. It names a beat of the cluster, and stays
     the same on another grid.
 
-    It differs from Trio's scopes in three ways. The class cannot be subclassed or called. The texts
-    of errors and of ``repr`` are different. And `trio.current_effective_deadline` does not see
+    It differs from Trio's scopes in three more ways. The class cannot be subclassed. The texts of
+    errors and of ``repr`` are different. And `trio.current_effective_deadline` does not see
     deadlines in beats; `Session.current_effective_deadline` sees both kinds.
     """
 

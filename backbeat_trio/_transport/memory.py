@@ -80,22 +80,29 @@ class MemoryArchive:
 
 @final
 class MemoryBus:
-    """An in-process bus: what is published on it reaches every transport on it at once.
+    """A bus inside of a process: a message on it reaches all transports on the bus at once.
 
-    It also keeps the grid of each cluster whose metronomes lead on it, so that the next one goes on
-    with it. It keeps the newest 10,000 terminal claims, as long as anybody has it.
+    A session whose ``nats_url`` is ``memory://<name>`` opens the bus of that name. A program that
+    makes its own bus gives it to each `MemoryTransport` on it. The bus keeps the grid of each
+    cluster, which the next metronome continues, and the newest 10,000 terminal claims.
+
+    Attributes:
+      users: how many sessions have opened the bus by its name.
+      archive: the newest terminal claims, for `Session.open_claims`.
+
     """
 
+    users: int
+    archive: MemoryArchive
+
     def __init__(self) -> None:
-        self.users: int = 0
-        """How many sessions have opened it by its name."""
-        self.archive: MemoryArchive = MemoryArchive()
-        """The newest terminal claims."""
+        self.users = 0
+        self.archive = MemoryArchive()
         self._stores: dict[str, MemoryStore] = {}
         self._mailboxes: dict[Mailbox, MemoryTransport] = {}
 
-    def store_of(self, cluster_id: str) -> MemoryStore:
-        """Return the store that the metronomes of a cluster share on this bus."""
+    def _store_of(self, cluster_id: str) -> MemoryStore:
+        # The metronomes of a cluster share it.
         return self._stores.setdefault(cluster_id, MemoryStore())
 
     def _publish(self, message: Message) -> bool:
@@ -133,7 +140,13 @@ async def open_memory_bus(name: str) -> AsyncGenerator[MemoryBus, None]:
 
 @final
 class MemoryTransport(BaseTransport):
-    """A transport over a `MemoryBus`; pure Trio, so it works in virtual time."""
+    """A `Transport` on a `MemoryBus`. It works in virtual time.
+
+    Args:
+      bus: the bus.
+      inbox_prefix: the beginning of the subjects on which answers arrive.
+
+    """
 
     def __init__(self, bus: MemoryBus, *, inbox_prefix: str = "_INBOX") -> None:
         super().__init__(inbox_prefix=inbox_prefix)
@@ -153,13 +166,25 @@ class MemoryTransport(BaseTransport):
         await trio.lowlevel.checkpoint()
 
     def sever(self) -> None:
-        """Cut the connection as an outage would. For tests."""
+        """Cut the connection, as an outage does, until `restore` is called. Not a checkpoint.
+
+        It is for tests.
+
+        Raises:
+          TransportClosed: if the transport was closed.
+
+        """
         self._check_open()
         self._note_down(TransportBroken("the connection was severed"))
         self._state.value = State.DOWN
 
     def restore(self) -> None:
-        """Connect, or connect again after `sever`."""
+        """Connect, or connect again after `sever`. Not a checkpoint.
+
+        Raises:
+          TransportClosed: if the transport was closed.
+
+        """
         self._check_open()
         self.generation += 1
         self._last_error = self.failure = None

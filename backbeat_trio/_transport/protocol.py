@@ -19,20 +19,35 @@ SUBSCRIPTION_MESSAGES: Final = 4096
 
 
 class Message(NamedTuple):
-    """One message as it arrived."""
+    """One message as it arrived.
+
+    Attributes:
+      subject: the subject on which it was published.
+      data: the payload.
+      reply: the subject on which an answer is expected; empty if none is.
+      received_ns: when it arrived at the socket, in nanoseconds of local time, which is that of
+        `trio.current_time`.
+      id: the id under which a stream stores it; empty if it has none.
+
+    """
 
     subject: str
     data: bytes
     reply: str
-    """The subject on which an answer is expected, or an empty string."""
     received_ns: int
-    """The local time, in nanoseconds, at which it arrived at the socket."""
     id: str = ""
-    """The id under which a stream stores it; empty if it has none."""
 
 
 class Reply(NamedTuple):
-    """The answer to a request, with the local times, in ns, at which both passed the socket."""
+    """The answer to a request, and when both passed the socket.
+
+    Attributes:
+      data: the payload of the answer.
+      sent_ns: when the request was sent, in nanoseconds of local time, which is that of
+        `trio.current_time`.
+      received_ns: when the answer arrived, in the same time.
+
+    """
 
     data: bytes
     sent_ns: int
@@ -40,30 +55,36 @@ class Reply(NamedTuple):
 
 
 class TransportStatistics(NamedTuple):
-    """Counters of a transport since it was made."""
+    """What a transport has counted since it was made.
+
+    Attributes:
+      connects: how many connections were made, including the first.
+      received: messages that arrived for subscriptions.
+      dropped: messages that were dropped because a subscriber, or this process, was too slow.
+      permission_errors: how often the server's permissions refused something.
+      last_error: the reason why there is no connection; None while there is one.
+      recent_errors: the newest errors, each with the local time, in nanoseconds, at which it was
+        seen.
+      refused: what the permissions refused, and how often: ``publish to SUBJECT`` or
+        ``subscription to SUBJECT``, in lower case.
+
+    """
 
     connects: int
-    """How many connections were made, including the first."""
     received: int
-    """Messages that arrived for subscriptions."""
     dropped: int
-    """Messages that were dropped because a subscriber, or this process, was too slow."""
     permission_errors: int
-    """How often the server's permissions refused something."""
     last_error: str | None
-    """The reason why there is no connection; None while there is one."""
     recent_errors: tuple[tuple[int, str], ...]
-    """The newest errors, each with the local time, in ns, at which it was seen."""
     refused: tuple[tuple[str, int], ...] = ()
-    """What the permissions refused, and how often: ``publish to SUBJECT`` or ``subscription to
-    SUBJECT``, in lower case."""
 
 
 class Transport(Protocol):
-    """Publish, subscribe and request over subjects.
+    """What a session needs of its connection: to publish, to subscribe, and to send requests.
 
-    Subjects are those of NATS: tokens between dots; in a subscription ``*`` stands for one token
-    and ``>`` for all that follow.
+    Sessions have one for NATS, and `MemoryTransport`. Any object with these methods can be passed
+    as the ``transport`` of `session`. Subjects are those of NATS: words between dots; in a
+    subscription ``*`` stands for one word, and ``>`` for all that follow.
     """
 
     @property
@@ -72,10 +93,14 @@ class Transport(Protocol):
         ...
 
     async def wait_connected(self, connected: bool = True, /) -> None:
-        """Wait until there is a connection, or, with False, until there is none. A checkpoint.
+        """Wait until there is a connection, or until there is none. A checkpoint.
+
+        Args:
+          connected: whether to wait for a connection, or for its end.
 
         Raises:
           TransportClosed: if it waits for a connection, and the transport is closed.
+
         """
         ...
 
@@ -95,6 +120,9 @@ class Transport(Protocol):
 
     async def first_attempt(self) -> None:
         """Wait for the end of the first attempt to connect. A checkpoint.
+
+        A session with `BackbeatConfig.require_connection` calls it once, after `run` has started,
+        and does not start if it raises.
 
         Raises:
           TransportBroken: if it failed; a subclass names the kind of failure.
@@ -156,10 +184,16 @@ class Transport(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[Reply]]:
         """Send a message, and iterate over all its answers in a block.
 
-        Entering and each step of the iterator are checkpoints. The iterator raises `NoResponders`
-        if no process is subscribed to the subject, `PermissionDenied` if the server's permissions
-        refuse the message or the subscription on which its answers come, and `TransportBroken` if
-        the connection is lost. It does not end by itself.
+        It is called for a request that several processes may answer, such as that of a metronome
+        which asks who knows the grid; `request` is for a single answer. Entering and each step of
+        the iterator are checkpoints. The iterator raises `NoResponders` if no process is subscribed
+        to the subject, `PermissionDenied` if the server's permissions refuse the message or the
+        subscription on which its answers come, and `TransportBroken` if the connection is lost. It
+        does not end by itself.
+
+        Args:
+          subject: the subject, without ``*`` and ``>``.
+          data: the payload.
 
         Raises:
           TransportBroken: if there is no connection.
@@ -189,7 +223,7 @@ class Transport(Protocol):
         ...
 
     def statistics(self) -> TransportStatistics:
-        """Return a snapshot of the counters. Not a checkpoint."""
+        """Return what the transport has counted since it was made. Not a checkpoint."""
         ...
 
 
