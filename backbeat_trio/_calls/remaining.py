@@ -22,25 +22,26 @@ class Remaining(Struct, frozen=True):
     """What is left of a task's budget; ``str`` makes a sentence of it, to put into a prompt.
 
     It is what was left when it was made, and does not change.
+
+    Attributes:
+      beats: the number of beats until the nearest deadline; 0.0 if it is past, ``inf`` if there is
+        none. A deadline in seconds counts at the present tempo. While the grid is paused, it does
+        not count.
+      seconds: the number of seconds until the nearest deadline, at the present tempo; ``inf`` if
+        there is none. While the grid is paused, only a deadline in seconds counts, because beats do
+        not pass.
+      paused: whether the grid is paused.
+      soft_beats: the number of beats until the nearest soft edge; 0.0 if it has passed, ``inf`` if
+        there is none before the deadline.
+      tempo_bpm: the present tempo in beats per minute; 0 while the grid is paused.
+
     """
 
     beats: float
-    """Beats until the nearest deadline; 0.0 if it is past, ``inf`` if there is none.
-
-    A deadline in seconds counts at the present tempo. While the grid is paused, it does not count.
-    """
     seconds: float
-    """Seconds until the nearest deadline, at the present tempo; ``inf`` if there is none.
-
-    While the grid is paused, only a deadline in seconds counts, because beats do not pass.
-    """
     paused: bool
-    """Whether the grid is paused."""
     soft_beats: float
-    """Beats until the nearest soft edge; 0.0 if it has passed, ``inf`` if there is none before the
-    deadline."""
     tempo_bpm: float
-    """The present tempo in beats per minute; 0 while the grid is paused."""
 
     def __str__(self) -> str:
         if not self.beats or not self.seconds:

@@ -151,7 +151,7 @@ async def test_a_budget_keeps_what_is_left_over_the_lock(autojump_clock: Clock) 
             leader.send(beat_index=leader.index())
             leader.offset_ns -= SECOND // 2
             # The frame is believed although no ping is answered for so long.
-            await trio.sleep(0.5)
+            await trio.sleep(0.6)
             await trio.testing.wait_all_tasks_blocked()
             assert bb.current_beat() >= 1000
             assert operation.beats_left == 8
