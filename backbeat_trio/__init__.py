@@ -31,6 +31,7 @@ ground up:
 `_runtime`       what a session runs: operations, claims, health
 `_calls`         requests and services that carry a caller's deadline
 `_session`       what an application calls, and how a session begins and ends
+`http`           HTTP requests that carry a caller's deadline
 `testing`        for tests of what uses this
 `_cli`           the command line
 ===============  ===========================================================

@@ -28,6 +28,7 @@ ORDER = [
     "_runtime",
     "_calls",
     "_session",
+    "http",
     "testing",
     "_cli",
     "__main__",
@@ -120,7 +121,7 @@ def test_costly_things_are_imported_on_use() -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert not {"nats", "anyio", "rich", "asyncio", "click", "pytest"} & set(loaded)
+    assert not {"nats", "anyio", "rich", "asyncio", "click", "pytest", "httpx"} & set(loaded)
 
 
 def test_the_map_of_layers_is_true() -> None:
