@@ -504,8 +504,11 @@ async def open_chain() -> AsyncGenerator[Chain, None]:
         ):
             await until(lambda: all(bb.health().grid == "locked" for bb in (a, b, c)))
             chain = Chain(a, b, c)
+            # As many connections as a request over two hops needs, so none may be lost.
+            limits = httpx.Limits(max_connections=2)
+            transport = BackbeatTransport(httpx.AsyncHTTPTransport(limits=limits))
             async with (
-                httpx.AsyncClient(transport=BackbeatTransport(), timeout=60) as chain.client,
+                httpx.AsyncClient(transport=transport, timeout=60) as chain.client,
                 serving(make_app(chain.last, c)) as chain.last_url,
                 serving(make_app(chain.first, b)) as url,
             ):
