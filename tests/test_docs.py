@@ -37,6 +37,8 @@ def test_no_block_is_left_out() -> None:
         ("regions.md", "sh"),
         ("security.md", "sh"),
         ("testing.md", "python"),
+        # Run by `tests/test_calls_guide.py`.
+        ("calls.md", "python"),
         # Run by `tests/session/test_run.py`.
         ("operating.md", "python"),
         # Run by `tests/session/test_web_server.py`.
