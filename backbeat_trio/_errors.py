@@ -59,6 +59,22 @@ class InvalidTransition(BackbeatError):
     """
 
 
+class OperationCancelled(BackbeatError):
+    """The block of a cancellable operation was cancelled by `Session.cancel_remote`.
+
+    Leaving the block raises it, so that the code after the block does not run as if all were well.
+    """
+
+    reason: str = ""
+    """Why, as the one who asked for it has put it."""
+    asked_by: str = ""
+    """The agent id under which it was asked for. Nothing proves it."""
+
+
+class CancelRefused(BackbeatError):
+    """An agent refused to cancel one of its operations; the text says why."""
+
+
 class TempoRefused(BackbeatError):
     """The metronome that leads refused a change of the tempo, a pause, or its end.
 

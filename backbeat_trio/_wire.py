@@ -41,6 +41,9 @@ HEALTH_TASK_ID: Final = "chorus-p2p-health"
 _ELLIPSIS: Final = "\N{HORIZONTAL ELLIPSIS}"
 _ELLIPSIS_BYTES: Final = len(_ELLIPSIS.encode())
 
+# The most characters of the type or the id of an operation, and of a reason to cancel one.
+MAX_NAME: Final = 1000
+
 MAX_TOKEN: Final = 128
 TOKEN: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}", re.ASCII)
 
@@ -286,6 +289,34 @@ class TempoReply(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1")
     segment: Segment | None = None
 
 
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+
+
+class ControlRequest(Struct, frozen=True, tag_field="type", tag="backbeat.control.v1"):
+    """A request to an agent about one of its operations, on `control_subject`."""
+
+    cluster_id: Identity
+    action: Identity
+    """What to do; ``"cancel"`` is all that there is. One that is unknown is refused."""
+    operation_id: Name
+    reason: Name
+    asked_by: Identity
+    """The agent id of whoever asks."""
+
+
+class ControlReply(Struct, frozen=True, tag_field="type", tag="backbeat.control.v1"):
+    """The agent's answer: it is done, or why not."""
+
+    cluster_id: Identity
+    agent_id: Identity
+    ok: bool
+    code: Identity | None = None
+    """``"not_found"``, ``"not_cancellable"`` or ``"unknown_action"``, unless it is done. Later
+    versions may add codes."""
+    error: Annotated[str, Meta(max_length=MAX_NAME)] | None = None
+    """The same for people to read."""
+
+
 class Probe(Struct, frozen=True, tag_field="type", tag="backbeat.lead.v1"):
     """A request that asks whether the leader of an epoch lives, and also its answer."""
 
@@ -356,6 +387,8 @@ decode_sync_request: Final = _decoder(SyncRequest)
 decode_sync_reply: Final = _decoder(SyncReply)
 decode_tempo_request: Final = _decoder(TempoRequest)
 decode_tempo_reply: Final = _decoder(TempoReply)
+decode_control_request: Final = _decoder(ControlRequest)
+decode_control_reply: Final = _decoder(ControlReply)
 decode_probe: Final = _decoder(Probe)
 decode_recall_request: Final = _decoder(RecallRequest)
 decode_recall_reply: Final = _decoder(RecallReply)
@@ -393,6 +426,11 @@ def sync_subject(cluster_id: str) -> str:
 def tempo_subject(cluster_id: str) -> str:
     """Return the subject on which the leader takes tempo requests."""
     return f"backbeat.tempo.{cluster_id}"
+
+
+def control_subject(agent_id: str) -> str:
+    """Return the subject on which an agent takes requests about its operations."""
+    return f"backbeat.control.{agent_id}"
 
 
 def lead_subject(cluster_id: str, epoch: int) -> str:

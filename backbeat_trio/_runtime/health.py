@@ -101,6 +101,8 @@ class CallCounts(msgspec.Struct):
     """
 
     operations_soft: int = 0
+    operations_cancelled: int = 0
+    controls_undecodable: int = 0
     headers_garbled: int = 0
     headers_absurd: int = 0
     headers_expired: int = 0
@@ -129,6 +131,9 @@ class SessionStatistics(msgspec.Struct, frozen=True):
       claims_undecodable: messages, and claims in them, that `Session.open_claims` ignored: they are
         not valid, or name another agent than the one that published them.
       operations_soft: operations that a soft edge has passed.
+      operations_cancelled: operations of this session that `Session.cancel_remote` has cancelled.
+      controls_undecodable: messages on this agent's control subject that were no requests, or could
+        not be answered.
       headers_garbled: headers of messages that were not valid, and counted as missing.
       headers_absurd: headers with a deadline that was too far away, and counted as missing.
       headers_expired: messages whose deadline had passed when `Session.extract` was entered.
@@ -154,6 +159,8 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     claims_dropped: int
     claims_undecodable: int
     operations_soft: int
+    operations_cancelled: int
+    controls_undecodable: int
     headers_garbled: int
     headers_absurd: int
     headers_expired: int

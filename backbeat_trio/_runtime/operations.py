@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from .._checks import check_integer
 from .._errors import InvalidTransition, OperationExists, OperationNotFound
-from .._wire import ClaimState, LiveClaim, StatusClaim, encode_details
+from .._wire import MAX_NAME, ClaimState, LiveClaim, StatusClaim, encode_details
 
 
 class Phase(enum.IntEnum):
@@ -59,8 +59,6 @@ ESTIMATES: Final = {
 DEFAULT_ESTIMATE: Final = 8
 """The default estimate of operations of all other types, in beats."""
 
-# The most characters that a type or an id may have.
-_MAX_NAME: Final = 1000
 # How many descriptions are kept, to be shared by operations that are alike.
 _DESCRIPTIONS: Final = 1024
 # An id that was not given begins with the type, of which it has at most this many characters.
@@ -86,10 +84,10 @@ class Host(Protocol):
 
 
 def check_name(name: str, value: str) -> str:
-    """Return an operation's type or id; raise unless it is a string that a message can carry."""
-    # It must fit into any message, and cannot be shortened as notes are.
-    if len(_text(name, value)) > _MAX_NAME:
-        raise ValueError(f"`{name}` must have at most {_MAX_NAME} characters")
+    """Return a type, an id or a reason; raise unless a message can carry it."""
+    # It must fit into any message, and unlike notes it cannot be shortened.
+    if len(_text(name, value)) > MAX_NAME:
+        raise ValueError(f"`{name}` must have at most {MAX_NAME} characters")
     return value
 
 

@@ -121,6 +121,7 @@ async def _open(
                 try:
                     await runtime.start(services)
                     bb = make_session(runtime)
+                    await services.start(bb._control.run)
                     token = session_var.set(bb)
                     try:
                         yield bb

@@ -26,6 +26,7 @@ import trio
 from msgspec import UNSET
 
 from .._calls.context import Calls
+from .._calls.control import Control
 from .._calls.headers import Headers
 from .._calls.remaining import Remaining
 from .._checks import check_beats, check_index, check_position, check_seconds
@@ -133,6 +134,7 @@ def make_session(runtime: Runtime) -> Session:
     bb._runtime = runtime
     bb._clock = runtime.clock
     bb._calls = Calls(runtime)
+    bb._control = Control(runtime)
     return bb
 
 
@@ -153,6 +155,7 @@ class Session:
     # The runtime's clock, as budgets are made and entered as often as Trio's own scopes.
     _clock: BeatClock
     _calls: Calls
+    _control: Control
 
     def __init__(self) -> None:
         raise TypeError("sessions are made by `backbeat_trio.session`")
@@ -586,6 +589,7 @@ class Session:
         data: Any = None,
         enforce: bool = False,
         soft_after: float | None = None,
+        cancellable: bool = False,
     ) -> AsyncGenerator[Operation, None]:
         """Run a block as an operation, whose progress the session publishes as claims.
 
@@ -603,6 +607,15 @@ class Session:
         that one, and its claims say so. If a soft edge around the block passes, the claims say
         that, too. This includes the edges of scopes around the operation.
 
+        With ``cancellable=True`` other programs may cancel the block, by `cancel_remote` and by
+        ``backbeat cancel``. The operation then fails for the reason that they give, and leaving the
+        block raises `OperationCancelled`. As with each cancellation in Trio, shielded code in the
+        block runs to its end. A block that reaches no checkpoint any more completes all the same.
+        Operations that are opened inside the block are cancelled with it, except for those of
+        `start_operation` and of `detached` blocks. The first such operation of a session subscribes
+        to the requests, which takes a round trip. Without a connection it does not wait, and can be
+        cancelled once there is one.
+
         An operation that was ended in the block stays as it is. Entering is a checkpoint, leaving
         is not.
 
@@ -615,23 +628,28 @@ class Session:
           enforce: whether the block is cancelled when the estimate runs out.
           soft_after: how many beats after its start the operation should begin to wind down. With
             ``enforce`` it must not be later than the end of the budget. None is no soft edge.
+          cancellable: whether other programs may cancel the block.
 
         Raises:
           OperationExists: if a live operation has this id.
           TypeError, ValueError: if the type, the id, the estimate or the soft edge is not valid;
             the text names it.
           BeatBudgetExceeded: with ``enforce``, if the budget ran out.
+          OperationCancelled: with ``cancellable``, if another program cancelled the block.
           SessionClosed: if the session was left.
 
         """
         await trio.lowlevel.checkpoint()
+        if cancellable:
+            await self._control.listen()
         scope = None
         if enforce or soft_after is not None:
             budget = check_estimate(type, beats) if enforce else math.inf
             scope = self.fail_after(budget, soft_after=soft_after)
         operation = self.start_operation(type, id=id, beats=beats, data=data)
+        cut = self._control.cancellable(operation) if cancellable else nullcontext()
         try:
-            with scope or nullcontext(), self._calls.inside(operation):
+            with cut, scope or nullcontext(), self._calls.inside(operation):
                 yield operation
         except BaseException as error:
             if not operation.phase.final:
@@ -719,6 +737,35 @@ class Session:
 
         """
         self._runtime.operations.find(id).fail(reason)
+
+    async def cancel_remote(self, agent_id: str, id: str, reason: str) -> None:
+        """Cancel an operation of an agent of this cluster. A checkpoint.
+
+        The operation must have been opened by ``operation(..., cancellable=True)``. This returns
+        when the agent has cancelled the block of the operation. Shielded code in the block may
+        still run then, and a block that was just being left may still complete. The operation's
+        terminal claim says how it ended. If the block was cancelled before, the first reason
+        counts.
+
+        Args:
+          agent_id: the agent that runs the operation. It may be this session's own.
+          id: of a live operation.
+          reason: why, in 1 to 1,000 characters. It goes into the notes of the terminal claim, as
+            ``P2P operation failed: <reason> (type: <type>)``.
+
+        Raises:
+          OperationNotFound: if the agent has no live operation of that id.
+          CancelRefused: if the operation was not opened as cancellable.
+          NoResponders: if the agent is not running, or has not opened a cancellable operation yet.
+          PermissionDenied: if the server's permissions do not let this user ask for it.
+          TransportBroken: if there is no connection, or no answer within 5 seconds. The operation
+            may have been cancelled or not.
+          TypeError, ValueError: if an argument is not valid; the text names it.
+          BackbeatError: if this session is disabled.
+          SessionClosed: if this session was left.
+
+        """
+        await self._control.ask(agent_id, id, reason)
 
     # Observation.
 
