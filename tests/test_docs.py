@@ -12,16 +12,17 @@ from typing import Any, Final
 
 import msgspec
 import pytest
+import trio
 from blocks import ROOT, SCRIPTS, blocks, run
-from helpers import free_ports
+from helpers import free_ports, until
 
-from backbeat_trio import BackbeatConfig, _wire
-from backbeat_trio.testing import NatsServer
+from backbeat_trio import BackbeatConfig, OperationCancelled, _wire
+from backbeat_trio.testing import NatsServer, open_session
 
 DOCS: Final = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 AGENT: Final = blocks((ROOT / "README.md").read_text(), "python")[0]
 MESSAGES: Final = blocks(DOCS["design.md"], "json")
-COMPLETION, CHANGES = blocks(DOCS["operating.md"], "sh")
+COMPLETION, CANCELLING, CHANGES = blocks(DOCS["operating.md"], "sh")
 
 
 def test_no_block_is_left_out() -> None:
@@ -126,6 +127,19 @@ async def test_the_unit_and_the_changes_of_the_operating_guide(tmp_path: Path) -
         env = SCRIPTS | {"CHORUS_BACKBEAT_NATS_URL": server.url}
         output = await run("sh", "-c", script, cwd=tmp_path, env=env)
     assert f"ended with {unit['Service']['SuccessExitStatus']}" in output
+
+
+async def test_the_command_that_cancels_an_operation() -> None:
+    async with NatsServer() as server:
+        options: Any = {"nats_url": server.url, "cluster_id": "chorus-production"}
+        async with open_session(agent_id="chorus-agent-42", lock_timeout=0.0, **options) as bb:
+            await until(lambda: bb.health().connected)
+            with pytest.raises(OperationCancelled) as caught:
+                async with bb.operation("election", id="election-leader-2025", cancellable=True):
+                    env = SCRIPTS | {"CHORUS_BACKBEAT_NATS_URL": server.url}
+                    await run("sh", "-ec", CANCELLING, env=env)
+                    await trio.sleep(60)
+    assert caught.value.reason == "the disk is full"
 
 
 async def test_the_command_of_the_guide_to_regions() -> None:

@@ -26,7 +26,11 @@ from msgspec import DecodeError
 from backbeat_trio import (
     BackbeatConfig,
     BackbeatError,
+    CancelRefused,
     ConfigError,
+    NoResponders,
+    OperationCancelled,
+    OperationNotFound,
     PermissionDenied,
     Session,
     TLSFailed,
@@ -60,6 +64,7 @@ SYNC: Final = f"backbeat.sync.{CLUSTER}"
 TEMPO: Final = f"backbeat.tempo.{CLUSTER}"
 LEAD: Final = f"backbeat.lead.{CLUSTER}.7"
 RECALL: Final = f"backbeat.recall.{CLUSTER}"
+CONTROL: Final = "backbeat.control.agent-1"
 BUCKET: Final = f"KV_backbeat-{CLUSTER}"
 KEY: Final = f"$KV.backbeat-{CLUSTER}.metronome"
 ROLES: Final = ("pulse-a", "pulse-b", "agent-1", "agent-2", "operator", "observer")
@@ -436,7 +441,10 @@ INBOXES: Final = ("_INBOX_metronome.x.1", "_INBOX_agent-2.x.1")
     [
         (
             "agent-1",
-            (BEATS, TEMPO, LEAD, RECALL, "backbeat.status.agent-2", READING, *JETSTREAM, *INBOXES),
+            (
+                *(BEATS, TEMPO, LEAD, RECALL, CONTROL, "backbeat.control.agent-2", READING),
+                *("backbeat.status.agent-2", "_INBOX_operator.x.1", *JETSTREAM, *INBOXES),
+            ),
         ),
         (
             "operator",
@@ -447,9 +455,12 @@ INBOXES: Final = ("_INBOX_metronome.x.1", "_INBOX_agent-2.x.1")
         ),
         (
             "observer",
-            (BEATS, TEMPO, LEAD, RECALL, "backbeat.status.agent-1", *ANSWERS),
+            (BEATS, TEMPO, LEAD, RECALL, CONTROL, "backbeat.status.agent-1", *ANSWERS),
         ),
-        ("pulse-b", ("backbeat.status.agent-1", "backbeat.beat.another", TEMPO, *INBOXES)),
+        (
+            "pulse-b",
+            ("backbeat.status.agent-1", "backbeat.beat.another", TEMPO, CONTROL, *INBOXES),
+        ),
     ],
 )
 @guarded
@@ -497,11 +508,17 @@ async def test_publications_that_are_refused(
     [
         (
             "agent-1",
-            (SYNC, TEMPO, LEAD, "_R_.>", "backbeat.>", KEY, *OTHERS),
+            (
+                *(SYNC, TEMPO, LEAD, "backbeat.control.agent-2", "backbeat.control.*"),
+                *("_R_.>", "backbeat.>", KEY, *OTHERS),
+            ),
         ),
-        ("observer", (SYNC, TEMPO, RECALL, "_INBOX_agent-1.>", "_R_.>", "backbeat.>", ">")),
-        ("operator", (SYNC, TEMPO, RECALL, "_INBOX_agent-1.>", "_R_.>", ">")),
-        ("pulse-b", ("_INBOX_agent-1.>", ">")),
+        (
+            "observer",
+            (SYNC, TEMPO, RECALL, CONTROL, "_INBOX_agent-1.>", "_R_.>", "backbeat.>", ">"),
+        ),
+        ("operator", (SYNC, TEMPO, RECALL, CONTROL, "_INBOX_agent-1.>", "_R_.>", ">")),
+        ("pulse-b", (CONTROL, "_INBOX_agent-1.>", ">")),
     ],
 )
 @guarded
@@ -576,7 +593,7 @@ async def test_agents_carry_the_grid_from_one_metronome_to_the_next(files: Files
 @guarded
 async def test_who_hears_claims_cannot_allow_itself_to_publish_frames(files: Files) -> None:
     # As `open_claims` needs it: what it hears may name any subject for an answer.
-    own = '            "backbeat.recall.chorus-production"\n            "_INBOX_agent-1.>"'
+    own = '            "_INBOX_agent-1.>"'
     assert CONFIG.count(own) == 1
     config = CONFIG.replace(own, f'            "backbeat.status.*"\n{own}')
     async with (
@@ -671,6 +688,58 @@ async def test_only_the_operator_changes_the_tempo(role: str, files: Files) -> N
         await operator.set_tempo(1200)
         assert metronome.statistics().tempo_changes == 1
         await until(lambda: bb.tempo_bpm == 1200.0)
+
+
+@guarded
+async def test_only_the_operator_cancels_operations(files: Files) -> None:
+    async with (
+        NatsServer(config=CONFIG) as server,
+        open_session(**login(server, files, "agent-1"), require_connection=True) as agent,
+        open_session(**login(server, files, "agent-2"), require_connection=True) as other,
+        open_session(**login(server, files, "observer"), require_connection=True) as observer,
+        open_session(**login(server, files, "operator"), require_connection=True) as operator,
+        open_recorder(operator, "agent-1") as claims,
+    ):
+        with pytest.raises(NoResponders, match="agent agent-1 takes no requests"):
+            await operator.cancel_remote("agent-1", "election", "why not")
+        with pytest.raises(OperationCancelled) as caught:
+            async with agent.operation("election", id="election", cancellable=True):
+                for bb in (agent, other, observer):
+                    with pytest.raises(PermissionDenied, match=re.escape(CONTROL)):
+                        await bb.cancel_remote("agent-1", "election", "why not")
+                assert agent.statistics().operations_cancelled == 0
+                with pytest.raises(OperationNotFound):
+                    await operator.cancel_remote("agent-1", "another", "why not")
+                agent.start_operation("election", id="no block")
+                with pytest.raises(CancelRefused):
+                    await operator.cancel_remote("agent-1", "no block", "why not")
+                await operator.cancel_remote("agent-1", "election", "the disk is full")
+                await trio.sleep_forever()
+        assert (caught.value.reason, caught.value.asked_by) == ("the disk is full", "operator")
+        claim = await claims.wait_for("election", "failed")
+        assert claim.notes == "P2P operation failed: the disk is full (type: election)"
+        assert operator.health().errors == ()
+        with pytest.raises(NoResponders):
+            await operator.cancel_remote("agent-2", "election", "why not")
+        assert server.log.count(f'Publish Violation - Subject "{CONTROL}"') == 3
+
+
+@guarded
+async def test_an_agent_without_the_permission_works_and_is_not_cancelled(files: Files) -> None:
+    line = '            "backbeat.control.agent-1"\n'
+    assert CONFIG.count(line) == 1
+    async with (
+        NatsServer(config=CONFIG.replace(line, "")) as server,
+        open_session(**login(server, files, "agent-1"), require_connection=True) as agent,
+        open_session(**login(server, files, "operator"), require_connection=True) as operator,
+    ):
+        async with agent.operation("election", id="plain"):
+            pass
+        assert "control" not in str(agent.health().errors)
+        async with agent.operation("election", id="election", cancellable=True):
+            with pytest.raises(NoResponders):
+                await operator.cancel_remote("agent-1", "election", "why not")
+        await until(lambda: f"may not subscribe to {CONTROL};" in str(agent.health().errors))
 
 
 @guarded

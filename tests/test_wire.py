@@ -149,6 +149,8 @@ def test_a_frame_that_is_none(change: dict[str, Any]) -> None:
         wire.decode_sync_reply,
         wire.decode_tempo_request,
         wire.decode_tempo_reply,
+        wire.decode_control_request,
+        wire.decode_control_reply,
     ],
 )
 @pytest.mark.parametrize(
@@ -188,6 +190,7 @@ def test_subjects() -> None:
     assert wire.status_subject("a") == "backbeat.status.a"
     assert wire.sync_subject("c") == "backbeat.sync.c"
     assert wire.tempo_subject("c") == "backbeat.tempo.c"
+    assert wire.control_subject("a") == "backbeat.control.a"
 
 
 @pytest.mark.parametrize("text", ["a", "A-z_9", "x" * 128])
@@ -332,9 +335,13 @@ def test_the_messages_of_the_documentation_are_messages() -> None:
     messages = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     kinds = {re.search(r'"backbeat\.(\w+)\.v1"', m)[1] for m in messages}  # type: ignore[index]
     assert kinds >= {"beatframe", "statusclaim", "sync", "recall", "tempo", "lead", "metronome"}
-    record, probe, frame, claim, sync, sync_reply, recall, memory, tempo, tempo_reply = (
-        m.encode() for m in messages
-    )
+    contract = [m.encode() for m in messages]
+    record, probe, frame, claim, sync, sync_reply, recall, memory, tempo, tempo_reply = contract[
+        :10
+    ]
+    control, control_reply = contract[10:]
+    assert wire.decode_control_request(control).action == "cancel"
+    assert wire.decode_control_reply(control_reply).code == "not_cancellable"
     assert wire.decode_recall_request(recall).leader_id == "pulse-b"
     assert wire.decode_recall_reply(memory).role == "agent"
     assert wire.decode_record(record).segments == (SEGMENT,)

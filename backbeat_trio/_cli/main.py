@@ -34,6 +34,7 @@ _COMMANDS: Final = {
     "tempo": ("tempo", "change_tempo", "Show the tempo of the cluster, or change it."),
     "pause": ("tempo", "pause_grid", "Pause the cluster: every budget waits."),
     "resume": ("tempo", "resume_grid", "End a pause."),
+    "cancel": ("cancel", "cancel_operation", "Cancel an operation of an agent."),
     "exec": ("exec", "exec_command", "Run a program with a budget of beats."),
 }
 

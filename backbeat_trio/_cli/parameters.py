@@ -103,6 +103,18 @@ def operation_id(text: str) -> str:
         raise click.BadParameter(str(error)) from None
 
 
+def reason(text: str) -> str:
+    """Return the reason for which an operation is cancelled.
+
+    Raises:
+      click.BadParameter: unless it has 1 to 1,000 characters.
+    """
+    try:
+        return check_name("reason", text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def signal_number(text: str) -> int:
     """Return a signal, named with or without ``SIG``, or by its number.
 

@@ -570,6 +570,24 @@ async def test_operations_of_an_agent_that_was_cut_off_can_be_cancelled(
         transport.restore()
 
 
+async def test_a_server_that_does_not_answer_holds_work_up_for_two_seconds_once(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_pair() as (agent, operator), trio.open_nursery() as nursery:
+        answers = trio.Event()
+        monkeypatch.setattr(agent._runtime.transport, "flush", answers.wait)
+        began = trio.current_time()
+        block = Block(agent, nursery)
+        await block.entered.wait()
+        assert trio.current_time() == began + 2
+        answers.set()
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+        async with agent.operation("election", cancellable=True):
+            assert trio.current_time() == began
+        await operator.cancel_remote("agent", "job", "why not")
+
+
 @guarded(120)
 async def test_a_real_server_before_and_after_it_was_restarted() -> None:
     async with NatsServer() as server, leading_at(server.url):
