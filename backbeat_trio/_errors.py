@@ -63,12 +63,15 @@ class OperationCancelled(BackbeatError):
     """The block of a cancellable operation was cancelled by `Session.cancel_remote`.
 
     Leaving the block raises it, so that the code after the block does not run as if all were well.
+
+    Attributes:
+      reason: the reason that the other program gave.
+      asked_by: the agent id that the other program gave for itself. Nothing proves it.
+
     """
 
     reason: str = ""
-    """Why, as the one who asked for it has put it."""
     asked_by: str = ""
-    """The agent id under which it was asked for. Nothing proves it."""
 
 
 class CancelRefused(BackbeatError):
