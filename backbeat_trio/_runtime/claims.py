@@ -1,4 +1,4 @@
-"""What a session counts of claims, and how it listens to those of others: live and stored."""
+"""How a session counts claims, and how it listens to live and stored claims of other agents."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ClaimCounts(msgspec.Struct):
     claims_dropped: int = 0
 
 
-# How many of the claims that were given last are known again, if they come once more.
+# How many of the newest messages are remembered, so that none is given twice.
 _KNOWN: Final = 10_000
-# How many messages may come while the last stored claims are read.
+# How many messages may arrive while the last stored claims are being read.
 _SEAM_MESSAGES: Final = 65_536
 
 
@@ -62,16 +62,17 @@ class _Choice:
 
 @final
 class ClaimBatches:
-    """An async iterator of the claims that came in one message, of the speaker alone.
+    """An async iterator that gives the claims of one message at a time.
 
-    A batch is never empty: a message without a claim to give is passed over. This is no generator,
-    as a generator ends where one of its steps is cancelled.
+    It gives only claims that name the agent on whose subject they came. A batch is never empty: a
+    message without such a claim is skipped. This is not a generator, because a generator ends when
+    one of its steps is cancelled.
 
     Args:
-      messages: what the agents publish.
-      counts: what is no claim, or is a claim of another agent than its speaker, is counted there.
-      cluster_id: the cluster whose claims are given. A claim that names no cluster is given, too,
-        as agents of earlier versions publish it. None gives the claims of all clusters.
+      messages: the messages of the agents.
+      counts: where it counts messages that are not valid, and claims that name another agent.
+      cluster_id: the cluster whose claims are given. Claims that do not name a cluster are given,
+        too, because agents of earlier versions publish them. None gives the claims of all clusters.
 
     """
 
@@ -105,17 +106,17 @@ async def open_stored_claims(
     Entering is a checkpoint.
 
     Args:
-      transport: hears the live claims.
-      archive: has the stored ones.
+      transport: receives the live claims.
+      archive: has the stored claims.
       subject: the subject of the claims.
-      seconds: how long ago the first one may have been stored.
+      seconds: for how many seconds, up to now, stored claims are given.
       counts: as for `ClaimBatches`.
       cluster_id: as for `ClaimBatches`.
 
     Raises:
       ClaimsUnavailable: if nothing stores claims.
-      TransportBroken: if there is no connection or no answer; `PermissionDenied` if the server's
-        permissions refuse it.
+      PermissionDenied: if the server's permissions refuse it.
+      TransportBroken: if there is no connection or no answer.
 
     """
     number = await archive.first_since(seconds)
@@ -125,14 +126,14 @@ async def open_stored_claims(
 
 @final
 class StoredThenLive:
-    """An async iterator of the claims of one message each: stored ones first, then live ones.
+    """An async iterator of the claims of one message at a time: first stored ones, then live ones.
 
-    How none is lost or given twice where the two meet: once all that is stored has been given, it
-    subscribes. What was published before may still be on its way into the stream. So it waits until
-    that has been stored, and reads the stream once more. A claim that was heard meanwhile and is
-    read, too, has the same id in both places, and is given where it was heard.
+    No claim is lost or given twice where the two meet. Once all stored claims have been given, it
+    subscribes. Claims that were published before may still be on their way into the stream. So it
+    waits until they are stored, and reads the stream once more. A claim that it has heard meanwhile
+    and then reads has the same id in both places, and is given once.
 
-    A step that is cancelled changes nothing: the next one begins where it began.
+    A step that is cancelled changes nothing; the next step does the same work again.
     """
 
     def __init__(
@@ -263,14 +264,14 @@ class StoredThenLive:
 
 
 def _key(message: Message) -> tuple[str, str | int]:
-    # With the subject, as whoever knows the id of another agent's claim may publish under it. The
-    # data itself may be a megabyte.
+    # The subject is a part of the key, because an agent that knows the id of another agent's claim
+    # could publish under that id. The data itself may be a megabyte, so only its hash is kept.
     return message.subject, message.id or hash(message.data)
 
 
 @final
 class Claims:
-    """An async iterator of the same claims, one by one.
+    """An async iterator of the claims of batches, one by one.
 
     Several tasks may iterate it at the same time: each claim goes to one of them.
     """

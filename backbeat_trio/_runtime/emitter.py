@@ -1,18 +1,18 @@
 """Sends an agent's claims.
 
-What becomes of a claim depends on its kind.
+What happens to a claim depends on its kind.
 
-A claim of a live operation is sent once and may be lost: the claims of the next beat say more.
+A claim of a live operation is sent once and may be lost, because the claims of the next beat
+replace it.
 
-A terminal claim is the last word about its operation, so the emitter keeps it until somebody has
-confirmed it. Where JetStream has a stream for terminal claims, the emitter stores the claim there
-and waits for the acknowledgement. It sends the claim again where none comes, always under the same
-id, by which the stream recognises a claim that it has stored already. Where there is no stream, the
-emitter sends the claim as it sends all others, and then waits until the server has answered a ping
-that was sent after the claim.
+A terminal claim is the last one of its operation, so the emitter keeps it until it is confirmed. If
+JetStream has a stream for terminal claims, the emitter stores the claim there and waits for the
+acknowledgement. If none comes, it sends the claim again, always under the same id, by which the
+stream recognises a claim that it has stored already. If there is no stream, the emitter sends the
+claim like any other, and then waits until the server has answered a ping that was sent after it.
 
-A claim that is too large for the server loses a part of its notes. One that is too large without
-its notes is dropped and counted.
+A claim that is too large for the server loses a part of its notes. If it is too large without its
+notes, it is dropped and counted.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ from .._wire import ClaimArrays, StatusClaim, encode_claim, status_subject
 from .claims import ClaimCounts
 from .operations import Operations
 
-# How many claims are encoded in one go: about half a millisecond of the loop.
+# How many claims are encoded without a checkpoint, which takes about half a millisecond.
 _SLICE: Final = 512
-# Transition claims that may wait before those of live operations are left to the next beat's.
+# How many claims may be queued. Further ones, unless they are terminal, are not queued: the claims
+# of the next beat replace them.
 _WAITING_CLAIMS: Final = 10_000
-# How many claims are on their way to the stream at once, and how soon it is tried again.
+# How many claims are on their way to the stream at once, and after how many seconds the emitter
+# tries again.
 _STORED_AT_ONCE: Final = 256
 _RETRY_MIN: Final = 0.1
 _RETRY_MAX: Final = 5.0
-# Bytes of chance in the id of a stored claim.
+# How many random bytes the id of a stored claim has.
 _ID_BYTES: Final = 16
-# How much of an operation's id an error shows.
+# How many characters of an operation's id an error shows.
 _SHOWN: Final = 40
 
 
@@ -55,7 +57,7 @@ class Journal(Protocol):
 
     @property
     def reason(self) -> str:
-        """Why there is no stream, once `open` has returned False; empty where that is no fault."""
+        """Why there is no stream, once `open` has returned False; empty if that is not an error."""
         ...
 
     def room(self, max_payload: int, *, stored: bool) -> int:
@@ -69,10 +71,10 @@ class Journal(Protocol):
         ...
 
     async def open(self) -> bool:
-        """Make the stream where it is missing; return whether there is one for this agent.
+        """Create the stream if it is missing, and return whether there is one for this agent.
 
         Raises:
-          TransportBroken: where that cannot be told, as nobody answers.
+          TransportBroken: if the server does not answer.
 
         """
         ...
@@ -82,7 +84,7 @@ class Journal(Protocol):
         ...
 
     async def publish_unstored(self, subject: str, data: bytes) -> None:
-        """Publish a message that listeners hear and no stream stores."""
+        """Publish a message for listeners, which no stream stores."""
         ...
 
 
@@ -90,32 +92,32 @@ class _Delivery(enum.Enum):
     """How terminal claims are delivered at present."""
 
     UNDECIDED = enum.auto()
-    """There was no terminal claim yet, so nobody has asked whether there is a stream."""
+    """There was no terminal claim yet, so it is not known whether there is a stream."""
     STREAM = enum.auto()
     """The stream stores them."""
     STREAM_SILENT = enum.auto()
-    """There may be a stream, but it does not answer. Listeners are told at once, and the claims are
-    kept until the stream answers."""
+    """There may be a stream, but it does not answer. The claims are published for listeners at
+    once, and kept until the stream answers."""
     LISTENERS = enum.auto()
-    """There is no stream: they are published for whoever listens."""
+    """There is no stream. The claims are published for listeners."""
 
 
 @final
 class ClaimEmitter:
-    """Sends claims, and makes nobody wait for it.
+    """Sends claims in the background, so that operations do not wait for it.
 
-    Claims of transitions are queued, and each is sent in a message of its own. The claims of a beat
-    are made while they are sent: where the transport is slow, only the newest ever exist. Terminal
-    claims are kept until they are confirmed; the text of the module says by whom.
+    Claims of changes of phase are queued, and each is sent in a message of its own. The claims of a
+    beat are made while they are sent, so a slow transport gets the newest ones only. Terminal
+    claims are kept until they are confirmed, as the module's docstring says.
 
     Args:
-      clock: tells the beat.
-      transport: carries the claims; somebody else runs it.
-      operations: those whose claims are sent on each beat.
-      agent_id: who speaks.
-      counts: what was sent is counted there.
-      logger: told once of what cannot be delivered.
-      journal: the stream for terminal claims; None is none.
+      clock: gives the present beat.
+      transport: sends the claims. The session runs it.
+      operations: the operations whose claims are sent on each beat.
+      agent_id: the agent whose claims these are.
+      counts: where it counts the claims.
+      logger: where it logs, once each, what cannot be delivered.
+      journal: the stream for terminal claims; None if there is none.
 
     """
 
@@ -137,19 +139,19 @@ class ClaimEmitter:
         self._counts = counts
         self._logger = logger
         self.recent_errors: deque[tuple[int, str]] = deque(maxlen=8)
-        """What could not be delivered, each with when that was told, in local nanoseconds."""
+        """What could not be delivered, each with the local time of its report, in nanoseconds."""
         self.confirmed: int = 0
-        """How many terminal claims were confirmed, by the server or the stream."""
+        """How many terminal claims the server or the stream has confirmed."""
         self.trouble: str = ""
         """Why the stream does not take terminal claims at the moment; empty if it does."""
         self._logged: set[str] = set()
         self._told_dropped = self._told_unstored = False
         self._queue: deque[tuple[StatusClaim, bool]] = deque()
-        # Terminal claims that were sent, each with the connection it was sent over.
+        # Terminal claims that were sent, each with the number of the connection.
         self._unconfirmed: deque[tuple[int, StatusClaim]] = deque()
         self._journal = journal
         self._delivery = _Delivery.LISTENERS if journal is None else _Delivery.UNDECIDED
-        # Those that the stream has not acknowledged yet, by their ids.
+        # Terminal claims that the stream has not acknowledged yet, by their ids.
         self._unstored: dict[str, StatusClaim] = {}
         self._generation = 0
         self._to_store = AsyncBool(False)
@@ -164,7 +166,7 @@ class ClaimEmitter:
 
     @property
     def pending(self) -> int:
-        """How many terminal claims were not confirmed yet, by the server or the stream."""
+        """How many terminal claims neither the server nor the stream has confirmed yet."""
         waiting = sum(terminal for _, terminal in self._queue)
         return len(self._unconfirmed) + len(self._unstored) + waiting
 
@@ -178,7 +180,7 @@ class ClaimEmitter:
         self._work.value = True
 
     def beat(self) -> None:
-        """Have the claims of all live operations sent."""
+        """Order the claims of all live operations to be sent."""
         self._beat_due = True
         self._work.value = True
 
@@ -198,11 +200,12 @@ class ClaimEmitter:
                     if self._beat_due:
                         await self._send_beat()
                 except TransportBroken:
-                    # What was not sent is still queued; the newest beat claims follow it.
+                    # Claims that were not sent are still queued. The claims of the newest beat
+                    # follow them.
                     self._work.value = self._beat_due = True
 
     async def drain(self) -> None:
-        """Send what is queued, and wait until all terminal claims are where they belong."""
+        """Send what is queued, and wait until all terminal claims are confirmed."""
         while self._queue or self._unconfirmed or self._unstored:
             await self._transport.wait_connected()
             try:
@@ -211,7 +214,7 @@ class ClaimEmitter:
                     await self._store(self._journal)
                 await self._confirm()
             except TransportBroken:
-                # Each try is heard by whoever listens: they are not to be many.
+                # Listeners hear each attempt, so there must not be many.
                 await trio.sleep(_RETRY_MIN)
 
     def _room(self, *, terminal: bool = False) -> int:
@@ -230,8 +233,8 @@ class ClaimEmitter:
         except ValueError as error:
             if len(data) <= self._transport.max_payload:
                 raise
-            # Between encoding and publishing, the connection gave way to one to a server that takes
-            # less. What was not sent is encoded again.
+            # Between encoding and publishing, there came a new connection, to a server that accepts
+            # less. The claims that were not sent are encoded again.
             raise TransportBroken(str(error)) from None
 
     def _drop(self, claim: StatusClaim | None = None, count: int = 1) -> None:
@@ -241,8 +244,8 @@ class ClaimEmitter:
         self._told_dropped = True
         of = "" if claim is None else f" of operation {claim.task_id[:_SHOWN]!r}"
         self._tell(
-            f"a claim{of} was dropped, as the server takes no message that is large enough for it; "
-            "`claims_dropped` counts all of them"
+            f"a claim{of} was dropped, because it is larger than the server accepts even without "
+            "its notes; `claims_dropped` counts all of them"
         )
 
     def _tell(self, text: str) -> None:
@@ -258,7 +261,7 @@ class ClaimEmitter:
             self._generation = transport.generation
             if self._delivery is _Delivery.LISTENERS:
                 self._delivery = _Delivery.UNDECIDED
-        # What went over a connection that was lost since may be lost with it.
+        # Claims that were sent over a connection that was lost may be lost, too.
         lost = [claim for number, claim in self._unconfirmed if number != transport.generation]
         if lost:
             kept = [entry for entry in self._unconfirmed if entry[0] == transport.generation]
@@ -274,7 +277,7 @@ class ClaimEmitter:
                     continue
                 await self._publish(data, terminal=terminal)
                 self._counts.claims_sent += 1
-            # While it waited to be handed over, others may have been put before it.
+            # While this claim waited to be sent, others may have been queued before it.
             queue.remove(entry)
             if not terminal:
                 continue
@@ -282,8 +285,8 @@ class ClaimEmitter:
                 self._unconfirmed.append((transport.generation, claim))
                 self._sent_terminal.value = True
             else:
-                # Whoever could guess the id could store something else under it first. The stream
-                # would then take this claim for a repetition.
+                # A client that could guess the id could store something else under it first. The
+                # stream would then take this claim for a repetition.
                 self._unstored[secrets.token_urlsafe(_ID_BYTES)] = claim
                 self._to_store.value = True
 
@@ -324,7 +327,7 @@ class ClaimEmitter:
             if self._unstored:
                 delay = _RETRY_MIN if self._counts.claims_stored > before else delay
                 await trio.sleep(delay)
-                # Each try is heard by whoever listens: they are not to be many.
+                # Listeners hear each attempt, so there must not be many.
                 delay = min(2 * delay, _RETRY_MAX)
                 self._to_store.value = True
 
@@ -350,9 +353,9 @@ class ClaimEmitter:
                     self._counts.claims_stored += 1
                     self.confirmed += 1
             if not any(stored):
-                # The stream may have gone; whether it did is asked again.
+                # The stream may have been deleted, so look for it again.
                 self._delivery = _Delivery.STREAM_SILENT
-                raise TransportBroken("the stream acknowledges nothing")
+                raise TransportBroken("the stream does not acknowledge any claim")
 
     async def _find_delivery(self, journal: Journal) -> None:
         first = self._delivery is _Delivery.UNDECIDED
@@ -372,9 +375,9 @@ class ClaimEmitter:
             elif not self._told_unstored:
                 self._told_unstored = True
                 self._logger.info(
-                    "terminal claims are not stored, as the server has no JetStream: only those "
-                    "who listen hear them. Start nats-server with -js, or set `store_claims` "
-                    "(%sSTORE_CLAIMS) to false",
+                    "terminal claims are not stored, as the server has no JetStream: only programs "
+                    "that listen at that moment get them. Start nats-server with -js, or set "
+                    "`store_claims` (%sSTORE_CLAIMS) to false",
                     PREFIX,
                 )
             self._queue.extendleft((claim, True) for claim in reversed(self._unstored.values()))

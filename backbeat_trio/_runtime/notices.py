@@ -29,21 +29,22 @@ from .emitter import ClaimEmitter
 # to start; and longer if there is no reason to name yet.
 _DOWN: Final = 1.0
 _DOWN_SILENTLY: Final = 2.5
-# For how many seconds no metronome must be heard after a connection was made. One that is there
+# For how many seconds no metronome must be heard after a connection was made. One that is running
 # answers within a round trip.
 _UNHEARD: Final = 2.5
-# A frame comes within so many beats from a metronome that is there, and one is late or lost within
-# so many beats at times.
+# A frame of a running metronome arrives within the first number of beats. At times frames are late
+# or lost for the second number of beats.
 _FRAME_BEATS: Final = 2.25
 _QUIET_BEATS: Final = 4
-# A trouble that is back within so many times the time that it must be gone for comes and goes; that
-# time is doubled then, up to so many times.
+# A trouble counts as over once it has been gone for some time. If it is back within that time,
+# multiplied by the first number, it comes and goes. Then that time is doubled, again and again up
+# to the second number of times.
 _SOON: Final = 8
 _TIMES: Final = 64
 # For how many seconds other troubles must last.
 _LASTING: Final = 1.0
 _CLAIMS_WAIT: Final = 3.0
-# Beats of a fast grid are looked at together. A paused grid has none.
+# Beats of a fast grid are handled together. A paused grid has no beats.
 _LOOK_EVERY: Final = 0.1
 _LOOK_WHILE_PAUSED: Final = 5.0
 # How many reasons, and how many errors, are told apart.
@@ -54,7 +55,7 @@ _LOSSES: Final = 5
 _LOSSES_WITHIN: Final = 60.0
 
 
-# Two hosts may have processes of one number.
+# Processes on two hosts may have the same number.
 _RANDOM_NAME: Final = secrets.token_hex(6)
 
 
@@ -72,11 +73,11 @@ class Spell:
     def look(
         self, present: bool | None, now: float, *, patience: float, quiet: float
     ) -> tuple[bool, float]:
-        """Take in how it is now; return whether `holds` has changed, and when to look again.
+        """Note how it is now; return whether `holds` has changed, and when to look again.
 
         Args:
-          present: whether the condition is there; None if that cannot be told at the moment.
-          now: in seconds, as are the others.
+          present: whether the condition is there; None if that is not known at the moment.
+          now: the time, in seconds, as all the others.
           patience: how long it must last before it holds.
           quiet: how long it must be gone before it does not hold any more; longer and longer if
             it comes back soon after that each time.
@@ -107,7 +108,7 @@ class Notices:
       config: the settings of the session.
       logger: where to log.
       clock: the session's clock.
-      transport: its connection, which somebody else runs.
+      transport: its connection. The session runs it.
       listener: follows the metronomes.
       emitter: sends the claims.
 
@@ -132,7 +133,7 @@ class Notices:
         self._complaints: dict[str, None] = {}
         if isinstance(transport, BaseTransport):
             self._lot = transport.noted
-        # When the connection was lost, and when it was made; None while it is the other way.
+        # When the connection was lost, and when it was made. One of them is None.
         self._down_since: float | None = None
         self._up_since: float | None = None
         self._has_connected = False
@@ -207,7 +208,7 @@ class Notices:
         self._losses.append(now)
         if len(self._losses) > _LOSSES:
             return
-        # Not the error of the present: by now there may be a connection again.
+        # `last_error` may be None, because by now there may be a connection again.
         errors = self._transport.statistics().recent_errors
         reason = errors[-1][1] if errors else "closed"
         self._reasons.add(reason)
@@ -265,13 +266,13 @@ class Notices:
         patience, quiet = _LASTING, max(_LASTING, _QUIET_BEATS * beat)
         present: bool | None
         if self._up_since is None:
-            # The connection is what is wrong.
+            # The trouble is the connection, and not the metronome.
             present = None
         elif not follower.locked:
             present, patience = True, max(_UNHEARD, self._config.lock_timeout)
         else:
             if not self._was_locked:
-                # A lock is no frame that happened to come through.
+                # A lock shows that the metronome answers, which a single frame does not.
                 self._was_locked, quiet = True, 0.0
             present = follower.in_holdover(local)
             # After an outage the next frame is still to come.
@@ -311,7 +312,7 @@ class Notices:
         if changed and self._off.holds:
             self._logger.warning("%s", text)
         elif changed:
-            self._logger.info("the position is where the cluster's is again")
+            self._logger.info("the position agrees with the cluster's again")
         return due
 
     def _look_at_id(self, now: float) -> float:
@@ -328,7 +329,7 @@ class Notices:
 
     def _look_at_claims(self, now: float) -> float:
         emitter, waiting = self._emitter, self._emitter.pending
-        # Those that follow one another quickly are waiting at each look, and are no trouble.
+        # Claims that follow one another quickly are waiting at each look, which is not a trouble.
         moves, self._confirmed = emitter.confirmed != self._confirmed, emitter.confirmed
         changed, due = self._waiting.look(
             bool(waiting) and not moves, now, patience=_CLAIMS_WAIT, quiet=0.0
@@ -355,7 +356,7 @@ class Notices:
 
 
 def shared_id_text(config: BackbeatConfig) -> str:
-    """Say that another process has the agent's id, and what to do."""
+    """Return the text that says that another process has the agent's id, and what to do."""
     return (
         f"another live process uses the agent id {config.agent_id!r} in cluster "
         f"{config.cluster_id!r}, and each takes the other's claims for its own; give each agent an "
@@ -364,7 +365,7 @@ def shared_id_text(config: BackbeatConfig) -> str:
 
 
 def process_name() -> str:
-    """Return a name of this process that no other one has; a fork has another one."""
+    """Return a name that no other process has, not even a fork of this one."""
     return f"{_RANDOM_NAME}-{os.getpid()}"
 
 

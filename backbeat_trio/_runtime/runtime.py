@@ -1,8 +1,9 @@
-"""What one session runs: its clock, transport, listener, emitter and operations, in their order.
+"""What one session runs: its clock, transport, listener, emitter and operations.
 
-Order of leaving. Each service runs in a shielded scope of its own, so that neither Ctrl-C nor a
-cancellation from outside stops it before the body has unwound: no new operations, terminal claims
-queued, flushed within the grace period, services released, transport closed.
+Order of leaving. Each service runs in a shielded scope of its own. So neither Ctrl-C nor a
+cancellation from outside stops it before the body has ended. Then the session refuses new
+operations, queues the terminal claims of those that live, sends them within the grace period, ends
+the services, and closes the transport.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .notices import Notices, process_name, shared_id_text
 from .operations import Operations
 from .services import ServiceGroup
 
-# Errors are reported for as long as two health claims are apart, and no less than this.
+# Errors are reported for the time between three health claims, and for at least this long.
 _ERRORS_NS: Final = 10_000_000_000
 
 
@@ -42,10 +43,10 @@ class Runtime(ListenerObserver):
 
     Args:
       config: the settings.
-      logger: where it says what it does.
-      transport: run and closed from here; None where the session is disabled.
-      journal: the stream that takes terminal claims; None where there is none.
-      metronome: run beside the rest; None where somebody else runs one.
+      logger: where to log.
+      transport: the connection, which it runs and closes; None if the session is disabled.
+      journal: the stream that stores terminal claims; None if there is none.
+      metronome: a metronome to run; None if the session does not run one.
 
     """
 
@@ -94,7 +95,7 @@ class Runtime(ListenerObserver):
                 agent_id=config.agent_id,
                 logger=logger,
                 answers_recalls=config.answer_recalls,
-                # Whoever says nothing of itself may look on under any id.
+                # An observer publishes no claims, so it may have the id of another process.
                 process=process_name() if config.health_beats else "",
                 observer=self,
             )
@@ -125,23 +126,23 @@ class Runtime(ListenerObserver):
         return self.clock.index()
 
     def check_open(self) -> None:
-        """Raise `SessionClosed` where the session was left, or is being left."""
+        """Raise `SessionClosed` if the session was left, or is being left."""
         if self.closing:
             raise SessionClosed("the session has been closed")
 
     def emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
-        """Queue a claim; where the session is disabled there is no queue."""
+        """Queue a claim. This has no effect if the session is disabled."""
         if self.emitter is not None:
             self.emitter.emit(claim, terminal=terminal)
 
     # Beginning and ending.
 
     async def start(self, services: ServiceGroup) -> None:
-        """Start all services, the ones that others build on first. A checkpoint.
+        """Start all services, beginning with those that others use. A checkpoint.
 
         Raises:
-          TransportBroken: with ``require_connection``, where there is none.
-          RuntimeError: where a service returns before it has started.
+          TransportBroken: with ``require_connection``, if the first attempt to connect fails.
+          RuntimeError: if a service returns before it has started.
 
         """
         config, transport = self.config, self.transport
@@ -161,8 +162,8 @@ class Runtime(ListenerObserver):
         await services.start(self._tick)
         self.started = True
         if self.emitter is not None and self.emitter.has_journal and config.health_beats:
-            # Over NATS permissions may refuse this agent's subject: the first claim tells, and it
-            # should not take eight beats to come.
+            # Over NATS permissions may refuse this agent's subject. The first claim shows that, so
+            # publish it now and not after eight beats.
             self._emit_health(self.clock.index())
         self.logger.info(
             "🎵 CHORUS BACKBEAT integration started - cluster=%s agent=%s",
@@ -171,15 +172,15 @@ class Runtime(ListenerObserver):
         )
 
     async def stop(self, services: ServiceGroup) -> None:
-        """End all services in the order of leaving. A checkpoint; goes on where it is cancelled."""
+        """End all services in the order of leaving. A checkpoint; it goes on if it is cancelled."""
         self.closing = True
         try:
             self.operations.fail_all("the session was closed")
-            # One that has crashed would do so again.
+            # An emitter that has crashed would crash again.
             if self.emitter is not None and self.emitter.run not in services.crashed:
                 await self._flush(services, self.emitter)
         finally:
-            # What uses the transport is released before it, and the clock last.
+            # Services that use the transport end before it does, and the clock ends last.
             try:
                 await services.release(keep=self._foundations())
             finally:
@@ -222,7 +223,7 @@ class Runtime(ListenerObserver):
     # Services.
 
     async def _tick(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        # What the application does on a beat comes first.
+        # The application's own tasks that wait for a beat run before this one.
         beats = Beats(self.clock, bars=False, comes_last=True)
         task_status.started()
         async for beat in beats:

@@ -10,7 +10,7 @@ import trio
 
 @final
 class ServiceTask(trio.TaskStatus[None]):
-    """One service: the scope that shields it, and what has become of it."""
+    """One service: the scope that shields it, and whether it has started and ended."""
 
     def __init__(self) -> None:
         self.scope = trio.CancelScope(shield=True)
@@ -19,22 +19,22 @@ class ServiceTask(trio.TaskStatus[None]):
         self.is_ready = False
 
     def started(self, value: None = None) -> None:
-        """Let whoever started the service go on."""
+        """Report that the service has started."""
         self.is_ready = True
         self.has_started.set()
 
 
 @final
 class ServiceGroup:
-    """The services of a session, by the functions that they run.
+    """The services of a session, each known by the function that it runs.
 
-    Ctrl-C never strikes inside one of them: Trio delivers it to the main task instead.
+    Ctrl-C is never raised inside one of them: Trio raises it in the main task instead.
     """
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self.crashed: set[object] = set()
-        """Those that have raised an exception."""
+        """The services that have raised an exception."""
         self._running: dict[object, ServiceTask] = {}
 
     @trio.lowlevel.enable_ki_protection
@@ -42,11 +42,11 @@ class ServiceGroup:
         """Start a service, and wait until it says that it has started. A checkpoint.
 
         Raises:
-          RuntimeError: where it returned before it had said so.
+          RuntimeError: if it returns before it has said so.
 
         """
-        # Not by `trio.Nursery.start`: where that is cancelled it waits for the task to end, which
-        # a shielded one does not do.
+        # This does not use `trio.Nursery.start`. If that is cancelled, it waits until the task has
+        # ended, and a shielded task would not end.
         service = ServiceTask()
         self._nursery.start_soon(self._run, service, async_fn, args, name=async_fn)
         self._running[async_fn] = service
@@ -64,7 +64,7 @@ class ServiceGroup:
         crash: BaseException | None = None
         try:
             with service.scope:
-                # One that is released before its first step never begins.
+                # A service that is released before its first step never begins.
                 if not service.scope.cancel_called:
                     await async_fn(*args, task_status=service)
         except BaseException as error:  # noqa: BLE001 - it is raised again, further down
@@ -73,7 +73,7 @@ class ServiceGroup:
         finally:
             service.has_started.set()
             service.has_ended.set()
-        # Outside of the handler, so that it does not get the group that it was in for its context.
+        # Outside of the handler, so that the group does not become the exception's context.
         if crash is not None:
             try:
                 raise crash
@@ -81,14 +81,14 @@ class ServiceGroup:
                 del crash
 
     def cancel(self, *names: object) -> list[trio.Event]:
-        """Cancel the named services, or all of them; return what tells that they have ended."""
+        """Cancel the named services, or all; return the events that are set when they end."""
         chosen = [self._running[name] for name in names or self._running if name in self._running]
         for service in chosen:
             service.scope.cancel()
         return [service.has_ended for service in chosen]
 
     async def release(self, *names: object, keep: Collection[object] = ()) -> None:
-        """Cancel the named services, or all but some, and wait until they have unwound."""
+        """Cancel the named services, or all except some, and wait until they have ended."""
         chosen = names or [name for name in self._running if name not in keep]
         with trio.CancelScope(shield=True):
             for ended in self.cancel(*chosen) if chosen else ():
@@ -96,7 +96,7 @@ class ServiceGroup:
 
 
 def sole(error: BaseException) -> BaseException:
-    """Return what is in an exception group, where that is one exception only."""
+    """Return the exception in an exception group, if it holds only one."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
