@@ -25,34 +25,34 @@ from .nats import NatsTransport
 from .protocol import matches
 from .store import Conflict, Entry, RecordRefused
 
-# What an answer may take. A stream whose leader was killed is back after 7 to 8 s.
+# How long an answer may take, in seconds. A stream whose leader was killed is back after 7 to 8 s.
 _PATIENCE: Final = 1.0
 _KEY: Final = "metronome"
-# A message that expects another stream than the one that takes its subject is stored by none.
+# No stream stores a message that expects another stream than the one with its subject.
 _UNSTORED: Final = {"Nats-Expected-Stream": "-"}
-# Ids are as long as this at most.
+# An id has at most this length.
 _LONGEST_ID: Final = "-" * 32
-# For how long the stream knows a claim again that comes twice, in seconds.
+# For how many seconds the stream recognises a claim that comes twice.
 _DUPLICATE_WINDOW: Final = 600.0
-# Copies, where nothing is said of them: the most that there are servers for is taken.
+# The numbers of copies to try if none is configured, until there are enough servers for one.
 _COPIES: Final = (3, 2, 1)
 _NO_PEERS: Final = 10005
 _INVALID: Final = 10052
 _NO_STORAGE: Final = 10047
 _NOT_CLUSTERED: Final = 10074
 _NOT_ENABLED: Final = (10039, 10076)
-# What the server says where it left out no server of its cluster for a reason: there are no more.
-# One that is down or has not been heard of yet is told behind a comma.
+# The server's text if its cluster is too small. If servers are down or not yet known, the text goes
+# on after a comma.
 _TOO_FEW: Final = "no suitable peers for placement"
-# For how long it must say so, in seconds, as not every version of it tells of all reasons.
+# For how many seconds it must say so, because not every version of the server gives all reasons.
 _SETTLING: Final = 5.0
 
 T = TypeVar("T")
 
 
 def _may_be_absent(error: nats.js.errors.APIError) -> bool:
-    # Nobody is subscribed to the request, or the account has no JetStream; and not one that is
-    # busy electing.
+    # No process is subscribed to the request, or the account has no JetStream. A JetStream that is
+    # electing a leader gives another error.
     if not isinstance(error, nats.js.errors.ServiceUnavailableError):
         return False
     return error.err_code is None or error.err_code in _NOT_ENABLED
@@ -70,7 +70,7 @@ async def _is_absent(js: JetStreamContext) -> bool:
 
 
 def _may_pass(error: nats.js.errors.APIError) -> bool:
-    # Some server of the cluster is away or still unknown; and not one that has no room.
+    # A server of the cluster is away or not yet known. A server that is full gives another text.
     text = error.description or ""
     return error.err_code == _NO_PEERS and (
         text == _TOO_FEW or "offline" in text or "miscellaneous" in text
@@ -108,8 +108,8 @@ class _Copies:
             try:
                 made = await create(copies)
             except nats.js.errors.APIError as error:
-                # A server that is no cluster looks for room for all copies before it refuses to
-                # make more than one.
+                # A server that is not in a cluster first looks for room for all copies, and then
+                # refuses to make more than one.
                 alone = error.err_code == _NO_STORAGE and copies > 1 and not clustered
                 if (alone or error.err_code == _NOT_CLUSTERED) and self._wanted is None:
                     continue
@@ -193,7 +193,7 @@ class KeyValueStore:
 
     @property
     def short(self) -> bool:
-        """Whether it was made with fewer copies than it should have, for want of servers."""
+        """Whether it was made with fewer copies than it should have: there are too few servers."""
         return self._copies.short
 
     async def read(self) -> Entry:
@@ -212,7 +212,7 @@ class KeyValueStore:
         try:
             await self._bucket_of(client)
         except nats.js.errors.APIError as error:
-            # That a request for a stream is answered by nobody may have other reasons.
+            # A request for a stream may be without an answer for other reasons.
             if _may_be_absent(error) and await _is_absent(client.jetstream(timeout=_PATIENCE)):
                 return False
             raise
@@ -246,7 +246,7 @@ class KeyValueStore:
         try:
             return await self._bucket_of(client)
         except RecordRefused as error:
-            # Whoever has the record open goes on without it; `open` tells for good.
+            # A leader goes on without the record for now. `open` raises the final error.
             raise TransportBroken(str(error)) from None
 
     async def _create(self, js: JetStreamContext) -> KeyValue:
@@ -270,7 +270,7 @@ class KeyValueStore:
             deleted: Any = error.entry
             return Entry(b"", 0 if deleted is None else deleted.revision or 0)
         except (nats.errors.NoRespondersError, nats.js.errors.APIError):
-            # The bucket may be gone. Where it is found, the next look tells what is in it.
+            # The bucket may have been deleted, so the next access looks for it again.
             self._found = None
             raise
         return Entry(entry.value or b"", entry.revision or 0)
@@ -280,15 +280,16 @@ class KeyValueStore:
         try:
             return await bucket.update(_KEY, data, last=revision)
         except nats.js.errors.KeyWrongLastSequenceError:
-            raise Conflict("the record was written by somebody else") from None
+            raise Conflict("another metronome has written the record") from None
         except nats.js.errors.NoStreamResponseError:
-            # The bucket is gone, and with it what was read: whoever wrote must look again.
+            # The bucket has been deleted, and with it the value that was read. So it must be read
+            # again.
             self._found = None
             await self._bucket_again(client)
-            raise Conflict("the record is gone") from None
+            raise Conflict("the record has been deleted") from None
         except nats.js.errors.APIError as error:
             why = error.description or error
-            raise TransportBroken(f"JetStream does not take the record: {why}") from None
+            raise TransportBroken(f"JetStream does not store the record: {why}") from None
 
 
 @final
@@ -299,17 +300,18 @@ class ClaimStream:
         self._transport = transport
         self._config = config
         self.name = config.claims_stream
-        """The stream that takes the claims; another one's, where that was there before."""
+        """The name of the stream. It is not that of the settings if a stream with the subjects of
+        claims existed before."""
         self._max_message = -1
         self.limits: dict[str, float] | None = None
-        """What it is limited to, by the fields of the settings, once `open` has returned True."""
+        """The limits of the stream, by their settings, once `open` has returned True."""
         self.reason = ""
-        """Why there is none, once `open` has returned False."""
+        """Why there is no stream, once `open` has returned False."""
         self._copies = _Copies(config.claims_replicas)
 
     @property
     def short(self) -> bool:
-        """Whether it was made with fewer copies than it should have, for want of servers."""
+        """Whether it was made with fewer copies than it should have: there are too few servers."""
         return self._copies.short
 
     async def open(self) -> bool:
@@ -322,27 +324,28 @@ class ClaimStream:
         except TransportBroken:
             if self._transport.statistics().permission_errors == refused:
                 raise
-            # Somebody who may not ask has no stream, as far as that goes.
-            self.reason = "permissions do not let it be asked for"
+            # For an agent that may not ask for the stream, there is none.
+            self.reason = "the server's permissions do not let this user ask for it"
             return False
         self.reason = reason or ""
         return reason is None
 
     async def _open(self, client: Client) -> str | None:
-        # Returns why there is none; nothing where that is as it should be.
+        # Return why there is no stream, with an empty string if that is not an error; or None if
+        # there is one.
         js, wanted = client.jetstream(timeout=_PATIENCE), self._config.claims_stream
         try:
             info = await js.stream_info(wanted)
         except nats.js.errors.NotFoundError:
             return await self._find_or_create(client, js)
         except nats.js.errors.APIError as error:
-            # Who may ask for the stream may not be let ask for the account.
+            # A user who may ask for the stream may not be allowed to ask for the account.
             if _may_be_absent(error):
                 return ""
             raise
         subject = status_subject(self._config.agent_id)
         if not any(matches(pattern, subject) for pattern in info.config.subjects or ()):
-            # What is published for it would never be acknowledged.
+            # A claim that is published for it would never be acknowledged.
             return f"stream {wanted} does not take {subject}"
         self._take(info)
         return None
@@ -358,7 +361,7 @@ class ClaimStream:
         }
 
     async def _find_or_create(self, client: Client, js: JetStreamContext) -> str | None:
-        # Whoever made a stream of these subjects beforehand has chosen its name.
+        # A stream with these subjects that was created before may have any name.
         subject = status_subject(self._config.agent_id)
         try:
             self.name = await js.find_stream_name_by_subject(subject)
@@ -428,6 +431,6 @@ class ClaimStream:
 
 
 def _size_of(headers: dict[str, str]) -> int:
-    # The server counts them as a part of the message, with the line before and the one after them.
+    # The server counts headers as a part of the message, with the lines before and after them.
     lines = ["NATS/1.0", *(f"{name}: {value}" for name, value in headers.items()), ""]
     return sum(len(line) + 2 for line in lines)

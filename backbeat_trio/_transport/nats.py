@@ -26,14 +26,15 @@ from .base import BaseTransport, Mailbox, State
 from .nats_client import INBOX, Client, Incoming, Publish, Subscribe, Unsubscribe
 from .protocol import Message, Reply
 
-# A first retry soon, as a restarted server is back within 20 ms; later ones leave room for others.
+# The first retry comes soon, because a restarted server is back within 20 ms. Later ones come less
+# often, so that a server is not flooded.
 _BACKOFF_MIN: Final = 0.01
 _BACKOFF_MAX: Final = 1.0
-# A connection that stood for less than this many seconds was of no use.
+# A connection that lasted for less than this many seconds counts as a failure.
 _LASTING: Final = 1.0
-# How many clients whose threads have not ended there may be before no other is made.
+# How many clients with threads that have not ended there may be; more are not made.
 _UNENDED_CLIENTS: Final = 8
-# What the server says of a refusal, and how many different ones are told apart.
+# The server's text for a refusal, and how many different refusals are counted.
 _REFUSAL: Final = re.compile(r'permissions violation for (\w+) to "([^"]+)"')
 _REFUSALS: Final = 64
 _CREDENTIALS: Final = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
@@ -86,17 +87,17 @@ class _Answers:
         self._sent = 0
 
     def take(self, item: Incoming, behind_ns: int) -> None:
-        """Take in an answer; ``behind_ns`` takes its stamps to local time."""
+        """Queue an answer; ``behind_ns`` is added to its time stamps to get local time."""
         self._answers.append((item, behind_ns))
         self._lot.unpark_all()
 
     def refuse(self, error: PermissionDenied) -> None:
-        """Take note that the server did not take the request."""
+        """Note that the server has refused the request."""
         self._refusal = error
         self._lot.unpark_all()
 
     def wake(self) -> None:
-        """Have whoever waits look whether an answer can still come."""
+        """Wake the tasks that wait, so that they check whether an answer can still come."""
         self._lot.unpark_all()
 
     def __aiter__(self) -> _Answers:
@@ -116,7 +117,7 @@ class _Answers:
         item, behind_ns = self._answers.popleft()
         if item.status == "503":
             raise NoResponders(f"no process is subscribed to {self.subject}")
-        # The stamp of its departure comes with the first answer only.
+        # Only the first answer comes with the time at which the request was sent.
         self._sent = self._sent or item.sent
         return Reply(item.data, self._sent + behind_ns, item.stamp + behind_ns)
 
@@ -173,7 +174,7 @@ class NatsTransport(BaseTransport):
                     self._attempted.set()
             else:
                 if self._state.value is State.CLOSED:
-                    # By a task that ran between the connection's news and this one.
+                    # A task has closed the transport since the connection was made.
                     return
                 self._use(client)
                 connected = trio.current_time()
@@ -181,7 +182,7 @@ class NatsTransport(BaseTransport):
                 backoff.lost(trio.current_time() - connected)
                 self._note_down(_failure_of(client))
             finally:
-                # In the background: what hangs there must not hold up the next attempt.
+                # In the background, because a client that hangs must not delay the next attempt.
                 nursery.start_soon(client.close)
             delay = backoff.next_delay()
             await trio.sleep(random.uniform(delay / 2, delay))
@@ -203,7 +204,7 @@ class NatsTransport(BaseTransport):
         self._client = None
         if self.connected:
             if not client.closing:
-                # Before anybody who waits for the loss asks why.
+                # The tasks that wait for the loss will ask for the reason.
                 self._note_down(_failure_of(client))
             self._state.value = State.DOWN
         self._wake_waiters()
@@ -277,10 +278,10 @@ class NatsTransport(BaseTransport):
             client.forget(token)
 
     async def call(self, function: Callable[[Any], Awaitable[T]]) -> T:
-        """Run an async function of nats-py's client in its thread. A checkpoint.
+        """Call an async function with nats-py's client, in its thread. A checkpoint.
 
         Raises:
-          TransportBroken: where it fails, or the connection goes away; it may have been done.
+          TransportBroken: if it fails, or the connection is lost. It may have had its effect.
 
         """
         await trio.lowlevel.checkpoint()
@@ -303,7 +304,7 @@ class NatsTransport(BaseTransport):
     # For the client.
 
     def dispatch(self, item: Incoming, behind_ns: int) -> None:
-        """Pass on what arrived; ``behind_ns`` takes its stamps to local time."""
+        """Pass on a message; ``behind_ns`` is added to its time stamps to get local time."""
         if item.number == INBOX:
             self._received += 1
             answers = self._requests.get(item.subject.rpartition(".")[2])
@@ -318,11 +319,11 @@ class NatsTransport(BaseTransport):
             )
 
     def count_dropped(self, messages: int) -> None:
-        """Count messages that came faster than the thread could hand them over."""
+        """Count messages that arrived faster than the thread could pass them on."""
         self._dropped += messages
 
     def client_complained(self, client: Client, error: str) -> None:
-        """Keep an error that did not end the connection, and fail what it refuses."""
+        """Note an error that did not end the connection; fail the requests that it refuses."""
         if "permissions violation" in error.lower():
             self._permission_errors += 1
             refusal = _REFUSAL.search(error.lower())
@@ -331,13 +332,13 @@ class NatsTransport(BaseTransport):
         self.note_error(error)
 
     def _refuse(self, client: Client, verb: str, subject: str) -> str:
-        # Returns what to tell of it. nats-py gives the subject in lower case.
+        # Return the text to log. nats-py gives the subject in lower case.
         what = f"{verb} to {subject}"
         if what in self._refused or len(self._refused) < _REFUSALS:
             self._refused[what] += 1
         if verb == "subscription":
             if subject == f"{client.inbox}.*".lower():
-                # Its name is another one on each connection.
+                # Each connection has another inbox, so the text does not name it.
                 text = (
                     f"permission denied: this user may not subscribe to {self._inbox_prefix}.>, "
                     "where answers to its requests come; set `inbox_prefix` "
@@ -361,7 +362,10 @@ class NatsTransport(BaseTransport):
         elif subject in (beat_subject(self._cluster_id), sync_subject(self._cluster_id)):
             advice = f"`cluster_id` ({PREFIX}CLUSTER_ID) must be the one in them; "
         elif subject == recall_subject(self._cluster_id) and verb == "subscribe":
-            advice = f"one who only looks on sets `answer_recalls` ({PREFIX}ANSWER_RECALLS) false; "
+            advice = (
+                f"a program that only observes needs `answer_recalls` ({PREFIX}ANSWER_RECALLS) "
+                "to be false; "
+            )
         return (
             f"permission denied: this user may not {verb} to {subject}; "
             f"{advice}docs/security.md says what each role may do"
@@ -387,8 +391,8 @@ def _options(config: BackbeatConfig, name: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "name": name,
         "allow_reconnect": False,
-        # What nats-py gathers before it writes. By default it joins megabytes into one piece of
-        # memory, and holds the GIL for as long.
+        # How many bytes nats-py collects before it writes. By default it joins megabytes into one
+        # piece of memory, and holds the GIL meanwhile.
         "pending_size": 128 * 1024,
         "connect_timeout": config.connect_timeout,
         "inbox_prefix": config.inbox_prefix,
@@ -412,7 +416,7 @@ def _options(config: BackbeatConfig, name: str) -> dict[str, Any]:
             text = Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(f"{field}={path!r}: cannot be read: {error.strerror}") from None
-        # nats-py looks for what is not there until the end of the process.
+        # In a file without these, nats-py would search for ever.
         if field == "creds" and not all(part in text for part in _CREDENTIALS):
             raise ConfigError(f"{field}={path!r}: holds no JWT and its seed")
         options[option] = path

@@ -1,13 +1,14 @@
 """One connection to NATS: a nats-py client, its event loop and its thread.
 
-nats-py is asyncio. A client lives in a thread of its own, made through anyio's blocking portal, and
-is never used again once its connection is lost: one that hangs (a half-open socket with full
-buffers, a close that never ends) is abandoned and not waited for. Only this module, `nats_loop` and
-`jetstream` (whose functions run in that thread) know nats-py and asyncio, and only this one anyio.
+nats-py needs asyncio. So a client runs in a thread of its own, which anyio's blocking portal makes.
+Once its connection is lost, it is never used again. If it hangs, for example in a half-open socket
+with full buffers, it is abandoned. Only this module, `nats_loop` and `jetstream` (whose functions
+run in that thread) use nats-py and asyncio, and only this one uses anyio.
 
-Both directions are a hand-over, not an await. To the thread: a deque, and one wake-up for all that
-is in it. From the thread: a deque, and one idempotent `run_sync_soon`. Arrival and departure are
-stamped in the thread; the stamps cross as ages, since the clocks of the two sides differ.
+Messages are passed on in both directions without waiting. To the thread they go through a deque,
+with one wake-up for all that is in it; from the thread through another deque, with one idempotent
+`run_sync_soon`. The thread notes when a message arrived or was sent. These times are passed on as
+ages, because the clocks of the two threads differ.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from .nats_loop import THREAD, ConnectionLoop
 _PING_EVERY: Final = 0.4
 _PING_PATIENCE: Final = 1.0
 _PING_MOST_LOOKS: Final = 5
-# Where fewer bytes than this come in a second, there is no queue that the answer could be in.
+# If fewer bytes than this arrive in a second, the answer does not wait in a queue.
 _TRICKLE: Final = 16 * 1024
-# What a message costs on the wire besides its payload, roughly.
+# About how many bytes a message has besides its payload.
 _OVERHEAD: Final = 32
-# More than a peer that reads nothing can have been sent: what the kernels of both sides hold.
+# More bytes than can be sent to a peer that reads nothing: the kernels of both sides hold fewer.
 _SOCKET_BUFFERS: Final = 16 * 1024 * 1024
-# What may be under way to the thread before publishers wait, and until when they do.
+# Publishers wait from so many bytes on their way to the thread until there are only so many.
 _HIGH_WATER: Final = 2 * 1024 * 1024
 _LOW_WATER: Final = 1024 * 1024
-# What may be under way from the thread before the newest is dropped.
+# How much may be on its way from the thread; more messages are dropped.
 _INCOMING_MESSAGES: Final = 65_536
 _INCOMING_BYTES: Final = 64 * 1024 * 1024
 # How many messages are passed on before other tasks get a turn.
 _AT_ONCE: Final = 1024
-# For letting go of a client: then it is abandoned.
+# How long closing a client may take, in seconds, before it is abandoned.
 _CLOSE_PATIENCE: Final = 1.0
-# nats-py's flush must never be cut short, as that ends its read loop; so it gets for ever.
+# A flush of nats-py must not time out, because that ends its read loop.
 _FOREVER: Final = 10**9
 
 # Errors after which nats-py gives the connection up.
@@ -95,7 +96,7 @@ class Call(NamedTuple):
 
 
 class Outcome:
-    """What becomes of a call, on Trio's side."""
+    """The result of a call, on Trio's side."""
 
     def __init__(self) -> None:
         self.event = trio.Event()
@@ -121,7 +122,7 @@ class Incoming(NamedTuple):
 
 
 class Owner(Protocol):
-    """What a client tells its transport; all of it on Trio's side."""
+    """What a client calls of its transport, always on Trio's side."""
 
     @property
     def connect_timeout(self) -> float: ...
@@ -135,8 +136,8 @@ class Owner(Protocol):
 
 @final
 class _Wary(nats.aio.client.Client):
-    # nats-py signs for whoever greets it with a nonce, and what signs is no option that could be a
-    # callable which looks first. This is the step before anything leaves.
+    # nats-py signs the nonce of any server, even of one without TLS, and has no option to check the
+    # server first. So the check is done here, before anything is sent.
 
     def __init__(self, check: Callable[[], None]) -> None:
         super().__init__()
@@ -148,11 +149,11 @@ class _Wary(nats.aio.client.Client):
 
     @property
     def working(self) -> list[asyncio.Task[Any]]:
-        """The tasks that read and that write; where one has ended, the client is of no use."""
+        """The tasks that read and write. If one of them has ended, the client does not work."""
         return [task for task in (self._reading_task, self._flusher_task) if task is not None]
 
     async def flush(self, timeout: int = _FOREVER) -> None:
-        # nats-py reports success at once where nobody would read the server's answer.
+        # Without its reading task nats-py would report success at once.
         if any(task.done() for task in self.working):
             raise nats.errors.ConnectionClosedError
         await super().flush(timeout)
@@ -169,7 +170,7 @@ class Client:
         self.lost = trio.Event()
         self.error: Exception | None = None
         self.closing = False
-        """Whether it is let go of, and was not lost before."""
+        """Whether the client is being closed, and was not lost before."""
         self.max_payload = 0
         self.inbox = ""
         self.no_answers: TransportBroken | None = None
@@ -183,7 +184,7 @@ class Client:
         self._queued = self._written = 0
         self._woken = False
         self._incoming: deque[Incoming] = deque()
-        # One side counts up the one and the other the other: no sum is changed from two threads.
+        # Each thread changes only one of the two, so no sum is changed by two threads.
         self._taken_bytes = self._passed_bytes = 0
         self._dropped = self._dropped_reported = 0
         self._sent: dict[str, int] = {}
@@ -202,12 +203,12 @@ class Client:
     # Trio's side.
 
     async def open(self) -> None:
-        """Start the thread, and wait for the connection or the reason for its absence."""
+        """Start the thread, and wait for the connection, or raise why there is none."""
         portal_cm = start_blocking_portal(
             "asyncio", {"loop_factory": ConnectionLoop}, name=THREAD + self.server.host
         )
-        # This can be cancelled while the threads of too many clients still have to end, and not
-        # any more once the thread is being started: so no portal is ever lost.
+        # This can be cancelled only while it waits for the threads of other clients to end, and not
+        # once its own thread is being started. So no portal is lost.
         portal = await trio.to_thread.run_sync(portal_cm.__enter__, limiter=self.owner.limiter)
         self._portal_cm = portal_cm
         self._life = portal.start_task_soon(self._main)
@@ -219,7 +220,7 @@ class Client:
             raise self.error
 
     async def close(self) -> None:
-        """Let go of the client and its thread; one that hangs is left behind."""
+        """Close the client and end its thread, or abandon it if it hangs."""
         self.closing = True
         self.fail(TransportBroken("the connection was closed"))
         if self._up and self._loop is not None:
@@ -237,7 +238,7 @@ class Client:
             )
 
     def fail(self, error: Exception) -> None:
-        """Take note that the connection is gone, the first time it is told."""
+        """Note that the connection is lost. Only the first error is kept."""
         if self.error is None:
             self.error = error
         self.outcome.set()
@@ -251,18 +252,18 @@ class Client:
 
     @property
     def backlog(self) -> int:
-        """Bytes handed over and not yet written."""
+        """How many bytes have been passed to the thread, and not been written yet."""
         return self._queued - self._written
 
     def send(self, item: Publish | Subscribe | Unsubscribe | Flush | Call) -> None:
-        """Hand something to the thread."""
+        """Pass something to the thread."""
         if isinstance(item, Publish):
             self._queued += len(item.data)
         self._outgoing.append(item)
         self._wake_thread()
 
     async def flush(self, number: int) -> None:
-        """Wait until the server has taken in all that was handed over before."""
+        """Wait until the server has received everything that was passed to the thread before."""
         event = self._flushes[number] = trio.Event()
         try:
             self.send(Flush(number))
@@ -273,9 +274,9 @@ class Client:
             raise TransportBroken(str(self.error))
 
     async def call(self, function: Callable[[nats.aio.client.Client], Awaitable[T]]) -> T:
-        """Run a function of nats-py's client in the thread, after all that was handed over before.
+        """Call a function with nats-py's client in the thread, after all that was sent before.
 
-        It must end by itself in time: where this is cancelled, nobody waits for it any more.
+        The function must end by itself. If this is cancelled, the function goes on in the thread.
         """
         outcome = Outcome()
         self._calls.add(outcome)
@@ -298,7 +299,7 @@ class Client:
         try:
             self._loop.call_soon_threadsafe(self._wake.set)
         except RuntimeError:
-            # The loop has ended, by itself or with its process; the supervisor learns it elsewhere.
+            # The loop has ended by itself, or it belongs to the process that this is a fork of.
             self.fail(TransportBroken("the connection's thread has ended"))
 
     def _drain_incoming(self) -> None:
@@ -315,7 +316,7 @@ class Client:
             self._to_trio(self._drain_incoming, idempotent=True)
 
     async def wait_room(self) -> None:
-        """Wait while more is under way to the thread than it should be."""
+        """Wait while too much is on its way to the thread."""
         while self.backlog > _HIGH_WATER and not self.lost.is_set():
             if self.room.is_set():
                 self.room = trio.Event()
@@ -325,7 +326,7 @@ class Client:
                 await self.room.wait()
 
     def forget(self, token: str) -> None:
-        """Drop the stamp of a request that nobody waits for any more."""
+        """Forget when a request was sent, once its block has been left."""
         self._sent.pop(token, None)
 
     def _made_room(self) -> None:
@@ -336,7 +337,7 @@ class Client:
     def _to_trio(
         self, function: Callable[..., object], *args: Any, idempotent: bool = False
     ) -> None:
-        # What the function raises would be an internal error of Trio: so it must not raise.
+        # The function must not raise, because Trio would take that for an internal error.
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(function, *args, idempotent=idempotent)
 
@@ -354,7 +355,7 @@ class Client:
                 **self._secured(client),
             )
             self._check_tls(client)
-            # They may end without a word.
+            # nats-py does not report when they end.
             for task in client.working:
                 task.add_done_callback(self._on_ended)
             self.inbox = client.new_inbox()
@@ -367,7 +368,7 @@ class Client:
             if pump.done():
                 pump.result()
             else:
-                # It waits for a peer that takes nothing any more.
+                # The pump waits for a peer that does not read any more.
                 self._hung = True
         except asyncio.CancelledError:
             error = TransportBroken("the connection's thread was stopped")
@@ -377,7 +378,7 @@ class Client:
             self._to_trio(self.fail, error)
             for task in list(self._tasks):
                 task.cancel()
-            # Its errors say nothing that the loss has not said.
+            # Errors of closing are of no interest, because the loss has been reported.
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 if self._hung:
                     _abort(client)
@@ -385,8 +386,8 @@ class Client:
             _abort(client)
 
     def _secured(self, client: nats.aio.client.Client) -> dict[str, Any]:
-        # nats-py sends secrets in the clear to a server that does not ask for TLS, even when the
-        # URL says tls://. It asks for callables at the last moment, which can look first.
+        # nats-py sends secrets in the clear to a server that does not ask for TLS, even if the URL
+        # is a tls:// one. It accepts callables, which it calls just before. They check it first.
         options = dict(self._options)
 
         def guarded(secret: str) -> Callable[[], str]:
@@ -427,13 +428,13 @@ class Client:
         return TransportBroken(f"no connection to {where}: {text}")
 
     def _translate_call(self, error: Exception) -> Exception:
-        # The connection stands, and what was asked over it was refused or not answered: that is to
-        # be told, and not that there were no connection.
+        # There is a connection, and a request over it was refused or not answered. The text must
+        # say that, and not that there is no connection.
         where = self.server.url
         if isinstance(error, nats.js.errors.APIError) and error.description:
             return TransportBroken(f"JetStream on {where}: {error.description}")
         if isinstance(error, nats.js.errors.ServiceUnavailableError):
-            return TransportBroken(f"JetStream on {where}: nobody answers")
+            return TransportBroken(f"JetStream on {where}: it does not answer")
         if isinstance(error, (nats.errors.TimeoutError, TimeoutError)):
             return TransportBroken(f"JetStream on {where}: no answer in time")
         return self._translate(error)
@@ -447,14 +448,14 @@ class Client:
     def _drop(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            # Looked at, or asyncio complains of it; what matters of it shows elsewhere.
+            # Otherwise asyncio logs that the exception was never retrieved.
             task.exception()
 
     async def _on_error(self, error: Exception) -> None:
         if not self._up:
-            # Otherwise the first connect is tried again for minutes.
+            # Otherwise nats-py would try to connect again for minutes.
             raise error
-        # The loss of the connection is told of by itself.
+        # The loss of the connection is reported in another way.
         if not isinstance(error, _LOSSES):
             text = str(error).removeprefix("nats: ")
             self._to_trio(self.owner.client_complained, self, text)
@@ -464,7 +465,7 @@ class Client:
 
     def _on_ended(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled():
-            # Looked at, or asyncio complains of it.
+            # Otherwise asyncio logs that the exception was never retrieved.
             task.exception()
         self._end()
 
@@ -474,7 +475,7 @@ class Client:
             self._ended.set()
 
     def _stop(self) -> None:
-        # What was handed over is written first, unless that takes too long.
+        # First write what has been passed to the thread, unless that takes too long.
         self._stopping = True
         if self._loop is not None and self._wake is not None and self._ended is not None:
             self._wake.set()
@@ -485,20 +486,20 @@ class Client:
         self.outcome.set()
 
     async def _watch(self, client: nats.aio.client.Client) -> None:
-        # A half-open connection looks well until something is asked of it.
+        # A half-open connection shows only by a request without an answer.
         while True:
             await asyncio.sleep(_PING_EVERY)
             pong = self._keep(client.flush())
-            # The answer queues behind whatever else has arrived, and the ping behind what is being
-            # sent. Progress with these explains a late answer, but it may be progress in one
-            # direction only: so it does not explain an answer that never comes.
+            # The ping waits behind what is being sent, and its answer behind what has arrived.
+            # Progress with these explains a late answer. But if there is progress in one direction
+            # only, the answer may never come, so the number of looks is limited.
             for _ in range(_PING_MOST_LOOKS):
                 before = self._progress(client)
                 await asyncio.wait({pong}, timeout=_PING_PATIENCE)
                 if pong.done() or self._progress(client) == before:
                     break
             if not pong.done():
-                # Where it was this process that stood still, the answer is about to be read.
+                # If this process itself was stopped for a while, the answer is about to be read.
                 await asyncio.wait({pong}, timeout=_PING_EVERY / 2)
             if not pong.done() or pong.exception() is not None:
                 self._hung = True
@@ -538,7 +539,7 @@ class Client:
             if self._stopping:
                 return
             self._woken = False
-            # What was handed over before the flag fell woke nobody.
+            # Something that was passed on before the flag was cleared has not woken this task.
             if not self._outgoing:
                 await self._wake.wait()
             self._wake.clear()
@@ -592,9 +593,9 @@ class Client:
 
 
 def _behind_ns() -> int:
-    # Ages cross between the clocks, not readings: this is what takes the one to the other. Where
-    # this thread is preempted between its looks at the two the answer is wrong by as much; so the
-    # best of a few counts, as it does with pings.
+    # Return what to add to a time of the other thread's clock to get local time. If this thread is
+    # interrupted between reading the two clocks, the result is wrong by as much. So the best of a
+    # few results counts, as with pings.
     best, behind = 1 << 62, 0
     for _ in range(3):
         before = time.perf_counter_ns()
@@ -608,8 +609,8 @@ def _behind_ns() -> int:
 
 
 def _abort(client: nats.aio.client.Client) -> None:
-    # nats-py closes politely or not at all: it waits for a peer that reads no more, and leaves the
-    # socket of a connection that was refused to the garbage collector.
+    # nats-py waits for a peer that does not read any more, and leaves the socket of a refused
+    # connection to the garbage collector.
     transport = getattr(client, "_transport", None)
     for name in ("_io_writer", "_bare_io_writer"):
         writer = getattr(transport, name, None)

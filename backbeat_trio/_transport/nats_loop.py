@@ -1,4 +1,4 @@
-"""The event loop of a connection: how it looks up names, and where it complains."""
+"""The event loop of a connection: how it looks up host names, and where it logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import nats.aio.client
 
 _LOGGER: Final = logging.getLogger("backbeat_trio")
 THREAD: Final = "backbeat-nats-"
-"""What the name of each connection's thread begins with."""
+"""The beginning of the name of each connection's thread."""
 
 _Lookup = tuple[Any, ...]
 _lookups: dict[_Lookup, Future[list[Any]]] = {}
@@ -22,14 +22,15 @@ _lookups_lock = threading.Lock()
 
 
 def _look_up(what: _Lookup) -> Future[list[Any]]:
-    # asyncio looks names up in threads that the interpreter waits for at its exit, and in one more
-    # for each attempt to connect. A name server may take minutes: so all who ask for the same share
-    # one daemonic thread.
+    # By default asyncio looks up names in threads for which the interpreter waits when it exits,
+    # and each attempt to connect takes one more. A name server may need minutes. So all attempts
+    # that look up the same name share one daemon thread.
     with _lookups_lock:
         future = _lookups.get(what)
         if future is None:
             future = Future()
-            # Running futures cannot be cancelled, so one who gives up does not disturb the others.
+            # A running future cannot be cancelled, so an attempt that gives up does not affect the
+            # others.
             future.set_running_or_notify_cancel()
             threading.Thread(
                 target=_finish_lookup, args=(what, future), name="backbeat-resolver", daemon=True
@@ -41,7 +42,7 @@ def _look_up(what: _Lookup) -> Future[list[Any]]:
 def _finish_lookup(what: _Lookup, future: Future[list[Any]]) -> None:
     try:
         found = socket.getaddrinfo(*what)
-    except Exception as error:  # noqa: BLE001 - it belongs to those who asked
+    except Exception as error:  # noqa: BLE001 - it is raised where the name was needed
         outcome = functools.partial(future.set_exception, error)
     else:
         outcome = functools.partial(future.set_result, found)
@@ -52,7 +53,7 @@ def _finish_lookup(what: _Lookup, future: Future[list[Any]]) -> None:
 
 @final
 class ConnectionLoop(asyncio.SelectorEventLoop):
-    """An event loop that needs no executor, and complains to the package's own log."""
+    """An event loop that needs no executor, and logs to the package's own logger."""
 
     async def getaddrinfo(
         self,
@@ -67,18 +68,18 @@ class ConnectionLoop(asyncio.SelectorEventLoop):
         return await asyncio.wrap_future(_look_up((host, port, family, type, proto, flags)))
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
-        # The text of a callback's failure shows the callback's arguments, which may be secret.
+        # The text for a callback that failed shows its arguments, which may be secret.
         text = "Exception in callback" if "handle" in context else context.get("message")
         _LOGGER.debug("asyncio: %s", text, exc_info=context.get("exception"))
 
 
 def _redirect(record: logging.LogRecord) -> bool:
-    # Python writes warnings to stderr where nobody has configured logging. What asyncio and nats-py
-    # warn of in our threads are consequences of a lost connection, which is reported anyway.
+    # If logging is not configured, Python writes warnings to stderr. Those of asyncio and nats-py
+    # in the threads of connections follow from a lost connection, which is reported anyway.
     if record.levelno < logging.WARNING or not (record.threadName or "").startswith(THREAD):
         return True
     if "eof_received" in record.getMessage():
-        # asyncio says so whenever a TLS connection ends; it means nothing.
+        # asyncio logs this whenever a TLS connection ends. It does not mean anything.
         return False
     _LOGGER.debug("%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
     return False

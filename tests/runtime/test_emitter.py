@@ -51,7 +51,7 @@ class Journal:
     async def open(self) -> bool:
         await trio.sleep(0.1)
         if self.answer is None:
-            raise TransportBroken("nobody answers")
+            raise TransportBroken("the server does not answer")
         return self.answer
 
     async def store(self, subject: str, claims: Sequence[tuple[str, bytes]]) -> list[bool]:

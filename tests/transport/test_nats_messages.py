@@ -31,7 +31,7 @@ guarded = helpers.guarded(120)
             nats.js.errors.BadRequestError(400, "stream names it 'x'", 10001),
             "JetStream on {url}: stream names it 'x'",
         ),
-        (nats.js.errors.ServiceUnavailableError(), "JetStream on {url}: nobody answers"),
+        (nats.js.errors.ServiceUnavailableError(), "JetStream on {url}: it does not answer"),
         (nats.errors.TimeoutError(), "JetStream on {url}: no answer in time"),
         (nats.errors.ConnectionClosedError(), "no connection to {url}: connection closed"),
     ],
