@@ -1,4 +1,4 @@
-"""``backbeat claims``: what agents say, a line each."""
+"""``backbeat claims``: show the claims of agents, a line each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .parameters import agent as agent_or_all, duration
     "--since",
     type=duration,
     metavar="1h",
-    help="First the ends of operations that were stored so long ago at most, oldest first.",
+    help="First show the last claims of operations that ended in this time, oldest first.",
 )
-@click.option("--failed", is_flag=True, help="Only claims of what has failed.")
+@click.option("--failed", is_flag=True, help="Show only claims with the state 'failed'.")
 @takes_connection()
 async def show_claims(
     connection: Connection,
@@ -57,7 +57,7 @@ async def show_claims(
 
 
 def format_claim(claim: StatusClaim) -> str:
-    """Write a claim as a line for people. What agents write is shown without control characters."""
+    """Write a claim as a line for people, with control characters of the agent's text replaced."""
     fields = (claim.agent_id, claim.task_id, claim.notes)
     agent, task, notes = ("".join(c if c.isprintable() else "?" for c in text) for text in fields)
     return (

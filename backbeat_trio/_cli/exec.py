@@ -1,4 +1,4 @@
-"""``backbeat exec``: a command under a budget of beats, as ``timeout`` has it in seconds."""
+"""``backbeat exec``: run a command with a budget of beats, as ``timeout`` does with seconds."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class _Limits(NamedTuple):
     """How long the command may run, and how it is ended."""
 
     beats: float
-    """Its budget; 0 is no limit."""
+    """The budget; 0 is no limit."""
     signal: int
-    """What it is sent when the budget has run out."""
+    """The signal that it gets when the budget has run out."""
     kill_after: float | None
-    """After how many beats more it is killed; 0 and None are never."""
+    """How many beats after the signal it is killed; 0 and None are never."""
     preserve_status: bool
-    """Whether its own exit status is returned even then."""
+    """Whether the exit status is the command's own, even if the budget ran out."""
 
 
 @click.command(
@@ -120,7 +120,7 @@ class _Command:
     """A command, and the process group that its signals go to.
 
     A shell at a terminal makes a group for each job, and lets only one of them read from the
-    terminal. Where this program leads such a group, the command stays in it, as it does under
+    terminal. If this program leads such a group, the command stays in it, as it does under
     `timeout`. Otherwise the command gets a group of its own.
     """
 
@@ -131,16 +131,17 @@ class _Command:
         self._kill_shared_group = False
         self._process: trio.Process | None = None
         self.may_be_signalled = True
-        """False once a signal was refused, as the command runs as another user."""
+        """False once a signal was refused, because the command runs as another user."""
 
     async def start(self) -> None:
         """Start it. A checkpoint.
 
         Raises:
-          OSError: where it cannot be started; it has a `filename` where the command is at fault.
+          OSError: if it cannot be started. It has a `filename` if that is because of the command.
+
         """
         if not self._argv[0]:
-            # It would be looked for as the directories of the path.
+            # An empty name would find the directories of the path.
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._argv[0])
         # A program inherits what its parent ignores, but not what its parent handles.
         for number in _TERMINAL:
@@ -151,7 +152,7 @@ class _Command:
             except OSError as error:
                 if error.errno != errno.ENOEXEC:
                     raise
-                # POSIX has a script that does not name its interpreter run by the shell.
+                # By POSIX, the shell runs a script that does not name its interpreter.
                 path = shutil.which(self._argv[0]) or self._argv[0]
                 self._process = await self._open(["/bin/sh", path, *self._argv[1:]])
         finally:
@@ -167,7 +168,7 @@ class _Command:
 
     @property
     def returncode(self) -> int | None:
-        """How it has ended, as `subprocess.Popen.returncode` has it; None while it runs."""
+        """How it has ended, as in `subprocess.Popen.returncode`; None while it runs."""
         return None if self._process is None else self._process.returncode
 
     async def wait(self) -> int:
@@ -176,9 +177,9 @@ class _Command:
         return await self._process.wait()
 
     def send(self, number: int) -> None:
-        """Send a signal to the command and to its group, and have what was stopped go on.
+        """Send a signal to the command and its group, and continue processes that were stopped.
 
-        Prints an error where the command may not be signalled. Not a checkpoint.
+        It prints an error if this user may not signal the command. Not a checkpoint.
         """
         if self._process is None or self._process.returncode is not None:
             return
@@ -194,7 +195,8 @@ class _Command:
             group = None
         try:
             alone = group is None or os.getpgid(pid) != group
-            # Signalling a group succeeds where one member may be signalled, so ask for the command.
+            # Signalling a group succeeds if one of its members may be signalled. So signal 0 shows
+            # whether the command may be.
             os.kill(pid, number if alone else 0)
             if group is not None:
                 _signal_group(group, number)
@@ -210,7 +212,7 @@ class _Command:
             self.may_be_signalled = False
 
     def kill_shared_group(self) -> None:
-        """Kill the group of this program, where the command had to be killed in it."""
+        """Kill the group of this program, if the command was killed in it."""
         if self._kill_shared_group:
             os.killpg(0, signal.SIGKILL)
 

@@ -22,7 +22,7 @@ _COMPLETE: Final = "_BACKBEAT_COMPLETE"
 _WIDTH: Final = 80
 _REFUSED: Final = 2
 SIGNALLED: Final = 128
-# What writing to a full or a broken disk ends with.
+# The errors of writing to a full or a broken disk.
 _DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # Name of a command: its module, the function there, and its line in the list of commands.
@@ -108,7 +108,7 @@ def run(arguments: Sequence[str]) -> int:
             color=False if os.environ.get("NO_COLOR") else None,
         ) as ctx:
             command = cli.invoke(ctx)
-            # Help has been shown; everything else returns what is left to run.
+            # A command returns the coroutine to run; None if only help was shown.
             return 0 if command is None else _run(command, ctx.invoked_subcommand or "")
     except Exit as error:
         return error.exit_code
@@ -152,7 +152,8 @@ def _run(command: Coroutine[Any, Any, int], name: str) -> int:
         return await command
 
     async def until_terminated() -> int:
-        # SIGTERM unwinds as Ctrl-C does, so that claims are flushed and children stopped.
+        # SIGTERM cancels the command as Ctrl-C does, so that claims are sent and programs that were
+        # started are stopped.
         async def wait_for_signal() -> None:
             with trio.open_signal_receiver(signal.SIGTERM) as signals:
                 async for _ in signals:
@@ -181,7 +182,7 @@ def _run(command: Coroutine[Any, Any, int], name: str) -> int:
 
 
 def _sole(error: BaseException) -> BaseException:
-    # Each nursery here has one task that may raise: what is in a group is all there is.
+    # Only one task of each nursery here may raise, so a group holds a single exception.
     while isinstance(error, BaseExceptionGroup):
         error = (error.subgroup(KeyboardInterrupt) or error).exceptions[0]
     return error

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .._transport.nats import NatsTransport
 
 _JETSTREAM_RETRY: Final = 1.0
-# How often it is looked at what permissions refused.
+# How often it checks what permissions have refused, in seconds.
 _REFUSALS_EVERY: Final = 0.5
 # Limits of the stream of terminal claims: field of the settings, name on the server, unit.
 _LIMITS: Final = (
@@ -107,7 +107,7 @@ async def run_pulse(
         nursery.start_soon(_tell_outages, transport, metronome, logger)
         nursery.start_soon(_tell_copies, store, replicas, config, logger)
         if config.store_claims:
-            # The beats need it for nothing.
+            # The metronome itself does not need the stream.
             nursery.start_soon(_make_stream, transport, store, config, logger)
         nursery.start_soon(_tell_refusals, transport, metronome, config.cluster_id, logger)
         try:
@@ -148,7 +148,7 @@ async def _tell_outages(
 async def _tell_refusals(
     transport: NatsTransport, metronome: Metronome, cluster_id: str, logger: logging.Logger
 ) -> None:
-    """Say once of each thing that permissions refuse it, and when frames are taken again."""
+    """Log once each what permissions refuse, and when they accept frames again."""
     own = [
         f"{verb} to {subject}".lower()
         for subject, verbs in _subjects_of(cluster_id).items()
@@ -173,7 +173,7 @@ async def _tell_refusals(
         if counts.get(beats, 0) > refused:
             refused, sent = counts[beats], frames
         elif beats in told and frames > sent + 1:
-            # Two that were not refused: the answer to the first one would have come by now.
+            # Two frames were not refused: by now the refusal of the first one would have come.
             told.discard(beats)
             logger.info("frames are taken again")
 
@@ -194,9 +194,9 @@ async def _make_stream(
 ) -> None:
     from .._transport.jetstream import ClaimStream
 
-    # Where there is no JetStream yet there can be no stream either.
+    # Without JetStream there can be no stream.
     await store.opened.wait()
-    # Agents make it where they may, which is not everywhere.
+    # Agents create the stream, too, but their permissions may not allow it.
     stream, told = ClaimStream(transport, config), ""
     while True:
         await transport.wait_connected()
@@ -228,7 +228,7 @@ def _tell_short(stream: str, copies: float | None, logger: logging.Logger) -> No
 def _tell_difference(
     stream: str, limits: Mapping[str, float], config: BackbeatConfig, logger: logging.Logger
 ) -> None:
-    # Of what nobody has set, the defaults are no wish.
+    # Only limits that were configured count. A default may differ from the stream's limit.
     wanted = {
         field: getattr(config, field)
         for field in limits

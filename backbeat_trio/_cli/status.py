@@ -16,12 +16,12 @@ from .connection import ConnectedCommand, Connection, settings, takes_connection
 from .parameters import beats
 from .tempo import format_change, format_seconds, format_tempo
 
-# What is wide enough never to break a line.
+# A width at which no line is broken.
 _UNLIMITED: Final = 1_000_000
 
 
 class Verdict(NamedTuple):
-    """What `status` says first."""
+    """The first line of the status."""
 
     word: str
     """``"healthy"``, ``"paused"``, ``"degraded"`` or ``"disabled"``."""
@@ -55,7 +55,7 @@ async def show_status(connection: Connection, as_json: bool, wait: float) -> int
 
 
 def judge(health: Health, config: BackbeatConfig) -> Verdict:
-    """Return what the health of a session comes to, and why."""
+    """Sum up the health of a session in a word and its reason."""
     if not health.enabled:
         return Verdict("disabled", "CHORUS_BACKBEAT_ENABLED is false, so no budget is enforced")
     if health.local_degradation:

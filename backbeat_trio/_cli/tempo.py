@@ -27,8 +27,8 @@ _yes = click.option("--yes", is_flag=True, help="Also if the beat is more than a
     "--at-beat",
     type=index,
     metavar="N",
-    help="The beat on which it changes. By default the next downbeat that everybody hears of in "
-    "time.",
+    help="The beat on which it changes. By default the next downbeat that leaves time to announce "
+    "it.",
 )
 @click.option(
     "--over",
@@ -50,8 +50,8 @@ def change_tempo(
 ) -> Coroutine[Any, Any, int]:
     """Change the tempo of the cluster to BPM beats a minute; without BPM, show the tempo.
 
-    It changes on one beat for everybody. What is shown without BPM is the tempo, and the changes
-    that are to come.
+    It changes on the same beat for all agents. Without BPM it shows the present tempo, and the
+    changes that are to come.
     """
     if bpm is not None:
         return _change_tempo(connection, bpm, at_beat, over, yes, as_json)
@@ -102,7 +102,7 @@ async def _show_tempo(connection: Connection, as_json: bool) -> int:
     "--at-beat",
     type=index,
     metavar="N",
-    help="The beat on which it pauses. By default the next one that everybody hears of in time.",
+    help="The beat on which it pauses. By default the next one that leaves time to announce it.",
 )
 @_yes
 @_as_json
@@ -164,8 +164,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def _check_beat(health: Health, beat: int | None, yes: bool) -> None:
-    # A beat that was typed with a digit too many would be a change that nobody expects any more.
-    # What the leader refuses is left to the leader, which knows the beat for certain.
+    # If a beat was typed with a digit too many, its change would come when nobody expects it any
+    # more. The leader itself refuses beats that are past, because it knows the present beat.
     if beat is None or yes or health.leader_id is None:
         return
     seconds = seconds_until(health, beat)
