@@ -49,7 +49,8 @@ class Beat(Struct, frozen=True):
 class Beats:
     """An async iterator of beats or downbeats: ``async for beat in bb.beats():``.
 
-    `Session.beats` and `Session.downbeats` make it. You cannot call the class.
+    `Session.beats` and `Session.downbeats` make it. Do not call the class: its arguments are not
+    public.
 
     Each step waits for the next `Beat`, and is a checkpoint. A consumer that was busy gets the
     newest one, whose ``skipped`` is the number of those it missed. Consumers do not slow down one
