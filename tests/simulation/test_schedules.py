@@ -79,7 +79,7 @@ def test_a_schedule_without_faults_breaks_no_rule() -> None:
 def test_a_dead_leader_is_replaced_and_no_beat_is_lost() -> None:
     result = clusters.run(make(faults.Kill(10.1, "pulse-0", 2.0), pulses=2), keep=True)
     assert not result.violations
-    assert any("pulse-0: takes over" in line for line in result.trace)
+    assert any("pulse-0: metronome leads" in line for line in result.trace)
     assert any("pulse-1: takes over from pulse-0: its process is gone" in x for x in result.trace)
     assert any("pulse-0#1: stands by" in line for line in result.trace)
 
