@@ -65,8 +65,8 @@ class OperationCancelled(BackbeatError):
     Leaving the block raises it, so that the code after the block does not run as if all were well.
 
     Attributes:
-      reason: the reason that the other program gave.
-      asked_by: the agent id that the other program gave for itself. Nothing proves it.
+      reason: why, in the words of whoever asked for it.
+      asked_by: the agent id under which it was asked for. Nothing proves it.
 
     """
 

@@ -32,6 +32,10 @@ Uncertainty: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_NS)]
 Wait: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_NS)]
 Identity: TypeAlias = Annotated[str, Meta(max_length=128)]
 
+# The most characters of the type or the id of an operation, and of a reason to cancel one.
+MAX_NAME: Final = 1000
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+
 ClaimState: TypeAlias = Literal["executing", "done", "failed", "waiting"]
 BeatPhase: TypeAlias = Literal["downbeat", "upbeat"]
 Role: TypeAlias = Literal["leader", "standby", "agent"]
@@ -40,9 +44,6 @@ HEALTH_TASK_ID: Final = "chorus-p2p-health"
 
 _ELLIPSIS: Final = "\N{HORIZONTAL ELLIPSIS}"
 _ELLIPSIS_BYTES: Final = len(_ELLIPSIS.encode())
-
-# The most characters of the type or the id of an operation, and of a reason to cancel one.
-MAX_NAME: Final = 1000
 
 MAX_TOKEN: Final = 128
 TOKEN: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TOKEN}}}", re.ASCII)
@@ -289,32 +290,43 @@ class TempoReply(Struct, frozen=True, tag_field="type", tag="backbeat.tempo.v1")
     segment: Segment | None = None
 
 
-Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
-
-
 class ControlRequest(Struct, frozen=True, tag_field="type", tag="backbeat.control.v1"):
-    """A request to an agent about one of its operations, on `control_subject`."""
+    """A request to an agent about one of its operations, on `control_subject`.
+
+    Attributes:
+      cluster_id: the cluster of the agent.
+      action: what to do; ``"cancel"`` is all that there is. One that is unknown is refused.
+      operation_id: the operation.
+      reason: why, for people to read.
+      asked_by: the agent id of whoever asks.
+
+    """
 
     cluster_id: Identity
     action: Identity
-    """What to do; ``"cancel"`` is all that there is. One that is unknown is refused."""
     operation_id: Name
     reason: Name
     asked_by: Identity
-    """The agent id of whoever asks."""
 
 
 class ControlReply(Struct, frozen=True, tag_field="type", tag="backbeat.control.v1"):
-    """The agent's answer: it is done, or why not."""
+    """The agent's answer: it is done, or why not.
+
+    Attributes:
+      cluster_id: the cluster of the agent.
+      agent_id: the agent.
+      ok: whether it is done.
+      code: ``"not_found"``, ``"not_cancellable"`` or ``"unknown_action"`` if it is not done. Later
+        versions may add codes.
+      error: the same for people to read.
+
+    """
 
     cluster_id: Identity
     agent_id: Identity
     ok: bool
     code: Identity | None = None
-    """``"not_found"``, ``"not_cancellable"`` or ``"unknown_action"``, unless it is done. Later
-    versions may add codes."""
     error: Annotated[str, Meta(max_length=MAX_NAME)] | None = None
-    """The same for people to read."""
 
 
 class Probe(Struct, frozen=True, tag_field="type", tag="backbeat.lead.v1"):
