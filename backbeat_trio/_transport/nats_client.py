@@ -425,6 +425,8 @@ class Client:
             return AuthenticationFailed(f"{where} refused the credentials: {text}")
         if isinstance(error, ssl.SSLError):
             return TLSFailed(f"no trusted TLS connection to {where}: {text}")
+        if isinstance(error, TimeoutError) and not str(error):
+            return TransportBroken(f"no answer from {where} in time")
         return TransportBroken(f"no connection to {where}: {text}")
 
     def _translate_call(self, error: Exception) -> Exception:
