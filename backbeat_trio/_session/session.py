@@ -572,7 +572,7 @@ class Session:
         except TransportBroken as error:
             raise MetronomeUnavailable(f"no metronome answered: {error}") from error
         except msgspec.DecodeError as error:
-            raise MetronomeUnavailable(f"the metronome's answer is not valid: {error}") from None
+            raise MetronomeUnavailable(f"the metronome's answer is not readable: {error}") from None
         if not reply.ok or reply.effective_beat is None:
             raise TempoRefused(reply.error or "the metronome refused without a reason")
         return reply.effective_beat
@@ -887,6 +887,6 @@ def _reason(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - it must not take the place of the exception itself
-        text = "an exception whose text cannot be made"
+        text = "its text cannot be shown"
     text = text.encode(errors="replace").decode()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

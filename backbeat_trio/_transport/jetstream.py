@@ -289,7 +289,7 @@ class KeyValueStore:
             raise Conflict("the record has been deleted") from None
         except nats.js.errors.APIError as error:
             why = error.description or error
-            raise TransportBroken(f"JetStream does not store the record: {why}") from None
+            raise TransportBroken(f"JetStream does not take the record: {why}") from None
 
 
 @final
