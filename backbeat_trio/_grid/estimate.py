@@ -205,7 +205,7 @@ class Estimate:
                 if len(self._shifts) < _OVERRULED:
                     return Verdict.OUTLYING
                 self._contradictions, self._shifts = self._shifts, []
-                return self._begin_with_contradictions()
+                return self._begin_with_contradictions(self._shift_ns(best))
         self._contradictions.clear()
         self._begun_anew = False
         self._points.append(best)
@@ -226,36 +226,50 @@ class Estimate:
             # They contradict one another as well.
             del self._contradictions[0]
             return Verdict.OUTLYING
-        return self._begin_with_contradictions()
+        return self._begin_with_contradictions(first.delay_ns + last.delay_ns)
 
     def _note_shift(self, ping: Ping) -> bool:
-        # A clock may jump by less than the round trip, so that each single ping might be explained
-        # by its delay. Such a jump shows as several pings in a row that are off the line by the
-        # same amount, while their delays differ by far less.
-        off = ping.offset_ns - self.offset_at(ping.local_ns)
+        # A clock may jump by less than the round trip, or run at another rate, so that each single
+        # ping might be explained by its delay. It shows as several pings in a row that are off the
+        # line, by the same amount or by amounts that grow evenly, while their delays differ by far
+        # less.
         if self._carried:
             # The route to the leader before this one was another.
             return False
-        differ = abs(ping.delay_ns - self._best_ns) / 2
-        spread = differ + self._deviation(ping.local_ns) + _STAMP_NS
-        allowed = _SHIFT * spread + _SHIFT_NS
-        if abs(off) <= allowed:
+        allowed = self._shift_ns(ping)
+        if abs(self._off(ping)) <= allowed:
             self._shifts.clear()
             return False
-        if self._shifts:
-            # A different amount is no jump of a clock: the route may have changed, and changed
-            # back.
-            before = self._shifts[-1]
-            if abs(off - before.offset_ns + self.offset_at(before.local_ns)) > allowed:
-                self._shifts.clear()
         self._shifts.append(ping)
+        # Other amounts are not due to a clock: the route may have changed, and changed back.
+        while not self._are_on_one_line(self._shifts, allowed):
+            del self._shifts[0]
         return True
 
-    def _begin_with_contradictions(self) -> Verdict:
+    def _off(self, ping: Ping) -> int:
+        return ping.offset_ns - self.offset_at(ping.local_ns)
+
+    def _shift_ns(self, ping: Ping) -> float:
+        differ = abs(ping.delay_ns - self._best_ns) / 2
+        spread = differ + self._deviation(ping.local_ns) + _STAMP_NS
+        return _SHIFT * spread + _SHIFT_NS
+
+    def _are_on_one_line(self, pings: Sequence[Ping], allowed_ns: float) -> bool:
+        first, last = pings[0], pings[-1]
+        elapsed, grown = max(1, last.local_ns - first.local_ns), self._off(last) - self._off(first)
+        if abs(grown) > _ANYTHING * elapsed + allowed_ns:
+            return False
+        rest = (
+            self._off(ping) - self._off(first) - grown * (ping.local_ns - first.local_ns) / elapsed
+            for ping in pings
+        )
+        return all(abs(off) <= allowed_ns for off in rest)
+
+    def _begin_with_contradictions(self, explained_ns: float) -> Verdict:
         first, *_, last = self._contradictions
         elapsed = max(1, last.local_ns - first.local_ns)
         slope = (last.offset_ns - first.offset_ns) / elapsed
-        same_rate = abs(slope - self._frequency) * elapsed <= first.delay_ns + last.delay_ns
+        same_rate = abs(slope - self._frequency) * elapsed <= explained_ns
         if same_rate and not self._begun_anew:
             # One of the clocks jumped and then continued at the same rate.
             self._prior, self._prior_sd = self._frequency, max(self._frequency_sd, _KNOWN)
