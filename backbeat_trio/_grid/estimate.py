@@ -204,7 +204,7 @@ class Estimate:
             if self._note_shift(best):
                 if len(self._shifts) < _OVERRULED:
                     return Verdict.OUTLYING
-                self._contradictions, self._shifts = self._shifts, []
+                self._contradictions = self._shifts.copy()
                 return self._begin_with_contradictions(self._shift_ns(best))
         self._contradictions.clear()
         self._begun_anew = False
@@ -236,8 +236,15 @@ class Estimate:
         if self._carried:
             # The route to the leader before this one was another.
             return False
-        allowed = self._shift_ns(ping)
-        if abs(self._off(ping)) <= allowed:
+        allowed = chance = self._shift_ns(ping)
+        if ping.delay_ns < self._best_ns and len(self._points) >= _OVERRULED:
+            # If a clock stood still during a ping, the round trip looks shorter than all others.
+            # The ping would outweigh those before and after it. Therefore it is used only if the
+            # next one still agrees with the line.
+            chance -= _SHIFT * (self._best_ns - ping.delay_ns) / 2
+        if abs(self._off(ping)) <= chance:
+            if self.expects(ping):
+                self._points.extend(one for one in self._shifts if one.delay_ns < self._best_ns)
             self._shifts.clear()
             return False
         self._shifts.append(ping)
@@ -282,6 +289,7 @@ class Estimate:
         self._carried = False
         self._points.extend(self._contradictions)
         self._contradictions.clear()
+        self._shifts.clear()
         self._fit()
         return Verdict.OVERRULED
 
