@@ -201,7 +201,9 @@ class Estimate:
             best = best_ping(ping for ping in burst if self._agrees(ping)) or best
             if not self._agrees(best):
                 return self._contradict(best)
-            if self._note_shift(best):
+            middle = (best.delay_ns + self._best_ns) / 2
+            alone = sum(ping.delay_ns < middle for ping in burst) == 1
+            if self._note_shift(best, alone=alone):
                 if len(self._shifts) < _OVERRULED:
                     return Verdict.OUTLYING
                 self._contradictions = self._shifts.copy()
@@ -228,7 +230,7 @@ class Estimate:
             return Verdict.OUTLYING
         return self._begin_with_contradictions(first.delay_ns + last.delay_ns)
 
-    def _note_shift(self, ping: Ping) -> bool:
+    def _note_shift(self, ping: Ping, *, alone: bool) -> bool:
         # A clock may jump by less than the round trip, or run at another rate, so that each single
         # ping might be explained by its delay. It shows as several pings in a row that are off the
         # line, by the same amount or by amounts that grow evenly, while their delays differ by far
@@ -237,10 +239,10 @@ class Estimate:
             # The route to the leader before this one was another.
             return False
         allowed = chance = self._shift_ns(ping)
-        if ping.delay_ns < self._best_ns and len(self._points) >= _OVERRULED:
-            # If a clock stood still during a ping, the round trip looks shorter than all others.
-            # The ping would outweigh those before and after it. Therefore it is used only if the
-            # next one still agrees with the line.
+        if alone and ping.delay_ns < self._best_ns:
+            # If a clock stood still during a ping, its round trip looks shorter than all others,
+            # also than those of its burst. It would outweigh the pings before and after it.
+            # Therefore it is used only if the next one still agrees with the line.
             chance -= _SHIFT * (self._best_ns - ping.delay_ns) / 2
         if abs(self._off(ping)) <= chance:
             if self.expects(ping):
