@@ -94,12 +94,12 @@ async def test_health_claims_tell_of_refusals() -> None:
 
 @guarded
 async def test_ten_thousand_hostile_messages() -> None:
-    # At 4 beats a second, so that no beat is late enough for holdover, where a lower epoch may be
-    # that of a metronome that began anew.
+    # Beats are slow, so that none is late enough for holdover even on a busy machine. In holdover a
+    # lower epoch may be that of a metronome that began anew.
     async with (
         NatsServer() as server,
         plain_client(server.url) as plain,
-        leading_at(server.url, tempo_bpm=240.0) as metronome,
+        leading_at(server.url, tempo_bpm=60.0) as metronome,
         open_session(nats_url=server.url) as bb,
     ):
         await until(lambda: bb.statistics().frames >= 2)
@@ -184,7 +184,7 @@ async def test_ten_thousand_hostile_messages() -> None:
             for number in range(0, 10_000, 500):
                 await plain.publish((BEATS, data) for data in messages[number : number + 500])
                 end = number + 500
-                await until(lambda: sum(counted().values()) == end)  # noqa: B023 - awaited here
+                await until(lambda: sum(counted().values()) >= end)  # noqa: B023 - awaited here
             await until(lambda: len(fired) >= 4)
             nursery.cancel_scope.cancel()
         assert counted() == counts
