@@ -599,7 +599,11 @@ class Leader:
                 epoch=self.epoch,
             )
             first = next(segment for segment in timeline.segments if segment not in known)
-            frame = self.frame(max(self.sent, timeline.segments[0].beat0), timeline)
+            present = timeline.segments[0]
+            # While the grid is paused each frame has the beat of the pause, also after a takeover
+            # beyond beats that agents counted without knowing of the pause.
+            beat = max(self.sent, present.beat0) if present.milli_bpm else present.beat0
+            frame = self.frame(beat, timeline)
             if len(encode(frame)) > self._transport.max_payload:
                 raise TempoRefused("frames with this change would be larger than the server takes")
             if self._ledger is None:
