@@ -202,7 +202,7 @@ async def test_everybody_can_do_what_they_are_there_for(files: Files, tmp_path: 
             "NATS_CA": files.ca,
             "NATS_INBOX_PREFIX": "_INBOX_metronome",
         }
-        nursery.start_soon(functools.partial(backbeat, "pulse", "--bpm", "600", env=pulse))
+        nursery.start_soon(functools.partial(backbeat, "pulse", "--bpm", "120", env=pulse))
         fields = login(server, files, "agent-1")
         config = BackbeatConfig.from_env(
             {f"CHORUS_BACKBEAT_{name.upper()}": str(value) for name, value in fields.items()},
@@ -225,14 +225,14 @@ async def test_everybody_can_do_what_they_are_there_for(files: Files, tmp_path: 
             await claims.wait_for("election", "executing")
             await claims.wait_for("election", "done")
             home = {"XDG_CONFIG_HOME": str(tmp_path)}
-            done = await backbeat("tempo", "1200", "--context", "grid", env=home)
+            done = await backbeat("tempo", "240", "--context", "grid", env=home)
             assert done.returncode == 0, done.stderr
-            await until(lambda: agent.tempo_bpm == observer.tempo_bpm == 1200.0)
+            await until(lambda: agent.tempo_bpm == observer.tempo_bpm == 240.0)
             flags = ["-s", url_of(server), "--user", "observer", "--tlsca", files.ca]
             flags += ["--password", password_of("observer"), "--inbox-prefix", "_INBOX_observer"]
             done = await backbeat("status", "--json", *flags, env={})
             assert done.returncode == 0, done.stderr
-            assert json.loads(done.stdout)["current_tempo"] == 1200.0
+            assert json.loads(done.stdout)["current_tempo"] == 240.0
             assert agent.health().errors == observer.health().errors == ()
         nursery.cancel_scope.cancel()
         assert "Violation" not in server.log
