@@ -162,6 +162,9 @@ class BaseTransport(abc.ABC):
         self.complaints.append(error)
         self._note(error)
 
+    def _note_up(self) -> None:
+        self._last_error = self.failure = None
+
     def _note_down(self, failure: TransportBroken) -> None:
         """Keep the reason why there is no connection."""
         error = str(failure)

@@ -187,7 +187,7 @@ class MemoryTransport(BaseTransport):
         """
         self._check_open()
         self.generation += 1
-        self._last_error = self.failure = None
+        self._note_up()
         self._state.value = State.UP
 
     def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:

@@ -193,7 +193,7 @@ class NatsTransport(BaseTransport):
         self.generation += 1
         for number, mailbox in self._mailboxes.items():
             client.send(Subscribe(number, mailbox.subject))
-        self._last_error = self.failure = None
+        self._note_up()
         self._attempted.set()
         self._state.value = State.UP
 
