@@ -32,7 +32,8 @@ from backbeat_trio.testing import open_session
 
 # The median lateness with a timer must be below this part of that of Trio's sleep.
 BETTER: Final = 0.75
-TRIES: Final = 8
+# On a busy machine it takes a while until both are measured in a quiet moment.
+TRIES: Final = 60
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such timers")
 
@@ -110,7 +111,7 @@ async def is_better(wait: Callable[[], Awaitable[float]]) -> bool:
 
 
 @linux
-@guarded(120)
+@guarded(300)
 async def test_an_alarm_is_closer_to_its_instant_than_a_sleep() -> None:
     async with open_alarm() as alarm:
 
@@ -124,7 +125,7 @@ async def test_an_alarm_is_closer_to_its_instant_than_a_sleep() -> None:
 
 @linux
 @pytest.mark.parametrize("kind", ["beat", "budget", "sleep"])
-@guarded(120)
+@guarded(300)
 async def test_a_beat_clock_is_closer_to_its_instants_than_a_sleep(kind: str) -> None:
     async with running(bpm=4000) as clock:
 
