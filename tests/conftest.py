@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 
+import coverage
 import pytest
 from hypothesis import settings
 
@@ -32,3 +33,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if mark is not None and metafunc.config.getoption("--faults"):
         metafunc.fixturenames.append("_round")
         metafunc.parametrize("_round", range(*mark.args))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # The workers of pytest-xdist end without running what is registered with `atexit`, by which
+    # coverage saves what it has measured.
+    measured = coverage.Coverage.current()
+    if measured is not None and hasattr(session.config, "workerinput"):
+        measured.stop()
+        measured.save()
