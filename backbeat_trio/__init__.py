@@ -29,7 +29,7 @@ ground up:
 `_transport`     NATS, and the bus inside a process
 `_metronome`     following a leader, leading, and standing by
 `_runtime`       what a session runs: operations, claims, health
-`_calls`         requests and services that carry a caller's deadline
+`_calls`         messages that carry a caller's deadline, and cancelling from outside
 `_session`       what an application calls, and how a session begins and ends
 `http`           HTTP requests that carry a caller's deadline
 `testing`        for tests of what uses this

@@ -22,18 +22,12 @@ def check_beats(name: str, value: SupportsFloat | SupportsIndex) -> float:
       ValueError: if it is negative or NaN, or finite but too large for a float.
 
     """
-    beats = _real(name, value, "a number of beats")
-    if beats < 0:
-        raise ValueError(f"`{name}` must be non-negative")
-    return beats
+    return _non_negative(name, value, "a number of beats")
 
 
 def check_seconds(name: str, value: SupportsFloat | SupportsIndex) -> float:
     """Return a number of seconds as a float; raise unless it is one of 0 or more, or ``inf``."""
-    seconds = _real(name, value, "a number of seconds")
-    if seconds < 0:
-        raise ValueError(f"`{name}` must be non-negative")
-    return seconds
+    return _non_negative(name, value, "a number of seconds")
 
 
 def check_position(name: str, value: SupportsFloat | SupportsIndex) -> float:
@@ -52,6 +46,13 @@ def check_position(name: str, value: SupportsFloat | SupportsIndex) -> float:
     return _real(name, value, "a position in beats")
 
 
+def _non_negative(name: str, value: SupportsFloat | SupportsIndex, what: str) -> float:
+    number = _real(name, value, what)
+    if number < 0:
+        raise ValueError(f"`{name}` must be non-negative")
+    return number
+
+
 def _real(name: str, value: SupportsFloat | SupportsIndex, what: str) -> float:
     if not isinstance(value, (float, int)):
         # `float` also accepts strings and bytes, which are refused here.
@@ -67,7 +68,7 @@ def _real(name: str, value: SupportsFloat | SupportsIndex, what: str) -> float:
     except ValueError:
         # `decimal` has a signaling NaN, which `float` refuses.
         number = math.nan
-    if number != number:  # noqa: PLR0124 - only NaN differs from itself
+    if math.isnan(number):
         raise ValueError(f"`{name}` must not be NaN")
     if math.isinf(number) and value != number:
         # The text leaves out the digits: Python refuses to print an int with too many of them.

@@ -1,4 +1,4 @@
-"""Calls between services: the headers that carry a caller's deadline, and what reads them.
+"""Messages that carry a caller's deadline, and requests to cancel an operation.
 
 It imports `_runtime` and below.
 """

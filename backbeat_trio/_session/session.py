@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Generator,
-    MutableMapping,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, MutableMapping
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -17,7 +12,7 @@ from contextlib import (
     contextmanager,
     nullcontext,
 )
-from typing import Any, Final, Literal, TypeVar, TypeVarTuple, final, overload
+from typing import Any, Final, Literal, final, overload
 
 import trio
 
@@ -27,24 +22,15 @@ from .._calls.headers import Headers
 from .._calls.remaining import Remaining
 from .._checks import check_seconds
 from .._config import BackbeatConfig
-from .._errors import (
-    BackbeatError,
-)
+from .._errors import BackbeatError
 from .._runtime.claims import ClaimBatches, Claims, open_stored_claims
 from .._runtime.health import Health, SessionStatistics
 from .._runtime.operations import Operation, Phase, check_estimate
 from .._runtime.runtime import Runtime
 from .._time.scopes import BeatScope
-from .._wire import (
-    StatusClaim,
-    is_token,
-    status_subject,
-)
+from .._wire import StatusClaim, is_token, status_subject
 from .budgets import Budgets
 from .tempo import TempoChanges
-
-T = TypeVar("T")
-PosArgs = TypeVarTuple("PosArgs")
 
 session_var: contextvars.ContextVar[Session] = contextvars.ContextVar("backbeat session")
 
@@ -185,7 +171,7 @@ class Session(Budgets, TempoChanges):
         sender and for everybody whom the message reaches. If the header is of another grid, the
         beats that were left when the message was sent count from now. If the session moves to
         another grid, so do the beats that are left then. Without a header there is no deadline.
-        Deadlines around the block go on to count.
+        Deadlines around the block still count.
 
         Operations that are opened in the block are parts of the sender's operation, and messages of
         the block carry its ``traceparent``. A header that is not valid counts as missing;
