@@ -13,6 +13,7 @@ import termios
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 import trio
@@ -164,6 +165,19 @@ async def test_json_is_all_that_there_is_on_stdout() -> None:
 FULL = Path("/dev/full")
 
 
+def write_to(output: int | IO[bytes], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that writes its output to a file, and return what it wrote to stderr."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        stdout=output,
+        stderr=subprocess.PIPE,
+        check=False,
+        text=True,
+        timeout=60,
+        env=CLEAN,
+    )
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize(
     "arguments",
@@ -180,15 +194,7 @@ FULL = Path("/dev/full")
 )
 def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
     with FULL.open("wb") as full:
-        done = subprocess.run(
-            [*COMMAND, *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            check=False,
-            text=True,
-            timeout=60,
-            env=CLEAN,
-        )
+        done = write_to(full, *arguments)
     assert done.returncode == 1
     assert done.stderr == "backbeat: cannot write the output: No space left on device\n"
 
@@ -207,15 +213,7 @@ def test_a_pipe_that_nobody_reads_is_no_error(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = subprocess.run(
-            [*COMMAND, *arguments],
-            stdout=writing,
-            stderr=subprocess.PIPE,
-            check=False,
-            text=True,
-            timeout=60,
-            env=CLEAN,
-        )
+        done = write_to(writing, *arguments)
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import pytest
 import trio
 import trio.testing
+from clocks import running_clock
 from hypothesis import given, strategies as st
 
 from backbeat_trio._grid.timeline import Timeline
@@ -20,16 +20,6 @@ from backbeat_trio._wire import Segment
 
 Clock = trio.testing.MockClock
 SECOND = 1_000_000_000
-
-
-@asynccontextmanager
-async def running() -> AsyncGenerator[BeatClock, None]:
-    clock = BeatClock.local(60_000, 8)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(clock.run)
-        yield clock
-        nursery.cancel_scope.cancel()
-    clock.close()
 
 
 def steer(clock: BeatClock, error: float) -> None:
@@ -49,7 +39,7 @@ def rebase(clock: BeatClock, behind: float) -> None:
 
 async def test_every_wait_for_a_position_takes_longer(autojump_clock: Clock) -> None:
     ended: dict[str, float] = {}
-    async with running() as clock, trio.open_nursery() as nursery:
+    async with running_clock() as clock, trio.open_nursery() as nursery:
         start = trio.current_time()
 
         async def wait(name: str, beats: float) -> None:
@@ -89,7 +79,7 @@ async def test_every_wait_for_a_position_takes_longer(autojump_clock: Clock) -> 
 
 
 async def test_a_beat_that_is_due_before_the_hold_still_comes(mock_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         beats, found = Beats(clock, bars=False), list[int]()
 
         async def collect() -> None:
@@ -170,7 +160,7 @@ def test_no_beat_comes_twice_and_scopes_end(
                 assert scope.cancelled_caught
                 budgets.append(clock.position() - clock.deadlines.shift - begin)
 
-        async with running() as clock, trio.open_nursery() as nursery:
+        async with running_clock() as clock, trio.open_nursery() as nursery:
             nursery.start_soon(collect, clock)
             nursery.start_soon(budget, clock)
             for wait, correct, error in plan:

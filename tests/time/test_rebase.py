@@ -5,41 +5,19 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from clocks import move, running_clock
 from hypothesis import given, strategies as st
 
-from backbeat_trio._grid.timeline import Timeline
 from backbeat_trio._time.clock import BeatClock
-from backbeat_trio._time.local import local_ns
 from backbeat_trio._time.scopes import BeatScope
-from backbeat_trio._wire import Segment
 
 Clock = trio.testing.MockClock
-
-
-@asynccontextmanager
-async def running() -> AsyncGenerator[BeatClock, None]:
-    clock = BeatClock.local(60_000, 8)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(clock.run)
-        yield clock
-        nursery.cancel_scope.cancel()
-    clock.close()
-
-
-def move(clock: BeatClock, position: float) -> None:
-    """Move to another grid of one beat a second, on which the position differs."""
-    whole, now = math.floor(position), local_ns()
-    segment = Segment(clock.grid.timeline.segments[0].epoch + 1, 0, whole, 0, 60_000)
-    offset = round((position - whole) * 1e9) - now
-    clock.grid.rebase(Timeline((segment,)), offset, now, beats_per_bar=8)
-    assert clock.position() == position
 
 
 MAKERS: dict[str, tuple[bool, Callable[[BeatClock], BeatScope]]] = {
@@ -54,7 +32,7 @@ MAKERS: dict[str, tuple[bool, Callable[[BeatClock], BeatScope]]] = {
 @pytest.mark.parametrize("make", MAKERS)
 async def test_budgets_over_a_move(make: str, entered: bool, autojump_clock: Clock) -> None:
     relative, maker = MAKERS[make]
-    async with running() as clock:
+    async with running_clock() as clock:
         scope = maker(clock)
         try:
             if entered:
@@ -92,7 +70,7 @@ async def test_sleeps_over_a_move(
     wait: Callable[[BeatClock], Awaitable[None]], end: float, autojump_clock: Clock
 ) -> None:
     ended = []
-    async with running() as clock, trio.open_nursery() as nursery:
+    async with running_clock() as clock, trio.open_nursery() as nursery:
 
         async def sleep() -> None:
             await wait(clock)
@@ -105,7 +83,7 @@ async def test_sleeps_over_a_move(
 
 
 async def test_a_position_that_is_past_on_the_other_grid_ends_at_once(mock_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_at(50) as scope, clock.deadlines.scope_after(60) as outside:
             move(clock, 1000)
             assert scope.beats_left == 0
@@ -123,7 +101,7 @@ async def test_a_position_that_is_past_on_the_other_grid_ends_at_once(mock_clock
 async def test_the_kind_of_deadline_that_was_set_last_counts(
     name: str, entered: str, autojump_clock: Clock
 ) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         if entered == "unentered":
             scope = clock.deadlines.scope_at(math.inf)
             setattr(scope, name, 1010)
@@ -142,7 +120,7 @@ async def test_the_kind_of_deadline_that_was_set_last_counts(
 
 
 async def test_a_scope_that_was_left_keeps_its_kind_of_deadline(mock_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_after(10) as relative, clock.deadlines.scope_at(10) as absolute:
             pass
         move(clock, 1000)
@@ -154,7 +132,7 @@ async def test_a_scope_that_was_left_keeps_its_kind_of_deadline(mock_clock: Cloc
 
 async def test_a_move_can_change_the_order_of_deadlines(autojump_clock: Clock) -> None:
     ended: list[tuple[str, float]] = []
-    async with running() as clock, trio.open_nursery() as nursery:
+    async with running_clock() as clock, trio.open_nursery() as nursery:
 
         async def wait(name: str, scope: BeatScope) -> None:
             with scope:
@@ -178,7 +156,7 @@ async def test_a_move_can_change_the_order_of_deadlines(autojump_clock: Clock) -
 
 
 async def test_the_effective_deadline_over_a_move(mock_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_at(1003), clock.deadlines.scope_after(5):
             assert clock.deadlines.effective_deadline() == 5
             move(clock, 1000)
@@ -217,7 +195,7 @@ def test_budgets_agree_with_a_simple_model(plan: list[tuple[Any, ...]]) -> None:
             assert scope.cancelled_caught
             model.ended = True
 
-        async with running() as clock, trio.open_nursery() as nursery:
+        async with running_clock() as clock, trio.open_nursery() as nursery:
             for name, value, *which in plan:
                 if name == "after":
                     made.append((clock.deadlines.scope_after(value), Model(True, value)))
@@ -277,7 +255,7 @@ async def test_scopes_do_not_keep_ended_tasks_alive(mock_clock: Clock) -> None:
             gone.append(weakref.ref(scope))
             await event.wait()
 
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_after(5) as early:
             for count in (20_000, 500):
                 event = trio.Event()

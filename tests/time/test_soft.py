@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from clocks import move, running_clock
 from hypothesis import given, strategies as st
 
 from backbeat_trio import BeatBudgetExceeded, SessionClosed
@@ -21,26 +21,6 @@ from backbeat_trio._wire import Segment
 from backbeat_trio.testing import open_session
 
 Clock = trio.testing.MockClock
-
-
-@asynccontextmanager
-async def running(enforcing: bool = True) -> AsyncGenerator[BeatClock, None]:
-    """Run a clock of one beat a second."""
-    clock = BeatClock.local(60_000, 8, enforcing=enforcing)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(clock.run)
-        yield clock
-        nursery.cancel_scope.cancel()
-    clock.close()
-
-
-def move(clock: BeatClock, position: float) -> None:
-    """Move to another grid of one beat a second, on which the position differs."""
-    whole, now = math.floor(position), local_ns()
-    segment = Segment(clock.grid.timeline.segments[0].epoch + 1, 0, whole, 0, 60_000)
-    offset = round((position - whole) * 1e9) - now
-    clock.grid.rebase(Timeline((segment,)), offset, now, beats_per_bar=8)
-    assert clock.position() == position
 
 
 def set_tempo(clock: BeatClock, milli: int) -> None:
@@ -87,7 +67,7 @@ async def test_a_soft_edge_comes_before_the_deadline(make: str, autojump_clock: 
 
 async def test_an_edge_on_the_deadline_passes_first(autojump_clock: Clock) -> None:
     heard: list[float] = []
-    async with running() as clock, trio.open_nursery() as nursery:
+    async with running_clock() as clock, trio.open_nursery() as nursery:
         for beats in (3.0, 0.0):
             with clock.deadlines.scope_after(beats, soft=beats) as scope:
                 nursery.start_soon(note_soft, clock, scope, heard)
@@ -98,7 +78,7 @@ async def test_an_edge_on_the_deadline_passes_first(autojump_clock: Clock) -> No
 
 
 async def test_without_an_edge_nothing_passes(autojump_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_after(3) as scope:
             assert scope.soft_deadline == math.inf
             await scope.wait_soft()
@@ -140,7 +120,7 @@ async def test_edges_that_are_refused(
 
 
 async def test_an_edge_has_a_position_once_the_scope_is_entered(mock_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         scope = clock.deadlines.scope_after(10, soft=8)
         with pytest.raises(RuntimeError, match="unentered relative"):
             scope.soft_deadline  # noqa: B018 - reading it raises
@@ -160,7 +140,7 @@ async def test_an_edge_has_a_position_once_the_scope_is_entered(mock_clock: Cloc
 
 async def test_an_edge_can_be_moved(autojump_clock: Clock) -> None:
     heard: list[float] = []
-    async with running() as clock, trio.open_nursery() as nursery:
+    async with running_clock() as clock, trio.open_nursery() as nursery:
         with clock.deadlines.scope_after(20) as scope:
             nursery.start_soon(note_soft, clock, scope, heard)
             scope.soft_deadline = 9
@@ -192,7 +172,7 @@ async def test_an_edge_can_be_moved(autojump_clock: Clock) -> None:
 
 
 async def test_a_graceful_block_is_cut_at_the_edge(autojump_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_after(10, fail=True, soft=8) as scope:
             with scope.graceful() as inner:
                 assert inner.deadline == 8
@@ -225,7 +205,7 @@ async def test_a_graceful_block_is_cut_at_the_edge(autojump_clock: Clock) -> Non
 
 async def test_cleaning_up_has_a_budget_of_its_own(autojump_clock: Clock) -> None:
     cleaned = []
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_after(5) as scope:
             try:
                 await trio.sleep_forever()
@@ -248,7 +228,7 @@ async def test_cleaning_up_has_a_budget_of_its_own(autojump_clock: Clock) -> Non
 
 async def test_an_edge_waits_while_the_grid_is_paused(autojump_clock: Clock) -> None:
     heard: list[float] = []
-    async with running() as clock, trio.open_nursery() as nursery:
+    async with running_clock() as clock, trio.open_nursery() as nursery:
         with clock.deadlines.scope_after(10, soft=8) as scope:
             nursery.start_soon(note_soft, clock, scope, heard)
             await trio.sleep(4)
@@ -268,7 +248,7 @@ async def test_an_edge_waits_while_the_grid_is_paused(autojump_clock: Clock) -> 
 
 @pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
 async def test_an_edge_over_a_move(relative: bool, autojump_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         scope = (
             clock.deadlines.scope_after(10, soft=8)
             if relative
@@ -286,7 +266,7 @@ async def test_an_edge_over_a_move(relative: bool, autojump_clock: Clock) -> Non
 
 
 async def test_a_move_can_pass_an_edge(mock_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_at(1010, soft=50) as scope, scope.graceful() as inner:
             move(clock, 1000)
             assert scope.soft_called
@@ -297,7 +277,7 @@ async def test_a_move_can_pass_an_edge(mock_clock: Clock) -> None:
 
 
 async def test_edges_do_not_pass_outside_of_their_scope(autojump_clock: Clock) -> None:
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_after(10, soft=8) as scope:
             pass
         await trio.sleep(9)
@@ -331,7 +311,7 @@ async def test_waiting_for_an_edge_ends_with_the_session(autojump_clock: Clock) 
 
 
 async def test_a_disabled_session_has_no_edges(autojump_clock: Clock) -> None:
-    async with running(enforcing=False) as clock:
+    async with running_clock(enforcing=False) as clock:
         with clock.deadlines.scope_after(1, soft=0) as scope, scope.graceful():
             await trio.sleep(100)
             assert not scope.soft_called
@@ -347,7 +327,7 @@ async def test_watchers_are_called_by_a_task(autojump_clock: Clock) -> None:
 
         return watcher
 
-    async with running() as clock:
+    async with running_clock() as clock:
         with clock.deadlines.scope_after(10, soft=2), clock.deadlines.scope_after(10, soft=4):
             near, far = sorted(clock.deadlines.soft_edges(), key=lambda edge: edge.position)
             near.watch(note("near"))
@@ -417,7 +397,7 @@ def test_edges_agree_with_a_simple_model(plan: list[tuple[Any, ...]]) -> None:
     async def main(mock_clock: Clock) -> None:
         position, milli = 0.0, 60_000
         budgets: list[Budget] = []
-        async with running() as clock, trio.open_nursery() as nursery:
+        async with running_clock() as clock, trio.open_nursery() as nursery:
             for name, value, *more in plan:
                 live = [budget for budget in budgets if not budget.left]
                 if name in ("after", "at"):
