@@ -22,6 +22,7 @@ from .parameters import agent as agent_or_all, duration
     metavar="1h",
     help="First show the last claims of operations that ended in this time, oldest first.",
 )
+@click.option("--all-clusters", is_flag=True, help="Also show claims of other clusters.")
 @click.option("--failed", is_flag=True, help="Show only claims with the state 'failed'.")
 @takes_connection()
 async def show_claims(
@@ -30,17 +31,18 @@ async def show_claims(
     as_json: bool,
     count: int | None,
     since: float | None,
+    all_clusters: bool,
     failed: bool,
 ) -> int:
     """Show what AGENT or all agents report of their operations and their health, a line each.
 
-    It shows claims as they come, until Ctrl-C.
+    It shows the claims of the cluster as they come, until Ctrl-C.
     """
     if count == 0:
         return 0
     async with (
         session(settings(connection), require_connection=True) as bb,
-        bb.open_claims(agent, since=since) as claims,
+        bb.open_claims(agent, since=since, all_clusters=all_clusters) as claims,
     ):
         if sys.stdout.isatty():
             whose = "all agents" if agent == "*" else agent

@@ -77,3 +77,19 @@ async def test_stored_claims_of_failures_come_first() -> None:
         assert done.returncode == 1
         assert done.stderr.startswith(b"backbeat: ")
         assert b"JetStream" in done.stderr
+
+
+async def test_claims_of_other_clusters_are_shown_if_asked_for() -> None:
+    async with NatsServer(["-js"]) as server:
+        for cluster_id in ("chorus-production", "another"):
+            async with open_session(
+                nats_url=server.url, agent_id="agent-1", cluster_id=cluster_id
+            ) as bb:
+                bb.start_operation("election", id=cluster_id).complete()
+                await until(lambda bb=bb: bb.statistics().claims_stored == 1)  # type: ignore[misc]
+        shown = []
+        for flags in (["--count", "1"], ["--count", "2", "--all-clusters"]):
+            done = await backbeat("claims", "--since", "1h", "--json", "-s", server.url, *flags)
+            assert done.returncode == 0, done.stderr
+            shown.append([json.loads(line)["task_id"] for line in done.stdout.splitlines()])
+        assert shown == [["chorus-production"], ["chorus-production", "another"]]
