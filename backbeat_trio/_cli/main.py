@@ -147,28 +147,17 @@ def _run(command: Coroutine[Any, Any, int], name: str) -> int:
     import trio
 
     from .._errors import BackbeatError
+    from .._session.run import run as run_until_terminated
 
-    async def until_ended() -> int:
+    async def main() -> int:
         return await command
 
-    async def until_terminated() -> int:
-        # SIGTERM cancels the command as Ctrl-C does, so that claims are sent and programs that were
-        # started are stopped.
-        async def wait_for_signal() -> None:
-            with trio.open_signal_receiver(signal.SIGTERM) as signals:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel("SIGTERM")
-
-        status = SIGNALLED + signal.SIGTERM
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait_for_signal)
-            status = await command
-            nursery.cancel_scope.cancel()
-        return status
-
     try:
-        # `exec` takes the signals itself, to pass them on.
-        return trio.run(until_ended if name == "exec" else until_terminated)
+        # `exec` takes the signals itself, to pass them on. SIGTERM cancels any other command, so
+        # that claims are sent, and programs that were started are stopped.
+        return trio.run(main) if name == "exec" else run_until_terminated(main)
+    except SystemExit:
+        return SIGNALLED + signal.SIGTERM
     except BaseException as raised:
         error = _sole(raised)
         if isinstance(error, KeyboardInterrupt):
