@@ -93,9 +93,9 @@ def outline(picture: str) -> list[str]:
     return [_AGENT.sub(r"\1", line) for line in bare if line]
 
 
-def make_picture(*options: str) -> str:
-    """Run the demonstration with some options, and return the picture of it."""
-    shown = watch(sys.executable, "-m", "backbeat_trio", "demo", *options)
+def make_picture() -> str:
+    """Run the demonstration, and return the picture of it."""
+    shown = watch(sys.executable, "-m", "backbeat_trio", "demo")
     return draw(shown, "backbeat demo")
 
 
