@@ -3,7 +3,7 @@
 `BackbeatTransport` is for clients that use httpx. It writes into each request what bounds the task
 that sends it. `BackbeatMiddleware` is for ASGI servers that run on Trio, such as Hypercorn with its
 Trio worker. It lets each request run within what its headers say. Both use the headers of
-`Session.inject`, so a deadline travels through services that use HTTP and services that use NATS::
+`Session.inject`, so a deadline goes on by whatever other messages a service sends::
 
     # the client
     async with httpx.AsyncClient(transport=BackbeatTransport()) as client:
