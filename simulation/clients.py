@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, final
 
@@ -20,7 +20,7 @@ from server import INBOX, Connection, Link, Server
 from backbeat_trio._errors import NoResponders, TransportBroken
 from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport.base import BaseTransport, Mailbox, State
-from backbeat_trio._transport.protocol import Message, Reply
+from backbeat_trio._transport.protocol import Answers, Message, Reply
 from backbeat_trio._transport.store import Conflict, Entry
 
 # As `NatsTransport` and `jetstream` have them; a test compares them.
@@ -44,7 +44,10 @@ class _Waiter:
 class _Answers:
     """An async iterator of the answers to one request."""
 
-    def __init__(self, owner: SimulatedTransport, connection: Connection, subject: str) -> None:
+    def __init__(
+        self, owner: SimulatedTransport, connection: Connection, subject: str, reply: str
+    ) -> None:
+        self.reply: str = reply
         self._owner, self._connection, self._subject = owner, connection, subject
         self._sent_ns = local_ns()
         self._answers: deque[tuple[object, int]] = deque()
@@ -76,7 +79,11 @@ class _Answers:
 
 @final
 class SimulatedTransport(BaseTransport):
-    """A transport to the simulated server, as `NatsTransport` is one to a real server."""
+    """A transport to the simulated server, as `NatsTransport` is one to a real server.
+
+    The simulated server knows neither headers nor queue groups, which no metronome and no claim
+    uses.
+    """
 
     def __init__(self, process: Process, server: Server, link: Link) -> None:
         super().__init__()
@@ -199,15 +206,30 @@ class SimulatedTransport(BaseTransport):
             raise TransportBroken(self._last_error or "there is no connection yet")
         return self._connection
 
-    def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:
+    def publish_nowait(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """See `Transport.publish_nowait`."""
+        assert not headers
         self._check_message(subject, data, reply)
         self._current().send(self._server.publish, subject, data, reply, core=True)
 
-    async def publish(self, subject: str, data: bytes, *, reply: str = "") -> None:
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """See `Transport.publish`."""
         await trio.lowlevel.checkpoint()
-        self.publish_nowait(subject, data, reply=reply)
+        self.publish_nowait(subject, data, reply=reply, headers=headers)
 
     async def flush(self) -> None:
         """See `Transport.flush`."""
@@ -225,14 +247,15 @@ class SimulatedTransport(BaseTransport):
 
     @asynccontextmanager
     async def open_request(
-        self, subject: str, data: bytes
-    ) -> AsyncGenerator[AsyncIterator[Reply], None]:
+        self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Answers, None]:
         """See `Transport.open_request`."""
+        assert not headers
         self._check_message(subject, data)
         connection, token = self._current(), next(self._numbers)
-        answers = self._requests[token] = _Answers(self, connection, subject)
+        reply = f"{INBOX}{connection.number}.{token}"
+        answers = self._requests[token] = _Answers(self, connection, subject, reply)
         try:
-            reply = f"{INBOX}{connection.number}.{token}"
             connection.send(self._server.publish, subject, data, reply, core=True)
             yield answers
         finally:
@@ -289,7 +312,7 @@ class SimulatedTransport(BaseTransport):
         if self._connection is not None:
             self._connection.send(self._server.subscribe, number, mailbox.subject)
 
-    def _unsubscribe(self, number: int, mailbox: Mailbox) -> None:
+    def _unsubscribe(self, number: int, mailbox: Mailbox, *, keep: bool) -> None:
         if self._connection is not None:
             self._connection.send(self._server.unsubscribe, number)
 

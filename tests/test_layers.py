@@ -105,7 +105,7 @@ PURE_NOT = {"_errors", "nats_server"}
 
 
 def test_only_the_connection_knows_asyncio() -> None:
-    edge = {("_transport", name) for name in ("nats_client", "nats_loop", "jetstream")}
+    edge = {("_transport", name) for name in ("nats_client", "nats_loop", "nats_wire", "jetstream")}
     for module in set(modules()) - edge:
         assert not foreign_imports(module) & {"asyncio", "anyio", "nats"}, module
 

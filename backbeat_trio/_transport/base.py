@@ -7,7 +7,7 @@ import contextlib
 import enum
 import itertools
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final, final
 
@@ -18,11 +18,15 @@ from .._errors import TransportBroken, TransportClosed
 from .._time.local import local_ns
 from .protocol import (
     SUBSCRIPTION_MESSAGES,
+    Answers,
     Message,
     Reply,
+    Subscription,
     TransportStatistics,
     check_pattern,
+    check_queue,
     check_subject,
+    is_subject,
 )
 
 # How many different errors are kept.
@@ -39,32 +43,83 @@ class State(enum.Enum):
 
 @final
 class Mailbox:
-    """The bounded queue of one subscription, and an async iterator of its messages."""
+    """The bounded queue of one subscription; see `Subscription`.
 
-    def __init__(self, subject: str, capacity: int) -> None:
+    Args:
+      subject: the subject of the subscription.
+      capacity: how many messages may wait.
+      queue: its queue group, or an empty string.
+      stop: has the server send no more messages, and waits until it sends none.
+      optional: whether it is no error if permissions refuse the subscription.
+
+    """
+
+    def __init__(
+        self,
+        subject: str,
+        capacity: int,
+        queue: str = "",
+        stop: Callable[[Mailbox], Awaitable[None]] | None = None,
+        *,
+        optional: bool = False,
+    ) -> None:
         self.subject = subject
-        self._send, self._receive = trio.open_memory_channel[Message](capacity)
+        self.queue = queue
+        self.optional = optional
+        self.refusal: str | None = None
+        self._capacity = capacity
+        self._stop = stop
+        self._messages: deque[Message] = deque()
+        self._lot = trio.lowlevel.ParkingLot()
+        self._closed = False
 
     def deliver(self, message: Message) -> bool:
         """Queue a message, and return whether there was room for it."""
-        try:
-            self._send.send_nowait(message)
-        except trio.WouldBlock:
+        if len(self._messages) >= self._capacity:
             return False
+        self._messages.append(message)
+        if self._lot:
+            self._lot.unpark()
         return True
 
     def close(self) -> None:
         """End the iteration after the messages that are queued."""
-        self._send.close()
+        self._closed = True
+        self._lot.unpark_all()
 
     def __aiter__(self) -> Mailbox:
         return self
 
     async def __anext__(self) -> Message:
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            raise TransportClosed("the transport has been closed") from None
+        await self._wait()
+        return self._messages.popleft()
+
+    async def batch(self) -> list[Message]:
+        """See `Subscription.batch`."""
+        await self._wait()
+        return self.waiting()
+
+    def waiting(self) -> list[Message]:
+        """See `Subscription.waiting`."""
+        messages = list(self._messages)
+        self._messages.clear()
+        return messages
+
+    async def drain(self) -> None:
+        """See `Subscription.drain`."""
+        await trio.lowlevel.checkpoint()
+        if self._stop is not None:
+            await self._stop(self)
+
+    async def _wait(self) -> None:
+        if self._messages:
+            await trio.lowlevel.checkpoint()
+        # Another task may have taken what this one was woken for.
+        while not self._messages:
+            if self._closed:
+                await trio.lowlevel.checkpoint()
+                raise TransportClosed("the transport has been closed")
+            await self._lot.park()
 
 
 class BaseTransport(abc.ABC):
@@ -77,7 +132,7 @@ class BaseTransport(abc.ABC):
         self._inbox_prefix = inbox_prefix
         self._mailboxes: dict[int, Mailbox] = {}
         self._numbers = itertools.count(1)
-        self._received = self._dropped = self._permission_errors = 0
+        self._received = self._dropped = self._permission_errors = self._late_replies = 0
         self._refused: Counter[str] = Counter()
         self._last_error: str | None = None
         self._errors: deque[tuple[int, str]] = deque(maxlen=_ERRORS)
@@ -110,15 +165,28 @@ class BaseTransport(abc.ABC):
 
     @abc.abstractmethod
     def open_request(
-        self, subject: str, data: bytes
-    ) -> AbstractAsyncContextManager[AsyncIterator[Reply]]:
+        self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None
+    ) -> AbstractAsyncContextManager[Answers]:
         """See `Transport.open_request`."""
 
-    async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
+    async def request(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+        abandoned: Callable[[str, BaseException], object] | None = None,
+    ) -> Reply:
         """See `Transport.request`."""
-        async with self.open_request(subject, data) as answers:
-            with trio.move_on_after(timeout):
-                return await anext(answers)
+        async with self.open_request(subject, data, headers=headers) as answers:
+            try:
+                with trio.move_on_after(timeout):
+                    return await anext(answers)
+            except BaseException as error:
+                if abandoned is not None and not isinstance(error, Exception):
+                    abandoned(answers.reply, error)
+                raise
         self._check_open()
         raise TransportBroken(f"no answer on {subject} within {timeout:g} s")
 
@@ -126,16 +194,30 @@ class BaseTransport(abc.ABC):
     def _subscribe(self, number: int, mailbox: Mailbox) -> None: ...
 
     @abc.abstractmethod
-    def _unsubscribe(self, number: int, mailbox: Mailbox) -> None: ...
+    def _unsubscribe(self, number: int, mailbox: Mailbox, *, keep: bool) -> None: ...
 
     @asynccontextmanager
     async def open_subscription(
-        self, subject: str, *, capacity: int = SUBSCRIPTION_MESSAGES
-    ) -> AsyncGenerator[AsyncIterator[Message], None]:
+        self,
+        subject: str,
+        *,
+        capacity: int = SUBSCRIPTION_MESSAGES,
+        queue: str = "",
+        optional: bool = False,
+    ) -> AsyncGenerator[Subscription, None]:
         """See `Transport.open_subscription`."""
         self._check_open()
         check_pattern(subject)
-        number, mailbox = next(self._numbers), Mailbox(subject, capacity)
+        check_queue(queue)
+        number = next(self._numbers)
+
+        async def stop(mailbox: Mailbox) -> None:
+            if number in self._mailboxes:
+                self._unsubscribe(number, mailbox, keep=True)
+                with contextlib.suppress(TransportBroken):
+                    await self.flush()
+
+        mailbox = Mailbox(subject, capacity, queue, stop, optional=optional)
         self._mailboxes[number] = mailbox
         self._subscribe(number, mailbox)
         try:
@@ -145,7 +227,7 @@ class BaseTransport(abc.ABC):
         finally:
             del self._mailboxes[number]
             mailbox.close()
-            self._unsubscribe(number, mailbox)
+            self._unsubscribe(number, mailbox, keep=False)
 
     def _deliver(self, mailbox: Mailbox, message: Message) -> None:
         if self._state.value is State.CLOSED:
@@ -183,16 +265,21 @@ class BaseTransport(abc.ABC):
         if self._state.value is State.CLOSED:
             raise TransportClosed("the transport has been closed")
 
-    def _check_message(self, subject: str, data: bytes, reply: str = "") -> None:
-        self._check_open()
+    def _check_message(
+        self, subject: str, data: bytes, reply: str = "", block: bytes = b""
+    ) -> None:
+        state = self._state.value
+        if state is State.CLOSED:
+            self._check_open()
         check_subject(subject)
-        if reply:
-            check_subject(reply)
-        if len(data) > self.max_payload:
-            raise ValueError(
-                f"a message of {len(data)} bytes is over the {self.max_payload} allowed"
-            )
-        self._check_connected()
+        # Replies of a connection are all different, so the cache would not help.
+        if reply and not is_subject(reply):
+            raise ValueError(f"not a subject to reply to: {reply!r}")
+        size = len(data) + len(block)
+        if size > self.max_payload:
+            raise ValueError(f"a message of {size} bytes is over the {self.max_payload} allowed")
+        if state is not State.UP:
+            self._check_connected()
 
     def _check_connected(self) -> None:
         self._check_open()
@@ -214,4 +301,5 @@ class BaseTransport(abc.ABC):
             last_error=self._last_error,
             recent_errors=tuple(self._errors),
             refused=tuple(self._refused.items()),
+            late_replies=self._late_replies,
         )

@@ -21,6 +21,7 @@ from nats.js.kv import KeyValue
 from .._config import BackbeatConfig
 from .._errors import TransportBroken
 from .._wire import status_subject
+from .headers import encode_headers
 from .nats import NatsTransport
 from .protocol import matches
 from .store import Conflict, Entry, RecordRefused
@@ -401,10 +402,10 @@ class ClaimStream:
     def room(self, max_payload: int, *, stored: bool) -> int:
         """See `Journal.room`."""
         if not stored:
-            return max_payload - _size_of(_UNSTORED)
+            return max_payload - len(encode_headers(_UNSTORED))
         if self._max_message >= 0:
             max_payload = min(max_payload, self._max_message)
-        return max_payload - _size_of(self._headers(_LONGEST_ID))
+        return max_payload - len(encode_headers(self._headers(_LONGEST_ID)))
 
     def _headers(self, number: str) -> dict[str, str]:
         return {"Nats-Msg-Id": number, "Nats-Expected-Stream": self.name}
@@ -428,9 +429,3 @@ class ClaimStream:
     async def publish_unstored(self, subject: str, data: bytes) -> None:
         """See `Journal.publish_unstored`."""
         await self._transport.publish(subject, data, headers=_UNSTORED)
-
-
-def _size_of(headers: dict[str, str]) -> int:
-    # The server counts headers as a part of the message, with the lines before and after them.
-    lines = ["NATS/1.0", *(f"{name}: {value}" for name, value in headers.items()), ""]
-    return sum(len(line) + 2 for line in lines)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, final
 
@@ -14,7 +15,8 @@ from .._time.local import local_ns
 from .._wire import decode_claims, is_terminal, status_subject
 from .archive import Stored
 from .base import BaseTransport, Mailbox, State
-from .protocol import Message, Reply, matches
+from .headers import decode_headers, encode_headers
+from .protocol import Answers, Message, Reply, matches
 from .store import MemoryStore
 
 # How many terminal claims a bus keeps.
@@ -22,6 +24,7 @@ _STORED: Final = 10_000
 # How many of them are read at once.
 _AT_ONCE: Final = 64
 _CLAIMS: Final = status_subject("")
+_NONE: Final[dict[Mailbox, MemoryTransport]] = {}
 
 
 @final
@@ -99,22 +102,48 @@ class MemoryBus:
         self.users = 0
         self.archive = MemoryArchive()
         self._stores: dict[str, MemoryStore] = {}
-        self._mailboxes: dict[Mailbox, MemoryTransport] = {}
+        # By the first token of their subjects, as most of a message's subject then match.
+        self._mailboxes: defaultdict[str, dict[Mailbox, MemoryTransport]] = defaultdict(dict)
+        self._requests: dict[str, _Replies] = {}
+        # How many messages each queue group has had, for its members to take turns.
+        self._turns: Counter[str] = Counter()
 
     def _store_of(self, cluster_id: str) -> MemoryStore:
         # The metronomes of a cluster share it.
         return self._stores.setdefault(cluster_id, MemoryStore())
 
+    @property
+    def subjects(self) -> list[str]:
+        """The subjects of all subscriptions."""
+        return [mailbox.subject for same in self._mailboxes.values() for mailbox in same]
+
     def _publish(self, message: Message) -> bool:
         # Return whether there is a subscription to the subject.
-        if message.subject.startswith(_CLAIMS):
+        subject = message.subject
+        if subject.startswith(_CLAIMS):
             message = self.archive.keep(message)
-        reached = False
-        for mailbox, owner in self._mailboxes.items():
-            if owner.connected and matches(mailbox.subject, message.subject):
-                owner._deliver(mailbox, message)
-                reached = True
-        return reached
+        answered = self._requests.get(subject)
+        reached = answered is not None
+        if answered is not None:
+            answered.take(message)
+        groups: dict[str, list[tuple[Mailbox, MemoryTransport]]] = {}
+        for first in (_first(subject), "*", ">"):
+            for mailbox, owner in self._mailboxes.get(first, _NONE).items():
+                if owner.connected and matches(mailbox.subject, subject):
+                    if mailbox.queue:
+                        groups.setdefault(mailbox.queue, []).append((mailbox, owner))
+                    else:
+                        owner._deliver(mailbox, message)
+                        reached = True
+        for queue, members in groups.items():
+            mailbox, owner = members[self._turns[queue] % len(members)]
+            self._turns[queue] += 1
+            owner._deliver(mailbox, message)
+        return reached or bool(groups)
+
+
+def _first(subject: str) -> str:
+    return subject.partition(".")[0]
 
 
 _buses: Final[trio.lowlevel.RunVar[dict[str, MemoryBus]]] = trio.lowlevel.RunVar("backbeat buses")
@@ -151,6 +180,7 @@ class MemoryTransport(BaseTransport):
     def __init__(self, bus: MemoryBus, *, inbox_prefix: str = "_INBOX") -> None:
         super().__init__(inbox_prefix=inbox_prefix)
         self.bus = bus
+        self._requests: dict[str, _Replies] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """See `Transport.run`."""
@@ -177,6 +207,7 @@ class MemoryTransport(BaseTransport):
         self._check_open()
         self._note_down(TransportBroken("the connection was severed"))
         self._state.value = State.DOWN
+        self._wake_requests()
 
     def restore(self) -> None:
         """Connect, or connect again after `sever`. Not a checkpoint.
@@ -190,15 +221,37 @@ class MemoryTransport(BaseTransport):
         self._note_up()
         self._state.value = State.UP
 
-    def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:
+    def publish_nowait(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """See `Transport.publish_nowait`."""
-        self._check_message(subject, data, reply)
-        self.bus._publish(Message(subject, data, reply, local_ns()))
+        self._publish(subject, data, reply, headers)
 
-    async def publish(self, subject: str, data: bytes, *, reply: str = "") -> None:
+    def _publish(
+        self, subject: str, data: bytes, reply: str, headers: Mapping[str, str] | None
+    ) -> bool:
+        block = encode_headers(headers) if headers else b""
+        self._check_message(subject, data, reply, block)
+        # Others get the headers as they would read them.
+        read = decode_headers(block)[1] if block else None
+        return self.bus._publish(Message(subject, data, reply, local_ns(), "", read))
+
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """See `Transport.publish`."""
         await trio.lowlevel.checkpoint()
-        self.publish_nowait(subject, data, reply=reply)
+        self.publish_nowait(subject, data, reply=reply, headers=headers)
 
     async def flush(self) -> None:
         """See `Transport.flush`."""
@@ -207,17 +260,19 @@ class MemoryTransport(BaseTransport):
 
     @asynccontextmanager
     async def open_request(
-        self, subject: str, data: bytes
-    ) -> AsyncGenerator[AsyncIterator[Reply], None]:
+        self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Answers, None]:
         """See `Transport.open_request`."""
-        self._check_message(subject, data)
         inbox = f"{self._inbox_prefix}.{id(self):x}.{next(self._numbers)}"
-        async with self.open_subscription(inbox) as answers:
-            sent_ns = local_ns()
-            reached = self.bus._publish(Message(subject, data, inbox, sent_ns))
-            yield _Replies(
-                answers, sent_ns, "" if reached else f"no process is subscribed to {subject}"
-            )
+        # As over a network, others have their turn before anybody can answer.
+        await trio.lowlevel.checkpoint()
+        replies = _Replies(self, inbox, subject)
+        self.bus._requests[inbox] = self._requests[inbox] = replies
+        try:
+            replies.reached = self._publish(subject, data, inbox, headers)
+            yield replies
+        finally:
+            del self.bus._requests[inbox], self._requests[inbox]
 
     async def aclose(self) -> None:
         """See `Transport.aclose`."""
@@ -225,27 +280,60 @@ class MemoryTransport(BaseTransport):
         await trio.lowlevel.checkpoint()
 
     def _subscribe(self, number: int, mailbox: Mailbox) -> None:
-        self.bus._mailboxes[mailbox] = self
+        self.bus._mailboxes[_first(mailbox.subject)][mailbox] = self
 
-    def _unsubscribe(self, number: int, mailbox: Mailbox) -> None:
-        del self.bus._mailboxes[mailbox]
+    def _unsubscribe(self, number: int, mailbox: Mailbox, *, keep: bool) -> None:
+        same = self.bus._mailboxes[_first(mailbox.subject)]
+        same.pop(mailbox, None)
+        if not same:
+            del self.bus._mailboxes[_first(mailbox.subject)]
+
+    def _close(self) -> None:
+        super()._close()
+        self._wake_requests()
+
+    def _wake_requests(self) -> None:
+        for replies in self._requests.values():
+            replies.wake()
 
 
 @final
 class _Replies:
-    """An async iterator of the answers to one request."""
+    """The answers to one request; see `Answers`."""
 
-    def __init__(self, answers: AsyncIterator[Message], sent_ns: int, refusal: str) -> None:
-        self._answers = answers
-        self._sent_ns = sent_ns
-        self._refusal = refusal
+    def __init__(self, transport: MemoryTransport, reply: str, subject: str) -> None:
+        self.reply: str = reply
+        self.reached = True
+        self._transport = transport
+        self._generation = transport.generation
+        self._subject = subject
+        self._sent_ns = local_ns()
+        self._answers: deque[Message] = deque()
+        self._lot = trio.lowlevel.ParkingLot()
+
+    def take(self, answer: Message) -> None:
+        """Take an answer, unless the connection was lost since the request."""
+        if self._transport.connected and self._transport.generation == self._generation:
+            self._transport._received += 1
+            self._answers.append(answer)
+            self._lot.unpark_all()
+
+    def wake(self) -> None:
+        """Have whoever waits look whether an answer can still come."""
+        self._lot.unpark_all()
 
     def __aiter__(self) -> _Replies:
         return self
 
     async def __anext__(self) -> Reply:
-        if self._refusal:
+        if self._answers or not self.reached:
             await trio.lowlevel.checkpoint()
-            raise NoResponders(self._refusal)
-        answer = await anext(self._answers)
-        return Reply(answer.data, self._sent_ns, answer.received_ns)
+        while not self._answers:
+            if not self.reached:
+                raise NoResponders(f"no process is subscribed to {self._subject}")
+            self._transport._check_connected()
+            if self._transport.generation != self._generation:
+                raise TransportBroken("the connection was lost")
+            await self._lot.park()
+        answer = self._answers.popleft()
+        return Reply(answer.data, self._sent_ns, answer.received_ns, answer.headers)

@@ -7,12 +7,13 @@ may still be busy.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import re
+import secrets
 import ssl
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar, final
@@ -23,8 +24,9 @@ from .._config import PREFIX, BackbeatConfig
 from .._errors import ConfigError, NoResponders, PermissionDenied, TransportBroken
 from .._wire import beat_subject, recall_subject, status_subject, sync_subject, tempo_subject
 from .base import BaseTransport, Mailbox, State
-from .nats_client import INBOX, Client, Incoming, Publish, Subscribe, Unsubscribe
-from .protocol import Message, Reply
+from .headers import encode_headers
+from .nats_client import INBOX, Client, Departure, Incoming, Publish, Subscribe, Unsubscribe
+from .protocol import Answers, Message, Reply
 
 # The first retry comes soon, because a restarted server is back within 20 ms. Later ones come less
 # often, so that a server is not flooded.
@@ -37,9 +39,24 @@ _UNENDED_CLIENTS: Final = 8
 # The server's text for a refusal, and how many different refusals are counted.
 _REFUSAL: Final = re.compile(r'permissions violation for (\w+) to "([^"]+)"')
 _REFUSALS: Final = 64
+# How long the part of a reply subject is that tells requests apart, and how many are drawn at once.
+_TOKEN_BYTES: Final = 10
+_TOKENS: Final = 64
 _CREDENTIALS: Final = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
 
 T = TypeVar("T")
+
+# How many times this process is the child of a fork. To ask for the process's id with each message
+# would cost more than the message.
+_forks = 0
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 @final
@@ -72,33 +89,52 @@ class Backoff:
 
 
 @final
-class _Answers:
+class _Answers(Departure):
     """An async iterator of the answers to one request; see `Transport.open_request`."""
 
-    __slots__ = ("_answers", "_check_open", "_client", "_lot", "_refusal", "_sent", "subject")
+    __slots__ = (
+        "_answers",
+        "_check_open",
+        "_client",
+        "_refusal",
+        "_waiting",
+        "reply",
+        "subject",
+    )
 
-    def __init__(self, client: Client, subject: str, check_open: Callable[[], None]) -> None:
+    def __init__(
+        self, client: Client, subject: str, reply: str, check_open: Callable[[], None]
+    ) -> None:
+        self.stamp = 0
         self._client = client
         self._check_open = check_open
         self.subject = subject
+        self.reply: str = reply
         self._refusal: PermissionDenied | None = None
-        self._answers: deque[tuple[Incoming, int]] = deque()
-        self._lot = trio.lowlevel.ParkingLot()
-        self._sent = 0
+        self._answers: list[tuple[Incoming, int]] = []
+        # Requests are many, and a `trio.lowlevel.ParkingLot` costs more than one task needs.
+        self._waiting: list[trio.lowlevel.Task] = []
 
     def take(self, item: Incoming, behind_ns: int) -> None:
         """Queue an answer; ``behind_ns`` is added to its time stamps to get local time."""
         self._answers.append((item, behind_ns))
-        self._lot.unpark_all()
+        self.wake()
+
+    @property
+    def unread(self) -> int:
+        """How many answers have arrived that nobody has read."""
+        return len(self._answers)
 
     def refuse(self, error: PermissionDenied) -> None:
         """Note that the server has refused the request."""
         self._refusal = error
-        self._lot.unpark_all()
+        self.wake()
 
     def wake(self) -> None:
         """Wake the tasks that wait, so that they check whether an answer can still come."""
-        self._lot.unpark_all()
+        for task in self._waiting:
+            trio.lowlevel.reschedule(task)
+        self._waiting.clear()
 
     def __aiter__(self) -> _Answers:
         return self
@@ -113,13 +149,23 @@ class _Answers:
             denied = self._refusal or self._client.no_answers
             if denied is not None:
                 raise PermissionDenied(str(denied))
-            await self._lot.park()
-        item, behind_ns = self._answers.popleft()
+            task = trio.lowlevel.current_task()
+
+            def abort(_: object, task: trio.lowlevel.Task = task) -> trio.lowlevel.Abort:
+                self._waiting.remove(task)
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            self._waiting.append(task)
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        item, behind_ns = self._answers.pop(0)
         if item.status == "503":
             raise NoResponders(f"no process is subscribed to {self.subject}")
-        # Only the first answer comes with the time at which the request was sent.
-        self._sent = self._sent or item.sent
-        return Reply(item.data, self._sent + behind_ns, item.stamp + behind_ns)
+        return Reply(
+            item.data,
+            self.stamp + behind_ns,
+            item.stamp + behind_ns,
+            item.headers,
+        )
 
 
 @final
@@ -144,10 +190,11 @@ class NatsTransport(BaseTransport):
         self._options = _options(config, name or f"backbeat {config.agent_id}")
         self._client: Client | None = None
         self._requests: dict[str, _Answers] = {}
+        self._tokens: list[str] = []
         self._attempted = trio.Event()
         self._first_error: TransportBroken | None = None
         self._stop = trio.CancelScope()
-        self._pid = os.getpid()
+        self._forks = _forks
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """See `Transport.run`."""
@@ -176,6 +223,7 @@ class NatsTransport(BaseTransport):
                 if self._state.value is State.CLOSED:
                     # A task has closed the transport since the connection was made.
                     return
+                nursery.start_soon(client.push)
                 self._use(client)
                 connected = trio.current_time()
                 await client.lost.wait()
@@ -192,7 +240,7 @@ class NatsTransport(BaseTransport):
         self.max_payload = client.max_payload
         self.generation += 1
         for number, mailbox in self._mailboxes.items():
-            client.send(Subscribe(number, mailbox.subject))
+            client.send(Subscribe(number, mailbox.subject, mailbox.queue))
         self._note_up()
         self._attempted.set()
         self._state.value = State.UP
@@ -226,7 +274,11 @@ class NatsTransport(BaseTransport):
 
     def _current(self) -> Client:
         self._check_open()
-        if os.getpid() != self._pid:
+        return self._present()
+
+    def _present(self) -> Client:
+        # For those who have checked that the transport is open.
+        if self._forks != _forks:
             raise TransportBroken(
                 "the connection belongs to the process that this one was forked from"
             )
@@ -234,10 +286,18 @@ class NatsTransport(BaseTransport):
             raise TransportBroken(self._last_error or "there is no connection yet")
         return self._client
 
-    def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:
+    def publish_nowait(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """See `Transport.publish_nowait`."""
-        self._check_message(subject, data, reply)
-        self._current().send(Publish(subject, data, reply, ""))
+        block = encode_headers(headers) if headers else b""
+        self._check_message(subject, data, reply, block)
+        self._present().send(Publish(subject, data, reply, block, None))
 
     async def publish(
         self,
@@ -245,37 +305,83 @@ class NatsTransport(BaseTransport):
         data: bytes,
         *,
         reply: str = "",
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """See `Transport.publish`."""
         await trio.lowlevel.checkpoint()
-        self._check_message(subject, data, reply)
+        block = encode_headers(headers) if headers else b""
+        self._check_message(subject, data, reply, block)
         client = self._current()
         await client.wait_room()
         self._check_open()
         if client.lost.is_set():
             raise TransportBroken(str(client.error))
-        client.send(Publish(subject, data, reply, "", headers))
+        client.send(Publish(subject, data, reply, block, None))
 
     async def flush(self) -> None:
         """See `Transport.flush`."""
         await trio.lowlevel.checkpoint()
         await self._current().flush(next(self._numbers))
 
+    async def request(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+        abandoned: Callable[[str, BaseException], object] | None = None,
+    ) -> Reply:
+        """See `Transport.request`."""
+        if timeout != math.inf:
+            return await super().request(
+                subject, data, timeout=timeout, headers=headers, abandoned=abandoned
+            )
+        token, answers = self._send_request(subject, data, headers)
+        try:
+            return await anext(answers)
+        except BaseException as error:
+            if abandoned is not None and not isinstance(error, Exception):
+                abandoned(answers.reply, error)
+            raise
+        finally:
+            self._forget(token)
+
     @asynccontextmanager
     async def open_request(
-        self, subject: str, data: bytes
-    ) -> AsyncGenerator[AsyncIterator[Reply], None]:
+        self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Answers, None]:
         """See `Transport.open_request`."""
-        self._check_message(subject, data)
-        client, token = self._current(), f"{next(self._numbers):x}"
-        answers = self._requests[token] = _Answers(client, subject, self._check_open)
+        token, answers = self._send_request(subject, data, headers)
         try:
-            client.send(Publish(subject, data, f"{client.inbox}.{token}", token))
             yield answers
         finally:
-            del self._requests[token]
-            client.forget(token)
+            self._forget(token)
+
+    def _send_request(
+        self, subject: str, data: bytes, headers: Mapping[str, str] | None
+    ) -> tuple[str, _Answers]:
+        block = encode_headers(headers) if headers else b""
+        self._check_message(subject, data, block=block)
+        client, token = self._present(), self._next_token()
+        reply = f"{client.inbox}.{token}"
+        answers = self._requests[token] = _Answers(client, subject, reply, self._check_open)
+        # If it is the only one, nothing is gained by waiting for others.
+        client.send(Publish(subject, data, reply, block, answers), at_once=len(self._requests) == 1)
+        return token, answers
+
+    def _forget(self, token: str) -> None:
+        # What has arrived since its task was cancelled is late, too.
+        self._late_replies += self._requests.pop(token).unread
+
+    def _next_token(self) -> str:
+        # Whoever answers one request could otherwise guess the subjects of others, and answer those
+        # in the place of the metronome.
+        if not self._tokens:
+            drawn = secrets.token_hex(_TOKENS * _TOKEN_BYTES)
+            places = range(0, len(drawn), 2 * _TOKEN_BYTES)
+            self._tokens = [drawn[place : place + 2 * _TOKEN_BYTES] for place in places]
+        return self._tokens.pop()
 
     async def call(self, function: Callable[[Any], Awaitable[T]]) -> T:
         """Call an async function with nats-py's client, in its thread. A checkpoint.
@@ -295,11 +401,11 @@ class NatsTransport(BaseTransport):
 
     def _subscribe(self, number: int, mailbox: Mailbox) -> None:
         if self._client is not None:
-            self._client.send(Subscribe(number, mailbox.subject))
+            self._client.send(Subscribe(number, mailbox.subject, mailbox.queue))
 
-    def _unsubscribe(self, number: int, mailbox: Mailbox) -> None:
+    def _unsubscribe(self, number: int, mailbox: Mailbox, *, keep: bool) -> None:
         if self._client is not None:
-            self._client.send(Unsubscribe(number))
+            self._client.send(Unsubscribe(number, keep))
 
     # For the client.
 
@@ -308,14 +414,24 @@ class NatsTransport(BaseTransport):
         if item.number == INBOX:
             self._received += 1
             answers = self._requests.get(item.subject.rpartition(".")[2])
-            if answers is not None:
+            if answers is None:
+                self._late_replies += 1
+            else:
                 answers.take(item, behind_ns)
             return
         mailbox = self._mailboxes.get(item.number)
         if mailbox is not None:
+            headers = item.headers
             self._deliver(
                 mailbox,
-                Message(item.subject, item.data, item.reply, item.stamp + behind_ns, item.id),
+                Message(
+                    item.subject,
+                    item.data,
+                    item.reply,
+                    item.stamp + behind_ns,
+                    headers.get("Nats-Msg-Id", "") if headers else "",
+                    headers,
+                ),
             )
 
     def count_dropped(self, messages: int) -> None:
@@ -325,11 +441,23 @@ class NatsTransport(BaseTransport):
     def client_complained(self, client: Client, error: str) -> None:
         """Note an error that did not end the connection; fail the requests that it refuses."""
         if "permissions violation" in error.lower():
-            self._permission_errors += 1
             refusal = _REFUSAL.search(error.lower())
             if refusal is not None:
-                error = self._refuse(client, refusal[1], refusal[2])
+                verb, subject = refusal[1], refusal[2]
+                if verb == "subscription" and self._tell_mailboxes(subject):
+                    return
+                error = self._refuse(client, verb, subject)
+            self._permission_errors += 1
         self.note_error(error)
+
+    def _tell_mailboxes(self, subject: str) -> bool:
+        # Return whether there are subscriptions to the subject, and the user can do without all.
+        refused = [
+            mailbox for mailbox in self._mailboxes.values() if mailbox.subject.lower() == subject
+        ]
+        for mailbox in refused:
+            mailbox.refusal = self._denied("subscribe", mailbox.subject)
+        return bool(refused) and all(mailbox.optional for mailbox in refused)
 
     def _refuse(self, client: Client, verb: str, subject: str) -> str:
         # Return the text to log. nats-py gives the subject in lower case.

@@ -2,12 +2,13 @@
 
 nats-py needs asyncio. So a client runs in a thread of its own, which anyio's blocking portal makes.
 Once its connection is lost, it is never used again. If it hangs, for example in a half-open socket
-with full buffers, it is abandoned. Only this module, `nats_loop` and `jetstream` (whose functions
-run in that thread) use nats-py and asyncio, and only this one uses anyio.
+with full buffers, it is abandoned. Only this module, `nats_wire`, `nats_loop` and `jetstream`
+(whose functions run in that thread) use nats-py and asyncio, and only this one uses anyio.
 
 Messages are passed on in both directions without waiting. To the thread they go through a deque,
-with one wake-up for all that is in it; from the thread through another deque, with one idempotent
-`run_sync_soon`. The thread notes when a message arrived or was sent. These times are passed on as
+with one wake-up for all that is in it; from the thread through another deque, with one
+`run_sync_soon` for all messages that arrived together. The wake-up itself writes messages while the
+socket takes them. The thread notes when a message arrived or was sent. These times are passed on as
 ages, because the clocks of the two threads differ.
 """
 
@@ -28,12 +29,13 @@ import nats.errors
 import nats.js.errors
 import trio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from nats.aio.msg import Msg
 
 from .._config import Server
 from .._errors import AuthenticationFailed, BackbeatError, TLSFailed, TransportBroken
 from .._time.local import local_ns
+from .headers import decode_headers
 from .nats_loop import THREAD, ConnectionLoop
+from .nats_wire import Wire, encode_publish
 
 # The server is sent a ping this often. A connection is given up when the answer is late by the
 # patience, or by this many times the patience while a queue explains that it is late.
@@ -56,9 +58,8 @@ _INCOMING_BYTES: Final = 64 * 1024 * 1024
 _AT_ONCE: Final = 1024
 # How long closing a client may take, in seconds, before it is abandoned.
 _CLOSE_PATIENCE: Final = 1.0
-# A flush of nats-py must not time out, because that ends its read loop.
-_FOREVER: Final = 10**9
-
+# How much is joined into one piece of memory and written at once, in bytes of payload.
+_PIECE: Final = 64 * 1024
 # Errors after which nats-py gives the connection up.
 _LOSSES: Final = (nats.errors.UnexpectedEOF, nats.errors.StaleConnectionError, OSError)
 
@@ -68,22 +69,36 @@ INBOX: Final = 0
 T = TypeVar("T")
 
 
+class Departure:
+    """When a message passed the socket."""
+
+    __slots__ = ("stamp",)
+
+    def __init__(self) -> None:
+        self.stamp = 0
+        """By the clock of the thread; 0 until then."""
+
+
 class Publish(NamedTuple):
     subject: str
     data: bytes
     reply: str
-    token: str
-    """The request that this message is, or an empty string."""
-    headers: dict[str, str] | None = None
+    block: bytes
+    """The encoded headers."""
+    departure: Departure | None
+    """Where the instant is kept at which it is written."""
 
 
 class Subscribe(NamedTuple):
     number: int
     subject: str
+    queue: str
 
 
 class Unsubscribe(NamedTuple):
     number: int
+    keep: bool
+    """Whether what still arrives is passed on."""
 
 
 class Flush(NamedTuple):
@@ -116,9 +131,10 @@ class Incoming(NamedTuple):
     data: bytes
     reply: str
     stamp: int
-    sent: int
     status: str
-    id: str
+    headers: dict[str, str] | None
+    size: int
+    """Of the payload and the headers, in bytes."""
 
 
 class Owner(Protocol):
@@ -132,31 +148,6 @@ class Owner(Protocol):
     def dispatch(self, item: Incoming, behind_ns: int, /) -> None: ...
     def count_dropped(self, messages: int, /) -> None: ...
     def client_complained(self, client: Client, error: str, /) -> None: ...
-
-
-@final
-class _Wary(nats.aio.client.Client):
-    # nats-py signs the nonce of any server, even of one without TLS, and has no option to check the
-    # server first. So the check is done here, before anything is sent.
-
-    def __init__(self, check: Callable[[], None]) -> None:
-        super().__init__()
-        self._check = check
-
-    def _connect_command(self) -> bytes:
-        self._check()
-        return super()._connect_command()
-
-    @property
-    def working(self) -> list[asyncio.Task[Any]]:
-        """The tasks that read and write. If one of them has ended, the client does not work."""
-        return [task for task in (self._reading_task, self._flusher_task) if task is not None]
-
-    async def flush(self, timeout: int = _FOREVER) -> None:
-        # Without its reading task nats-py would report success at once.
-        if any(task.done() for task in self.working):
-            raise nats.errors.ConnectionClosedError
-        await super().flush(timeout)
 
 
 @final
@@ -187,9 +178,11 @@ class Client:
         # Each thread changes only one of the two, so no sum is changed by two threads.
         self._taken_bytes = self._passed_bytes = 0
         self._dropped = self._dropped_reported = 0
-        self._sent: dict[str, int] = {}
+        self._told = False
         self._flushes: dict[int, trio.Event] = {}
-        self._subscriptions: dict[int, Any] = {}
+        self._pusher: trio.lowlevel.Task | None = None
+        self._wire: Wire | None = None
+        self._idle = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
         self._ended: asyncio.Event | None = None
@@ -243,6 +236,7 @@ class Client:
             self.error = error
         self.outcome.set()
         self.lost.set()
+        self._wake_pusher()
         self.room.set()
         for event in self._flushes.values():
             event.set()
@@ -255,12 +249,24 @@ class Client:
         """How many bytes have been passed to the thread, and not been written yet."""
         return self._queued - self._written
 
-    def send(self, item: Publish | Subscribe | Unsubscribe | Flush | Call) -> None:
-        """Pass something to the thread."""
+    def send(
+        self, item: Publish | Subscribe | Unsubscribe | Flush | Call, *, at_once: bool = False
+    ) -> None:
+        """Hand an item to the thread.
+
+        Args:
+          item: the item.
+          at_once: whether the thread is woken without waiting for what other tasks may hand over.
+
+        """
         if isinstance(item, Publish):
-            self._queued += len(item.data)
+            self._queued += len(item.data) + len(item.block)
         self._outgoing.append(item)
-        self._wake_thread()
+        if at_once and not self._woken:
+            self._woken = True
+            self._push()
+        else:
+            self._wake_thread()
 
     async def flush(self, number: int) -> None:
         """Wait until the server has received everything that was passed to the thread before."""
@@ -292,28 +298,64 @@ class Client:
         value: T = outcome.value
         return value
 
+    async def push(self) -> None:
+        """Wake the thread for what is handed over, until the connection is gone.
+
+        It does so once all tasks have run that Trio runs in the same turn. The thread takes the GIL
+        when it wakes: if it woke for the first message, the tasks that are about to send others
+        would wait for it, each for each.
+        """
+        task = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._pusher = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        try:
+            while not self.lost.is_set():
+                self._pusher = task
+                await trio.lowlevel.wait_task_rescheduled(abort)
+                self._push()
+        finally:
+            # Whatever was handed over since is pushed by this, and what follows at once.
+            self._push()
+
     def _wake_thread(self) -> None:
-        if self._woken or self._loop is None or self._wake is None:
+        if self._woken or self._loop is None:
             return
         self._woken = True
+        if not self._wake_pusher():
+            self._push()
+
+    def _wake_pusher(self) -> bool:
+        pusher, self._pusher = self._pusher, None
+        if pusher is not None:
+            trio.lowlevel.reschedule(pusher)
+        return pusher is not None
+
+    def _push(self) -> None:
+        if self._loop is None:
+            return
         try:
-            self._loop.call_soon_threadsafe(self._wake.set)
+            self._loop.call_soon_threadsafe(self._on_wake)
         except RuntimeError:
             # The loop has ended by itself, or it belongs to the process that this is a fork of.
             self.fail(TransportBroken("the connection's thread has ended"))
 
     def _drain_incoming(self) -> None:
         incoming, owner = self._incoming, self.owner
+        # First: what is appended from now on tells of itself.
+        self._told = False
         behind = _behind_ns()
         dropped = self._dropped
         owner.count_dropped(dropped - self._dropped_reported)
         self._dropped_reported = dropped
         for _ in range(min(len(incoming), _AT_ONCE)):
             item = incoming.popleft()
-            self._passed_bytes += len(item.data)
+            self._passed_bytes += item.size
             owner.dispatch(item, behind)
         if incoming:
-            self._to_trio(self._drain_incoming, idempotent=True)
+            self._tell()
 
     async def wait_room(self) -> None:
         """Wait while too much is on its way to the thread."""
@@ -325,26 +367,26 @@ class Client:
             if self.backlog > _LOW_WATER:
                 await self.room.wait()
 
-    def forget(self, token: str) -> None:
-        """Forget when a request was sent, once its block has been left."""
-        self._sent.pop(token, None)
-
     def _made_room(self) -> None:
         self.room.set()
 
     # The thread's side.
 
-    def _to_trio(
-        self, function: Callable[..., object], *args: Any, idempotent: bool = False
-    ) -> None:
+    def _to_trio(self, function: Callable[..., object], *args: Any) -> None:
         # The function must not raise, because Trio would take that for an internal error.
         with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(function, *args, idempotent=idempotent)
+            self._token.run_sync_soon(function, *args)
+
+    def _tell(self) -> None:
+        # Each call writes to a socket pair, so that one for a batch is much cheaper than one for
+        # each message.
+        self._told = True
+        self._to_trio(self._drain_incoming)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._wake, self._ended = asyncio.Event(), asyncio.Event()
-        client = _Wary(lambda: self._check_tls(client))
+        self._wire = client = Wire(lambda: self._check_tls(client), self._take, self._taken)
         error: Exception = TransportBroken(f"the connection to {self.server.url} was lost")
         try:
             await client.connect(
@@ -360,7 +402,7 @@ class Client:
                 task.add_done_callback(self._on_ended)
             self.inbox = client.new_inbox()
             self._up = True
-            await client.subscribe(f"{self.inbox}.*", cb=self._receiver(INBOX))
+            await client.subscribe_as(INBOX, f"{self.inbox}.*", "")
             self._to_trio(self._on_connected, client.max_payload)
             self._keep(self._watch(client))
             pump, ended = self._keep(self._pump(client)), self._keep(self._ended.wait())
@@ -381,9 +423,9 @@ class Client:
             # Errors of closing are of no interest, because the loss has been reported.
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 if self._hung:
-                    _abort(client)
+                    client.abort()
                 await asyncio.wait_for(client.close(), _CLOSE_PATIENCE)
-            _abort(client)
+            client.abort()
 
     def _secured(self, client: nats.aio.client.Client) -> dict[str, Any]:
         # nats-py sends secrets in the clear to a server that does not ask for TLS, even if the URL
@@ -512,38 +554,82 @@ class Client:
         taken = client.stats["in_bytes"] + _OVERHEAD * client.stats["in_msgs"]
         return taken // _TRICKLE, self._written // _SOCKET_BUFFERS
 
-    async def _pump(self, client: nats.aio.client.Client) -> None:
+    def _on_wake(self) -> None:
+        assert self._wake is not None
+        if self._idle:
+            # First: what is handed over from now on wakes the thread again.
+            self._woken = False
+            self._write_piece()
+            if not self._outgoing and not self._stopping:
+                return
+        self._wake.set()
+
+    def _write_piece(self) -> bool:
+        # Write messages at once, and return whether there were any and the socket takes them.
+        wire, outgoing = self._wire, self._outgoing
+        if wire is None or not wire.is_ready:
+            return False
+        parts: list[bytes] = []
+        departures: list[Departure] = []
+        size = 0
+        while outgoing and size < _PIECE:
+            item = outgoing[0]
+            if not isinstance(item, Publish):
+                break
+            outgoing.popleft()
+            if item.departure is not None:
+                departures.append(item.departure)
+            size += len(item.data) + len(item.block)
+            parts.append(encode_publish(item.subject, item.reply, item.block, item.data))
+        if not parts:
+            return False
+        data = b"".join(parts)
+        stamp = time.perf_counter_ns()
+        for departure in departures:
+            departure.stamp = stamp
+        wire.write_now(data)
+        self._count_written(size)
+        return True
+
+    def _count_written(self, size: int) -> None:
+        self._written += size
+        if self.waiting and self.backlog < _LOW_WATER:
+            self.waiting = False
+            self._to_trio(self._made_room)
+
+    async def _pump(self, wire: Wire) -> None:
         assert self._wake is not None
         assert self._ended is not None
         while True:
             while self._outgoing and not self._ended.is_set():
+                if self._write_piece():
+                    # So that what arrives gets its turn.
+                    await asyncio.sleep(0)
+                    continue
                 item = self._outgoing.popleft()
                 if isinstance(item, Publish):
-                    if item.token:
-                        self._sent[item.token] = time.perf_counter_ns()
-                    await client.publish(
-                        item.subject, item.data, reply=item.reply, headers=item.headers
+                    if item.departure is not None:
+                        item.departure.stamp = time.perf_counter_ns()
+                    await wire.write(
+                        encode_publish(item.subject, item.reply, item.block, item.data)
                     )
-                    self._written += len(item.data)
-                    if self.waiting and self.backlog < _LOW_WATER:
-                        self.waiting = False
-                        self._to_trio(self._made_room)
+                    self._count_written(len(item.data) + len(item.block))
                 elif isinstance(item, Flush):
-                    self._keep(self._flush(client, item.number))
+                    self._keep(self._flush(wire, item.number))
                 elif isinstance(item, Call):
-                    self._keep(self._call(client, item))
+                    self._keep(self._call(wire, item))
                 elif isinstance(item, Subscribe):
-                    self._subscriptions[item.number] = await client.subscribe(
-                        item.subject, cb=self._receiver(item.number)
-                    )
-                elif (subscription := self._subscriptions.pop(item.number, None)) is not None:
-                    await subscription.unsubscribe()
+                    await wire.subscribe_as(item.number, item.subject, item.queue)
+                else:
+                    await wire.unsubscribe_as(item.number, keep=item.keep)
             if self._stopping:
                 return
             self._woken = False
             # Something that was passed on before the flag was cleared has not woken this task.
             if not self._outgoing:
+                self._idle = True
                 await self._wake.wait()
+                self._idle = False
             self._wake.clear()
 
     async def _flush(self, client: nats.aio.client.Client, number: int) -> None:
@@ -566,32 +652,41 @@ class Client:
         if event is not None and not self.lost.is_set():
             event.set()
 
-    def _receiver(self, number: int) -> Callable[[Msg], Awaitable[None]]:
+    def _take(
+        self, number: int, subject: bytes, reply: bytes, data: bytes, block: bytes | None
+    ) -> None:
+        stamp = time.perf_counter_ns()
         incoming = self._incoming
-
-        async def receive(message: Msg) -> None:
-            stamp = time.perf_counter_ns()
-            if (
-                len(incoming) >= _INCOMING_MESSAGES
-                or self._taken_bytes - self._passed_bytes > _INCOMING_BYTES
-            ):
-                self._dropped += 1
-                return
-            sent, status, id, headers = 0, "", "", message.headers
-            if number == INBOX:
-                sent = self._sent.pop(message.subject.rpartition(".")[2], 0)
-            if headers:
-                status, id = headers.get("Status", ""), headers.get("Nats-Msg-Id", "")
-            self._taken_bytes += len(message.data)
-            incoming.append(
-                Incoming(
-                    *(number, message.subject, message.data, message.reply),
-                    *(stamp, sent, status, id),
-                )
+        if (
+            len(incoming) >= _INCOMING_MESSAGES
+            or self._taken_bytes - self._passed_bytes > _INCOMING_BYTES
+        ):
+            self._dropped += 1
+            return
+        status, headers, size = "", None, len(data)
+        if block:
+            status, headers = decode_headers(block)
+            size += len(block)
+        self._taken_bytes += size
+        incoming.append(
+            Incoming(
+                number,
+                # Whatever these are, they must not end the task that reads.
+                subject.decode(errors="replace"),
+                data,
+                reply.decode(errors="replace"),
+                stamp,
+                status,
+                headers,
+                size,
             )
-            self._to_trio(self._drain_incoming, idempotent=True)
+        )
 
-        return receive
+    def _taken(self) -> None:
+        # Once for all messages that arrived together. Trio's thread would take the GIL for the
+        # first of them, and hold up the parsing of the others.
+        if self._incoming and not self._told:
+            self._tell()
 
 
 def _behind_ns() -> int:
@@ -608,16 +703,6 @@ def _behind_ns() -> int:
         if best < 20_000:
             break
     return behind
-
-
-def _abort(client: nats.aio.client.Client) -> None:
-    # nats-py waits for a peer that does not read any more, and leaves the socket of a refused
-    # connection to the garbage collector.
-    transport = getattr(client, "_transport", None)
-    for name in ("_io_writer", "_bare_io_writer"):
-        writer = getattr(transport, name, None)
-        if writer is not None:
-            writer.transport.abort()
 
 
 def _leave(portal_cm: AbstractContextManager[BlockingPortal]) -> None:

@@ -7,8 +7,10 @@ not make others wait.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
 import trio
@@ -16,6 +18,8 @@ import trio
 # Enough for all claims of a large cluster on one beat. If it is full, new messages are dropped and
 # counted.
 SUBSCRIPTION_MESSAGES: Final = 4096
+
+_SUBJECT: Final = re.compile(r"[^ .*>]+(?:\.[^ .*>]+)*")
 
 
 class Message(NamedTuple):
@@ -28,6 +32,8 @@ class Message(NamedTuple):
       received_ns: when it arrived at the socket, in nanoseconds of local time, which is that of
         `trio.current_time`.
       id: the id under which a stream stores it; empty if it has none.
+      headers: the headers; None if it has none. A name that comes more than once with different
+        values has them all, separated by commas.
 
     """
 
@@ -36,6 +42,7 @@ class Message(NamedTuple):
     reply: str
     received_ns: int
     id: str = ""
+    headers: Mapping[str, str] | None = None
 
 
 class Reply(NamedTuple):
@@ -46,12 +53,57 @@ class Reply(NamedTuple):
       sent_ns: when the request was sent, in nanoseconds of local time, which is that of
         `trio.current_time`.
       received_ns: when the answer arrived, in the same time.
+      headers: the headers of the answer, as in `Message`.
 
     """
 
     data: bytes
     sent_ns: int
     received_ns: int
+    headers: Mapping[str, str] | None = None
+
+
+class Subscription(Protocol):
+    """The messages of a subscription: an async iterator, each step of which is a checkpoint."""
+
+    refusal: str | None
+    """What the server's permissions refuse, for people; None if they let it be."""
+
+    def __aiter__(self) -> AsyncIterator[Message]: ...
+
+    async def __anext__(self) -> Message: ...
+
+    async def batch(self) -> list[Message]:
+        """Wait for a message, and return all that have arrived. A checkpoint.
+
+        Raises:
+          TransportClosed: if the transport is closed, and all messages have been returned.
+
+        """
+        ...
+
+    def waiting(self) -> list[Message]:
+        """Return all that have arrived, without waiting for one. Not a checkpoint."""
+        ...
+
+    async def drain(self) -> None:
+        """Have the server send no more messages, and wait until it sends none. A checkpoint.
+
+        What has arrived by then can still be read. If there is no connection, there is nothing to
+        wait for.
+        """
+        ...
+
+
+class Answers(Protocol):
+    """The answers to a request: an async iterator, each step of which is a checkpoint."""
+
+    reply: str
+    """The subject on which they arrive."""
+
+    def __aiter__(self) -> AsyncIterator[Reply]: ...
+
+    async def __anext__(self) -> Reply: ...
 
 
 class TransportStatistics(NamedTuple):
@@ -67,6 +119,8 @@ class TransportStatistics(NamedTuple):
         seen.
       refused: what the permissions refused, and how often: ``publish to SUBJECT`` or
         ``subscription to SUBJECT``, in lower case.
+      late_replies: answers that came when nobody waited for them any more, and further answers to a
+        request that needs only one.
 
     """
 
@@ -77,6 +131,7 @@ class TransportStatistics(NamedTuple):
     last_error: str | None
     recent_errors: tuple[tuple[int, str], ...]
     refused: tuple[tuple[str, int], ...] = ()
+    late_replies: int = 0
 
 
 class Transport(Protocol):
@@ -130,23 +185,39 @@ class Transport(Protocol):
         """
         ...
 
-    def publish_nowait(self, subject: str, data: bytes, *, reply: str = "") -> None:
+    def publish_nowait(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Queue a message for sending. Not a checkpoint.
 
         Args:
           subject: the subject, without ``*`` and ``>``.
           data: the payload.
           reply: the subject on which an answer is expected; empty for none.
+          headers: the headers of the message. White space around a value is lost.
 
         Raises:
           TransportBroken: if there is no connection.
           TransportClosed: if the transport was closed.
-          ValueError: if the message is larger than `max_payload`, or a subject is not valid.
+          ValueError: if the message with its headers is larger than `max_payload`, or a subject or
+            a header is not valid.
 
         """
         ...
 
-    async def publish(self, subject: str, data: bytes, *, reply: str = "") -> None:
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Queue a message for sending; wait first if too much is queued already. A checkpoint.
 
         It takes the arguments, and raises the errors, of `publish_nowait`.
@@ -162,13 +233,24 @@ class Transport(Protocol):
         """
         ...
 
-    async def request(self, subject: str, data: bytes, *, timeout: float) -> Reply:
+    async def request(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+        abandoned: Callable[[str, BaseException], object] | None = None,
+    ) -> Reply:
         """Send a message, and return its first answer. A checkpoint.
 
         Args:
           subject: the subject, without ``*`` and ``>``.
           data: the payload.
           timeout: how long to wait for the answer, in seconds.
+          headers: the headers of the message.
+          abandoned: called with the subject on which the answer was expected, and the exception,
+            if the wait is cancelled or interrupted.
 
         Raises:
           NoResponders: if no process is subscribed to the subject.
@@ -180,8 +262,8 @@ class Transport(Protocol):
         ...
 
     def open_request(
-        self, subject: str, data: bytes
-    ) -> AbstractAsyncContextManager[AsyncIterator[Reply]]:
+        self, subject: str, data: bytes, *, headers: Mapping[str, str] | None = None
+    ) -> AbstractAsyncContextManager[Answers]:
         """Send a message, and iterate over all its answers in a block.
 
         It is called for a request that several processes may answer, such as that of a metronome
@@ -203,8 +285,13 @@ class Transport(Protocol):
         ...
 
     def open_subscription(
-        self, subject: str, *, capacity: int = SUBSCRIPTION_MESSAGES
-    ) -> AbstractAsyncContextManager[AsyncIterator[Message]]:
+        self,
+        subject: str,
+        *,
+        capacity: int = SUBSCRIPTION_MESSAGES,
+        queue: str = "",
+        optional: bool = False,
+    ) -> AbstractAsyncContextManager[Subscription]:
         """Subscribe to a subject, and iterate over its messages in a block.
 
         If there is a connection, the server knows the subscription when the block begins. The
@@ -214,6 +301,10 @@ class Transport(Protocol):
         Args:
           subject: the subject, which may contain ``*`` and ``>``.
           capacity: how many messages may wait for the iterator; more are dropped and counted.
+          queue: the name of a queue group: each message goes to one subscription of the group. An
+            empty string is no group.
+          optional: whether it is no error if the server's permissions refuse the subscription. It
+            brings no messages then.
 
         """
         ...
@@ -240,9 +331,16 @@ def matches(pattern: str, subject: str) -> bool:
     return len(wanted) == len(tokens)
 
 
+def is_subject(subject: str) -> bool:
+    """Tell whether a message can be published on this subject."""
+    return _SUBJECT.fullmatch(subject) is not None and subject.isprintable()
+
+
+# Subjects are few, and messages many.
+@lru_cache(maxsize=1024)
 def check_subject(subject: str) -> None:
     """Raise `ValueError` unless a message can be published on this subject."""
-    if not all(map(_is_plain, subject.split("."))):
+    if not is_subject(subject):
         raise ValueError(f"not a subject to publish on: {subject!r}")
 
 
@@ -254,5 +352,11 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(f"not a subject to subscribe to: {pattern!r}")
 
 
+def check_queue(queue: str) -> None:
+    """Raise `ValueError` unless a queue group can have this name."""
+    if queue and not is_subject(queue):
+        raise ValueError(f"not the name of a queue group: {queue!r}")
+
+
 def _is_plain(token: str) -> bool:
-    return bool(token) and token.isprintable() and not set(token) & set(" *>")
+    return "." not in token and is_subject(token)

@@ -117,7 +117,7 @@ async def test_nothing_is_subscribed_to_unless_an_operation_asks_for_it(
     autojump_clock: Clock,
 ) -> None:
     async with open_pair() as (agent, operator):
-        subjects = [mailbox.subject for mailbox in _bus_of(agent)._mailboxes]
+        subjects = _bus_of(agent).subjects
         assert not [subject for subject in subjects if "control" in subject]
         async with agent.operation("election", id="plain"):
             with pytest.raises(NoResponders, match="agent agent takes no requests: it is not runn"):
@@ -126,7 +126,7 @@ async def test_nothing_is_subscribed_to_unless_an_operation_asks_for_it(
             await operator.cancel_remote("nobody", "plain", "why not")
         # It is subscribed when the block begins, and stays so.
         async with agent.operation("election", id="job", cancellable=True):
-            subjects = [mailbox.subject for mailbox in _bus_of(agent)._mailboxes]
+            subjects = _bus_of(agent).subjects
             assert "backbeat.control.agent" in subjects
         with pytest.raises(OperationNotFound):
             await operator.cancel_remote("agent", "job", "why not")
@@ -139,7 +139,7 @@ async def test_nothing_is_subscribed_to_unless_an_operation_asks_for_it(
                 with pytest.raises(CancelRefused, match=f"'{id}': the operation was not opened"):
                     await operator.cancel_remote("agent", id, "why not")
         assert agent.statistics().operations_cancelled == 0
-        subjects = [mailbox.subject for mailbox in _bus_of(agent)._mailboxes]
+        subjects = _bus_of(agent).subjects
         assert subjects.count("backbeat.control.agent") == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -628,12 +629,14 @@ async def test_a_standby_far_from_its_server_learns_that_the_leader_is_gone(
     async with cluster(2) as (_, (one, two)):
         request = two.transport.request
 
-        async def slow(subject: str, data: bytes, *, timeout: float) -> backbeat.Reply:
+        async def slow(
+            subject: str, data: bytes, *, timeout: float, **options: Any
+        ) -> backbeat.Reply:
             if timeout <= 0.006:
                 await trio.sleep(timeout)
                 raise backbeat.TransportBroken("no answer in time")
             await trio.sleep(0.006)
-            return await request(subject, data, timeout=timeout - 0.006)
+            return await request(subject, data, timeout=timeout - 0.006, **options)
 
         two.transport.request = slow  # type: ignore[method-assign]
         one.scope.cancel()

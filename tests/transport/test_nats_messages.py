@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from typing import Any
 
@@ -18,7 +17,7 @@ from plain import BEATS, dump, flood, frame, plain_client
 
 from backbeat_trio import TransportBroken
 from backbeat_trio._time.local import local_ns
-from backbeat_trio._transport import nats_client as _nats_client
+from backbeat_trio._transport import nats as _nats, nats_client as _nats_client
 from backbeat_trio.testing import AGENT_ID, CLUSTER_ID, NatsServer, open_recorder, open_session
 
 guarded = helpers.guarded(120)
@@ -315,9 +314,8 @@ async def test_stamps_of_a_thread_that_was_preempted(monkeypatch: pytest.MonkeyP
 async def test_use_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
     async with NatsServer() as server, running(nats_url=server.url) as transport:
         await transport.wait_connected()
-        parent = os.getpid()
         with monkeypatch.context() as patch:
-            patch.setattr(os, "getpid", lambda: parent + 1)
+            patch.setattr(_nats, "_forks", _nats._forks + 1)
             with pytest.raises(TransportBroken, match="forked"):
                 transport.publish_nowait("a", b"")
             with pytest.raises(TransportBroken, match="forked"):

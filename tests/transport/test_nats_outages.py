@@ -295,12 +295,23 @@ async def test_connection_whose_answers_wait_behind_a_queue_is_kept() -> None:
 
 @guarded
 async def test_connection_that_nobody_reads_from_any_more_is_left() -> None:
-    # nats-py ends its reading when a message cannot be parsed, and calls the client connected.
+    # nats-py ends its reading when a line cannot be parsed, and calls the client connected.
     async with (
-        fake_server(farewell=b"MSG \xff 1 1\r\nx\r\n") as (port, _),
+        fake_server(farewell=b'INFO {"\xff": 1}\r\n') as (port, _),
         running(nats_url=f"nats://127.0.0.1:{port}") as transport,
     ):
         await until(lambda: transport.generation >= 2)
+
+
+@guarded
+async def test_message_whose_subject_is_not_utf8_is_no_loss_of_the_connection() -> None:
+    async with (
+        fake_server(farewell=b"MSG _INBOX.\xff 1 1\r\nx\r\n") as (port, _),
+        running(nats_url=f"nats://127.0.0.1:{port}") as transport,
+    ):
+        await until(lambda: transport.statistics().late_replies == 1)
+        await transport.flush()
+        assert transport.generation == 1
 
 
 @guarded

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Final, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, Final, TypeAlias, TypeVar
 
 import helpers
 import pytest
@@ -25,6 +27,8 @@ from backbeat_trio import (
     TransportClosed,
 )
 from backbeat_trio._time.local import local_ns
+from backbeat_trio._transport import nats_client
+from backbeat_trio._transport.headers import decode_headers, find_header
 from backbeat_trio._transport.memory import open_memory_bus
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._transport.protocol import check_subject, matches
@@ -285,7 +289,265 @@ async def test_subscribing_to_what_is_no_pattern(make: Maker) -> None:
         assert transport.generation == 1
 
 
+# Headers.
+
+
+@guarded
+async def test_headers_arrive_with_the_message(make: Maker) -> None:
+    headers = {"Plain": "a", "lower-case": "with spaces, and: colons", "Empty": "", "U": "ü"}
+    async with running(make()) as transport, transport.open_subscription("a") as messages:
+        await transport.publish("a", b"data", headers=headers)
+        transport.publish_nowait("a", b"", headers=headers, reply="b")
+        await transport.publish("a", b"none")
+        await transport.publish("a", b"none", headers={})
+        assert [(await anext(messages)).headers for _ in range(4)] == [headers, headers, None, None]
+
+
+@guarded
+async def test_request_and_answer_carry_headers(make: Maker) -> None:
+    async with running(make()) as transport, transport.open_subscription("a") as messages:
+
+        async def answer() -> None:
+            request = await anext(messages)
+            transport.publish_nowait(request.reply, b"", headers=dict(request.headers or {}))
+            request = await anext(messages)
+            assert request.headers is None
+            transport.publish_nowait(request.reply, b"")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            first = await transport.request("a", b"", timeout=20, headers={"X": "1"})
+            second = await transport.request("a", b"", timeout=math.inf)
+    assert first.headers == {"X": "1"}
+    assert second.headers is None
+
+
+@guarded
+async def test_white_space_around_a_header_is_lost(make: Maker) -> None:
+    async with running(make()) as transport, transport.open_subscription("a") as messages:
+        await transport.publish("a", b"", headers={"X": "  1 \t"})
+        assert (await anext(messages)).headers == {"X": "1"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"": "a"},
+        {"a b": "c"},
+        {"a:": "c"},
+        {"ä": "c"},
+        {"a": "b\r\nc: d"},
+        {"a": "b\n"},
+        {"a": "\ud800"},
+    ],
+)
+@guarded
+async def test_headers_that_no_message_can_have(make: Maker, headers: dict[str, str]) -> None:
+    async with running(make()) as transport, transport.open_subscription("a") as messages:
+        with pytest.raises(ValueError, match="header"):
+            transport.publish_nowait("a", b"", headers=headers)
+        with pytest.raises(ValueError, match="header"):
+            await transport.publish("a", b"", headers=headers)
+        with pytest.raises(ValueError, match="header"):
+            await transport.request("a", b"", timeout=20, headers=headers)
+        wrong: Any = {"a": 1}
+        with pytest.raises(TypeError, match="header"):
+            transport.publish_nowait("a", b"", headers=wrong)
+        await transport.publish("a", b"the first to arrive")
+        assert (await anext(messages)).data == b"the first to arrive"
+        assert transport.generation == 1
+
+
+@guarded
+async def test_headers_count_as_a_part_of_the_message(make: Maker) -> None:
+    async with running(make()) as transport, transport.open_subscription("a") as messages:
+        long = {"X": "x" * (transport.max_payload - 100)}
+        with pytest.raises(ValueError, match=str(transport.max_payload)):
+            transport.publish_nowait("a", b"x" * 100, headers=long)
+        transport.publish_nowait("a", b"x" * 50, headers=long)
+        message = await anext(messages)
+        assert message.headers == long
+        assert message.data == b"x" * 50
+
+
+@pytest.mark.parametrize(
+    ("block", "status", "headers"),
+    [
+        (b"NATS/1.0\r\n\r\n", "", {}),
+        (b"NATS/1.0 503\r\n\r\n", "503", {}),
+        (b"NATS/1.0 100 Idle Heartbeat\r\nA: b\r\n\r\n", "100", {"A": "b"}),
+        (b"NATS/1.0\r\nA:b\r\nB :  c \r\n\r\n", "", {"A": "b", "B": "c"}),
+        (b"NATS/1.0\r\nA: 1\r\nA: 2\r\na: 3\r\n\r\n", "", {"A": "1, 2", "a": "3"}),
+        (b"NATS/1.0\r\nA: 1\r\nA: 1\r\n\r\n", "", {"A": "1"}),
+        (b"NATS/1.0\r\nno header\r\nA: \xff\r\n\r\n", "", {"A": "\ufffd"}),
+        (b"\xff\x00", "", {}),
+        (b"", "", {}),
+    ],
+)
+def test_reading_headers(block: bytes, status: str, headers: dict[str, str]) -> None:
+    assert decode_headers(block) == (status, headers)
+
+
+def test_finding_a_header_in_any_case() -> None:
+    headers = {"Nats-Service-Error": "a", "nats-service-error": "b"}
+    assert find_header(headers, "Nats-Service-Error") == "a"
+    assert find_header(headers, "NATS-SERVICE-ERROR") == "a"
+    assert find_header(headers, "other") is None
+
+
+# Queue groups, and draining.
+
+
+@guarded
+async def test_message_goes_to_one_of_a_queue_group(make: Maker) -> None:
+    async with (
+        running(make()) as one,
+        running(make()) as two,
+        one.open_subscription("a.b", queue="q") as first,
+        two.open_subscription("a.*", queue="q") as second,
+        two.open_subscription("a.b", queue="other") as other,
+        one.open_subscription("a.b") as alone,
+    ):
+        for data in numbers(200):
+            await one.publish("a.b", data)
+        assert await take(other, 200) == numbers(200)
+        assert await take(alone, 200) == numbers(200)
+        await one.flush()
+        await two.flush()
+        shares = [[message.data for message in each.waiting()] for each in (first, second)]
+        assert all(shares)
+        assert sorted(shares[0] + shares[1]) == sorted(numbers(200))
+
+
+@guarded
+async def test_queue_group_whose_members_leave(make: Maker) -> None:
+    async with running(make()) as one, running(make()) as two:
+        async with one.open_subscription("a", queue="q") as first:
+            async with two.open_subscription("a", queue="q"):
+                pass
+            # Leaving does not wait until the server knows.
+            await two.flush()
+            for data in numbers(20):
+                await two.publish("a", data)
+            assert await take(first, 20) == numbers(20)
+        await one.flush()
+        with pytest.raises(NoResponders):
+            await two.request("a", b"", timeout=20)
+
+
+@guarded
+async def test_names_that_no_queue_group_can_have(make: Maker) -> None:
+    async with running(make()) as transport, transport.open_subscription("a") as messages:
+        for queue in (" ", "a b", "*", "a.>", "a\r\n", "a..b"):
+            with pytest.raises(ValueError, match="queue group"):
+                async with transport.open_subscription("a", queue=queue):
+                    pass
+        await transport.publish("a", b"the first to arrive")
+        assert await take(messages, 1) == [b"the first to arrive"]
+
+
+@guarded
+async def test_batch_is_everything_that_has_arrived(make: Maker) -> None:
+    async with running(make()) as transport, transport.open_subscription("a") as messages:
+        assert messages.waiting() == []
+        taken: list[bytes] = []
+        for data in numbers(500):
+            transport.publish_nowait("a", data)
+        while len(taken) < 500:
+            batch = await messages.batch()
+            assert batch
+            taken += [message.data for message in batch]
+        assert taken == numbers(500)
+        assert messages.waiting() == []
+
+
+@guarded
+async def test_draining_loses_nothing_that_was_sent_to_this_subscription(make: Maker) -> None:
+    async with (
+        running(make()) as sender,
+        running(make()) as receiver,
+        running(make()) as other,
+        receiver.open_subscription("a", queue="q") as drained,
+        other.open_subscription("a", queue="q") as kept,
+    ):
+        done = trio.Event()
+
+        async def send() -> None:
+            for data in numbers(2000):
+                await sender.publish("a", data)
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            taken = [message.data for message in await drained.batch()]
+            await drained.drain()
+            taken += [message.data for message in drained.waiting()]
+            await done.wait()
+        await sender.flush()
+        await other.flush()
+        rest = [message.data for message in kept.waiting()]
+        assert drained.waiting() == []
+        assert sorted(taken + rest) == sorted(numbers(2000))
+
+
+@guarded
+async def test_draining_twice_and_without_a_connection(make: Maker) -> None:
+    transport = make()
+    async with transport.open_subscription("a") as messages:
+        await messages.drain()
+        await messages.drain()
+        assert messages.waiting() == []
+
+
 # Requests.
+
+
+@guarded
+async def test_request_that_is_cancelled_leaves_nothing_behind(make: Maker) -> None:
+    async with running(make()) as transport, transport.open_subscription("a") as messages:
+        given: list[tuple[str, BaseException]] = []
+        for timeout in (20, math.inf):
+            with trio.move_on_after(0.01):
+                await transport.request(
+                    "a", b"", timeout=timeout, abandoned=lambda *args: given.append(args)
+                )
+        replies = [(await anext(messages)).reply for _ in range(2)]
+        assert [reply for reply, _ in given] == replies
+        assert {type(error) for _, error in given} == {trio.Cancelled}
+        assert not transport._requests  # type: ignore[attr-defined]
+        # Nobody waits for these any more.
+        for reply in replies:
+            transport.publish_nowait(reply, b"late")
+        await transport.flush()
+        await transport.flush()
+        if isinstance(transport, NatsTransport):
+            await until(lambda: transport.statistics().late_replies == 2)
+
+
+@guarded
+async def test_many_requests_side_by_side_share_their_wake_ups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    woken = 0
+    wake = nats_client.Client._push
+
+    def count(client: nats_client.Client) -> None:
+        nonlocal woken
+        woken += 1
+        wake(client)
+
+    monkeypatch.setattr(nats_client.Client, "_push", count)
+    async with NatsServer() as server:
+        config = BackbeatConfig(nats_url=server.url, agent_id="conformance")
+        async with running(NatsTransport(config)) as transport, answering(transport, "echo"):
+            before = woken
+            async with trio.open_nursery() as nursery:
+                for number in range(256):
+                    nursery.start_soon(
+                        partial(transport.request, "echo", b"%d" % number, timeout=50)
+                    )
+            # 256 requests, 256 answers, and no more than a few of them at a time alone.
+            assert woken - before < 128
 
 
 @guarded
