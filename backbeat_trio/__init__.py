@@ -57,7 +57,10 @@ if _starts_program:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 if _typing.TYPE_CHECKING or not _starts_program:
+    from ._calls.endpoint import Request as Request
     from ._calls.remaining import Remaining as Remaining
+    from ._calls.requests import Response as Response
+    from ._calls.service import Service as Service
     from ._config import BackbeatConfig as BackbeatConfig
     from ._errors import (
         AuthenticationFailed as AuthenticationFailed,
@@ -74,6 +77,7 @@ if _typing.TYPE_CHECKING or not _starts_program:
         OperationExists as OperationExists,
         OperationNotFound as OperationNotFound,
         PermissionDenied as PermissionDenied,
+        ServiceError as ServiceError,
         SessionClosed as SessionClosed,
         TempoRefused as TempoRefused,
         TLSFailed as TLSFailed,

@@ -72,6 +72,7 @@ class ConfigFields(TypedDict, total=False):
     require_connection: bool
     health_beats: int
     answer_recalls: bool
+    serve_info: bool
     store_claims: bool
     claims_stream: str
     claims_max_age: float
@@ -114,13 +115,15 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
       lock_timeout: how long entering the session waits for a metronome, in seconds, 0 or more.
       connect_timeout: how long an attempt to connect to one server may take, in seconds, 0 or more.
       grace_period: how long leaving the session waits until the terminal claims have reached the
-        server, in seconds, 0 or more.
+        server, and leaving a service until its handlers have finished, in seconds, 0 or more.
       require_connection: whether entering the session fails if the first attempt to connect does.
         Otherwise the session starts without a connection, and goes on trying.
       health_beats: how many beats apart the claims of the agent's health are, 0 to 1,000,000. 0
         publishes none, as is right for a program that only observes.
       answer_recalls: whether the session tells a new metronome what it knows of the grid, if the
         metronome finds no leader. False is right for a program that only observes.
+      serve_info: whether the session answers what service tools ask, such as ``nats service ls``.
+        They show it as an instance of ``backbeat-agent``.
       store_claims: whether terminal claims are stored in a stream of JetStream, if the server has
         JetStream.
       claims_stream: the name of that stream, 1 to 128 of ``A-Z a-z 0-9 _ -``. The first session
@@ -165,6 +168,7 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     require_connection: bool = False
     health_beats: int = 8
     answer_recalls: bool = True
+    serve_info: bool = True
     store_claims: bool = True
     claims_stream: str = "BACKBEAT_STATUS"
     claims_max_age: float = 604_800.0

@@ -135,6 +135,34 @@ class PermissionDenied(TransportBroken):
     """
 
 
+class ServiceError(BackbeatError):
+    """A service answered a request with an error.
+
+    `Session.request` raises it. A handler of `Service.serve` raises it to answer with an error. The
+    codes of this package are 400 (bad request), 408 (the budget was spent when the request arrived,
+    or less was left than the service asks for), 413 (the answer is larger than a message can be),
+    499 (cancelled by its caller), 500 (the handler crashed), 503 (the service is closing or has too
+    much to do) and 504 (the budget ran out while the handler was running).
+
+    Args:
+      code: a number from 0 to 999,999,999.
+      description: what went wrong, for people to read.
+
+    """
+
+    def __init__(self, code: int, description: str) -> None:
+        if type(code) is not int or not 0 <= code < 1_000_000_000:
+            raise ValueError(f"`code` must be an integer from 0 to 999,999,999, not {code!r}")
+        if type(description) is not str:
+            raise TypeError(f"`description` must be a string, not {description!r}")
+        super().__init__(code, description)
+        self.code: int = code
+        self.description: str = description
+
+    def __str__(self) -> str:
+        return f"{self.description} ({self.code})"
+
+
 class ClaimsUnavailable(BackbeatError):
     """Stored claims cannot be read, because nothing stores them; the text says what is missing."""
 

@@ -455,6 +455,11 @@ def recall_subject(cluster_id: str) -> str:
     return f"backbeat.recall.{cluster_id}"
 
 
+def cancel_subject(subject: str) -> str:
+    """Return where the caller of a request on a subject says that it waits no longer."""
+    return f"backbeat.cancel.{subject}"
+
+
 def bucket_of(cluster_id: str) -> str:
     """Return the name of the JetStream key-value bucket in which metronomes keep the grid."""
     return f"backbeat-{cluster_id}"

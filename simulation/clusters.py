@@ -117,6 +117,7 @@ class PulseProcess:
                 beats_per_bar=schedule.beats_per_bar,
                 store=store,
                 logger=Log(cluster, process),
+                serve_info=False,
             )
             await self._metronome.run()
 
@@ -181,6 +182,8 @@ class AgentProcess:
             nats_url="nats://simulated:4222",
             tempo_bpm=cluster.schedule.bpm,
             beats_per_bar=cluster.schedule.beats_per_bar,
+            # Nobody asks for it, and it would be most of what the server has to do.
+            serve_info=False,
         )
         async with backbeat.session(config, logger=Log(cluster, process)) as bb:
             self.bb = bb

@@ -240,6 +240,7 @@ class Extracted:
         "_here",
         "_keys",
         "_scope",
+        "_shield",
     )
 
     _former: _Part
@@ -249,9 +250,10 @@ class Extracted:
     _here: str
     _keys: tuple[float, float]
 
-    def __init__(self, calls: Calls, carried: Carried) -> None:
+    def __init__(self, calls: Calls, carried: Carried, *, shield: bool = False) -> None:
         self._calls = calls
         self._carried = carried
+        self._shield = shield
         # They are made when they are needed, as moves to another grid are rare.
         self._anchors: list[Anchor] | None = None
 
@@ -264,11 +266,11 @@ class Extracted:
         if hasattr(self, "_scope"):
             raise RuntimeError("each block of `extract` can be entered once")
         if deadline is None:
-            scope = deadlines.scope_at(math.inf)
+            scope = deadlines.scope_at(math.inf, self._shield)
         elif deadline.incarnation == here:
-            scope = deadlines.scope_at(deadline.beat)
+            scope = deadlines.scope_at(deadline.beat, self._shield)
         else:
-            scope = deadlines.scope_after(deadline.left)
+            scope = deadlines.scope_after(deadline.left, self._shield)
         edge = None
         if soft is not None:
             if soft.incarnation == here:

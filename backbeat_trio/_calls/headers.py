@@ -265,11 +265,19 @@ def _unescaped(part: str, longest: int) -> str:
 def _write(headers: dict[str, str], name: str, deadline: Deadline) -> None:
     beat, left = deadline.beat, deadline.left
     if beat <= MAX_INDEX and left <= MAX_LEFT:
-        text = f"{beat:.3f}"
-        if float(text) != beat and beat > 0.001:
-            # Positions are at most 2**53, so only one near 0 would have an exponent.
-            text = repr(beat)
-        headers[name] = f"{_escaped(deadline.incarnation)}; {text}; {left if left > 0 else 0.0:.3f}"
+        headers[name] = (
+            f"{_escaped(deadline.incarnation)}; {_beat(beat)}; {left if left > 0 else 0.0:.3f}"
+        )
+
+
+# Messages that are sent within one deadline name the same beat.
+@lru_cache(maxsize=1024)
+def _beat(beat: float) -> str:
+    text = f"{beat:.3f}"
+    if float(text) != beat and beat > 0.001:
+        # Positions are at most 2**53, so only one near 0 would have an exponent.
+        return repr(beat)
+    return text
 
 
 @lru_cache(maxsize=1024)

@@ -274,6 +274,8 @@ def settings(connection: Connection, env: Mapping[str, str] | None = None) -> Ba
         found |= {"connect_timeout": seconds, "lock_timeout": seconds}
     if connection.command != "exec":
         found |= {"health_beats": 0, "answer_recalls": False}
+    if connection.command not in ("exec", "pulse"):
+        found["serve_info"] = False
     # A name of its own for each run: several may look at one cluster from one host.
     if not env.get(f"{PREFIX}AGENT_ID"):
         found["agent_id"] = f"backbeat-{connection.command}-{os.getpid()}-{os.urandom(3).hex()}"

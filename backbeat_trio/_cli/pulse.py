@@ -103,6 +103,7 @@ async def run_pulse(
             tempo_bpm=config.tempo_bpm if bpm is None else bpm,
             beats_per_bar=(config.beats_per_bar if beats_per_bar is None else beats_per_bar),
             store=store,
+            serve_info=config.serve_info,
         )
         nursery.start_soon(_tell_outages, transport, metronome, logger)
         nursery.start_soon(_tell_copies, store, replicas, config, logger)

@@ -20,6 +20,7 @@ from .._errors import Logger, MetronomeUnavailable, TransportBroken
 from .._grid.steering import Steering
 from .._grid.timeline import ORIGINS_NS, Timeline, milli_bpm
 from .._time.local import local_ns
+from .._transport.discovery import Discovery, discover_own
 from .._transport.memory import MemoryBus
 from .._transport.protocol import Message, Transport
 from .._transport.store import MemoryStore, Store
@@ -96,6 +97,8 @@ class Metronome:
       store: where metronomes of the cluster share the record of the grid, such as a key in
         JetStream. With None there is no record: if this metronome ends, so does its grid.
       logger: where to log; by default ``logging.getLogger("backbeat_trio")``.
+      serve_info: whether it answers what service tools ask, such as ``nats service ls``, so that
+        they show it as an instance of ``backbeat-metronome``.
 
     Raises:
       TypeError, ValueError: if the tempo or the bar length is not valid; the text names it.
@@ -113,6 +116,7 @@ class Metronome:
         bus: MemoryBus | None = None,
         store: Store | None = None,
         logger: Logger | None = None,
+        serve_info: bool = True,
     ) -> None:
         self._transport = transport
         self._cluster_id = cluster_id
@@ -131,6 +135,19 @@ class Metronome:
         # The epoch of the present or the last term, and the highest one that a record has named.
         self._epoch = 0
         self._seen = -1
+        self._discovery: Discovery | None = None
+        if serve_info:
+            self._discovery = discover_own(
+                "backbeat-metronome", "The metronome of a BACKBEAT cluster", self._describe
+            )
+
+    def _describe(self) -> dict[str, str]:
+        return {
+            "cluster": self._cluster_id,
+            "role": "leader" if self.leads else "standby",
+            "epoch": str(self._epoch),
+            "leader_id": self._leader_id,
+        }
 
     @property
     def leads(self) -> bool:
@@ -172,6 +189,25 @@ class Metronome:
           RecordRefused: if the store refuses to keep the record, whatever is tried.
 
         """
+        if self._discovery is None:
+            await self._run(task_status)
+            return
+        # What it raises leaves as itself, and not in a nursery's group.
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._discovery.run, self._transport, self._logger)
+            try:
+                await self._run(task_status)
+            except Exception as error:  # noqa: BLE001 - it is raised again, further down
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         if self._bus is not None:
             await self._run_on_bus(self._bus._store_of(self._cluster_id), task_status)
         else:

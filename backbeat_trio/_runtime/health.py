@@ -106,6 +106,16 @@ class CallCounts(msgspec.Struct):
     headers_garbled: int = 0
     headers_absurd: int = 0
     headers_expired: int = 0
+    requests: int = 0
+    requests_abandoned: int = 0
+    calls: int = 0
+    calls_refused: int = 0
+    calls_cancelled: int = 0
+    calls_expired: int = 0
+    calls_failed: int = 0
+    calls_stubborn: int = 0
+    calls_unanswered: int = 0
+    live_calls: int = 0
 
 
 class SessionStatistics(msgspec.Struct, frozen=True):
@@ -137,6 +147,20 @@ class SessionStatistics(msgspec.Struct, frozen=True):
       headers_garbled: headers of messages that were not valid, and counted as missing.
       headers_absurd: headers with a deadline that was too far away, and counted as missing.
       headers_expired: messages whose deadline had passed when `Session.extract` was entered.
+      requests: requests of `Session.request`.
+      requests_abandoned: requests whose callers stopped waiting before an answer came.
+      late_replies: answers that came when nobody waited for them any more.
+      calls: requests that services of this session have received.
+      calls_refused: those that were refused before any work: their budget was spent, less was left
+        than the service asks for, the service was closing, or too many were waiting.
+      calls_cancelled: those that their callers cancelled.
+      calls_expired: those whose budget ran out while their handlers were running.
+      calls_failed: those that were answered with an error, because a handler crashed, returned
+        something that is not an answer, or raised `ServiceError`.
+      calls_stubborn: handlers that returned although they had been cancelled.
+      calls_unanswered: answers that could not be sent, because there was no connection, or the
+        subject for them was not an inbox.
+      live_calls: handlers that are running now.
       live_scopes: budgets whose blocks are running now.
       transport: the counters of the connection; None if the session is disabled.
 
@@ -164,6 +188,17 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     headers_garbled: int
     headers_absurd: int
     headers_expired: int
+    requests: int
+    requests_abandoned: int
+    late_replies: int
+    calls: int
+    calls_refused: int
+    calls_cancelled: int
+    calls_expired: int
+    calls_failed: int
+    calls_stubborn: int
+    calls_unanswered: int
+    live_calls: int
     live_scopes: int
     transport: TransportStatistics | None
 

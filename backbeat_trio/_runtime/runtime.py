@@ -23,6 +23,7 @@ from .._time.beats import Beats
 from .._time.clock import BeatClock
 from .._time.local import local_ns
 from .._transport.archive import Archive, StreamArchive
+from .._transport.discovery import discover_own
 from .._transport.memory import MemoryTransport
 from .._transport.protocol import Transport, TransportStatistics
 from .._wire import StatusClaim, format_bpm
@@ -159,6 +160,8 @@ class Runtime(ListenerObserver):
             with trio.move_on_after(config.lock_timeout):
                 await self.listener.locked.wait()
             await services.start(self.emitter.run)
+            if config.serve_info:
+                await services.start(self._be_found)
         await services.start(self._tick)
         self.started = True
         if self.emitter is not None and self.emitter.has_journal and config.health_beats:
@@ -221,6 +224,25 @@ class Runtime(ListenerObserver):
             self.notices.wake()
 
     # Services.
+
+    async def _be_found(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        # Nobody waits for this: the server may not answer, and may refuse it.
+        task_status.started()
+        assert self.transport is not None
+        own = discover_own("backbeat-agent", "An agent of a BACKBEAT cluster", self._describe)
+        await own.run(self.transport, self.logger)
+
+    def _describe(self) -> dict[str, str]:
+        config, listener = self.config, self.listener
+        locked = listener is not None and listener.follower.locked
+        return {
+            "cluster": config.cluster_id,
+            "role": "agent",
+            "epoch": str(listener.follower.epoch) if listener is not None and locked else "",
+            "agent_id": config.agent_id,
+        }
 
     async def _tick(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         # The application's own tasks that wait for a beat run before this one.
@@ -354,6 +376,7 @@ class Runtime(ListenerObserver):
             claims_undecodable=claims.claims_undecodable,
             claims_dropped=claims.claims_dropped,
             **msgspec.structs.asdict(self.call_counts),
+            late_replies=0 if transport is None else transport.statistics().late_replies,
             live_scopes=self.clock.live_scopes,
             transport=None if transport is None else transport.statistics(),
         )

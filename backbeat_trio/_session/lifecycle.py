@@ -176,6 +176,7 @@ async def _make_runtime(
             beats_per_bar=config.beats_per_bar,
             bus=bus,
             logger=logger,
+            serve_info=config.serve_info,
         )
         return Runtime(config, logger, transport, metronome=metronome)
     # Imported on use, because asyncio, anyio and nats-py take longer to import than all the rest.

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, MutableMapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Generator,
+    Mapping,
+    MutableMapping,
+)
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -20,6 +26,8 @@ from .._calls.context import Calls
 from .._calls.control import Control
 from .._calls.headers import Headers
 from .._calls.remaining import Remaining
+from .._calls.requests import Response, request
+from .._calls.service import Service, open_service
 from .._checks import check_seconds
 from .._config import BackbeatConfig
 from .._errors import BackbeatError
@@ -200,6 +208,77 @@ class Session(Budgets, TempoChanges):
 
         """
         return self._calls.detached()
+
+    async def request(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        *,
+        beats: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """Send a request to a service, and return its answer. A checkpoint.
+
+        The request carries the nearest deadline around it, and the rest of what `inject` writes.
+        The nearest deadline ends the wait, as everywhere in Trio: it cancels its own scope. With
+        ``beats`` the request has a budget of its own beside the others.
+
+        Whoever stops waiting, because of a deadline, a cancellation or the end of the session, says
+        so to the service, which then cancels the handler.
+
+        Args:
+          subject: the subject, without ``*`` and ``>``.
+          payload: what the service gets.
+          beats: the budget of this request, in beats, 0 or more; None is no budget of its own.
+          headers: further headers.
+
+        Raises:
+          BeatBudgetExceeded: if ``beats`` have passed without an answer.
+          NoResponders: if no process serves the subject.
+          ServiceError: if the service answers with an error.
+          PermissionDenied: if the server's permissions refuse the request.
+          TransportBroken: if there is no connection, it is lost meanwhile, or the session is
+            disabled. The request may have been carried out.
+          SessionClosed: if the session was left.
+          TypeError, ValueError: for an argument that is not valid, and for a message that is larger
+            than the server accepts.
+
+        """
+        return await request(self._calls, subject, payload, beats=beats, headers=headers)
+
+    def open_service(
+        self,
+        name: str,
+        *,
+        version: str,
+        description: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> AbstractAsyncContextManager[Service]:
+        """Be an instance of a service for the length of a block.
+
+        `Service.serve` adds the endpoints. The service follows ADR-32 of NATS: the NATS command
+        line finds it by ``nats service ls``, and shows it by ``nats service info`` and ``nats
+        service stats``. It answers these at once, also while all handlers are busy.
+
+        Leaving the block has its endpoints take no more requests, and waits until the handlers that
+        are running have ended, for `BackbeatConfig.grace_period` at most; then it cancels them.
+        What the block raises leaves as itself. Entering and leaving are checkpoints.
+
+        Args:
+          name: the name, which all instances of the service share: letters, digits, ``-`` and
+            ``_``.
+          version: a semantic version, such as ``"1.2.0"``.
+          description: what the service does, for people.
+          metadata: what else there is to know of this instance.
+
+        Raises:
+          TypeError, ValueError: for an argument that is not valid; the text names it.
+          SessionClosed: if the session was left.
+
+        """
+        return open_service(
+            self._calls, name, version=version, description=description, metadata=metadata
+        )
 
     # Operations.
 

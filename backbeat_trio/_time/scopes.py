@@ -239,6 +239,11 @@ class BeatScope:
         return self._scope.cancel_called
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the scope was cancelled, other than `cancel_called` not because it is due now."""
+        return self._scope.cancel_called
+
+    @property
     def cancelled_caught(self) -> bool:
         """Whether this scope caught a `trio.Cancelled` of its own when it was left."""
         return self._scope.cancelled_caught

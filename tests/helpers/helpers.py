@@ -351,4 +351,8 @@ class Lines:
     def info(self, msg: object, /, *args: object) -> None:
         self.lines.append(str(msg) % args)
 
+    def lines_with(self, text: str) -> list[str]:
+        """Return the lines that contain a text."""
+        return [line for line in self.lines if text in line]
+
     debug = warning = error = info
