@@ -32,6 +32,7 @@ from backbeat_trio import (
     OperationCancelled,
     OperationNotFound,
     PermissionDenied,
+    Request,
     Session,
     TLSFailed,
     TransportBroken,
@@ -130,6 +131,7 @@ def login(server: NatsServer, files: Files, role: str) -> dict[str, Any]:
         "tls_ca": files.ca,
         "health_beats": 8 if role.startswith("agent") else 0,
         "answer_recalls": role.startswith("agent"),
+        "serve_info": role.startswith("agent"),
     }
 
 
@@ -275,6 +277,100 @@ async def test_metronomes_keep_who_leads_and_agents_their_last_word(files: Files
         assert json.loads(said.data) == {"stream": "BACKBEAT_STATUS", "seq": 1}
         for transport in (leader, other, agent):
             assert transport.statistics().permission_errors == 0
+
+
+@guarded
+async def test_agents_call_services_of_others(files: Files) -> None:
+    begun, ended = trio.Event(), trio.Event()
+
+    async def handle(request: Request) -> bytes:
+        if not request.data:
+            begun.set()
+            try:
+                await trio.sleep_forever()
+            finally:
+                ended.set()
+        return request.data
+
+    async with (
+        NatsServer(config=CONFIG) as server,
+        open_session(**login(server, files, "agent-1")) as caller,
+        open_session(**login(server, files, "agent-2")) as bb,
+        bb.open_service("pages", version="1.2.0") as service,
+        trio.open_nursery() as nursery,
+    ):
+        await until(lambda: caller.health().connected and bb.health().connected)
+        await nursery.start(service.serve, "pages.fetch", handle)
+        assert (await caller.request("pages.fetch", b"x", beats=100)).data == b"x"
+        async with trio.open_nursery() as asking:
+            asking.start_soon(caller.request, "pages.fetch")
+            await begun.wait()
+            asking.cancel_scope.cancel()
+        await ended.wait()
+        assert bb.statistics().calls_cancelled == 1
+        # Neither is what the other is.
+        with pytest.raises(PermissionDenied, match=r"publish to pages\.fetch"):
+            await bb.request("pages.fetch", b"x")
+        async with caller.open_service("pages", version="1.2.0") as other:
+            with pytest.raises(PermissionDenied, match=r"subscribe to pages\.fetch"):
+                await other.serve("pages.fetch", handle)
+        nursery.cancel_scope.cancel()
+
+
+@guarded
+async def test_a_service_publishes_nothing_for_its_callers(files: Files) -> None:
+    async def echo(request: Request) -> bytes:
+        return request.data
+
+    async with (
+        NatsServer(config=CONFIG) as server,
+        connection(server, files, "agent-1") as forger,
+        open_session(**login(server, files, "agent-2")) as bb,
+        bb.open_service("pages", version="1.2.0") as service,
+        trio.open_nursery() as nursery,
+        forger.open_subscription(BEATS) as beats,
+    ):
+        await until(lambda: bb.health().connected)
+        await nursery.start(service.serve, "pages.fetch", echo)
+        for reply in (BEATS, TEMPO, SYNC, "$JS.API.INFO"):
+            forger.publish_nowait("pages.fetch", forged_frame(), reply=reply)
+            forger.publish_nowait("pages.fetch", b"x", reply=reply)
+        await until(lambda: bb.statistics().calls_unanswered == 8)
+        await forger.request("pages.fetch", b"", timeout=10)
+        assert not beats.waiting()
+        # The inbox of agent-2 itself is not one of its callers'.
+        forger.publish_nowait("_INBOX_agent-2.x", b"")
+        await until(lambda: forger.statistics().permission_errors == 1)
+        nursery.cancel_scope.cancel()
+
+
+@guarded
+async def test_an_operator_finds_all_services(files: Files) -> None:
+    async with (
+        NatsServer(["-js"], config=CONFIG) as server,
+        connection(server, files, "pulse-a") as transport,
+        leading(transport, cluster_id=CLUSTER, leader_id="pulse-a"),
+        open_session(**login(server, files, "agent-1")),
+        open_session(**login(server, files, "agent-2")) as bb,
+        bb.open_service("pages", version="1.2.0"),
+        connection(server, files, "operator") as operator,
+    ):
+        found: set[str] = set()
+        while len(found) < 4:
+            async with operator.open_request("$SRV.PING", b"") as answers:
+                with trio.move_on_after(0.5):
+                    async for answer in answers:
+                        service = json.loads(answer.data)
+                        metadata = service["metadata"]
+                        who = metadata.get("agent_id") or metadata.get("leader_id")
+                        found.add(f"{service['name']} {who}")
+        assert found == {
+            "backbeat-metronome pulse-a",
+            "backbeat-agent agent-1",
+            "backbeat-agent agent-2",
+            "pages None",
+        }
+        assert "Violation" not in server.log
 
 
 @pytest.mark.parametrize("limit", ["1536KB", "1MB"])
@@ -593,7 +689,7 @@ async def test_agents_carry_the_grid_from_one_metronome_to_the_next(files: Files
 @guarded
 async def test_who_hears_claims_cannot_allow_itself_to_publish_frames(files: Files) -> None:
     # As `open_claims` needs it: what it hears may name any subject for an answer.
-    own = '            "_INBOX_agent-1.>"'
+    own = '            "$SRV.>"\n            "_INBOX_agent-1.>"'
     assert CONFIG.count(own) == 1
     config = CONFIG.replace(own, f'            "backbeat.status.*"\n{own}')
     async with (
