@@ -24,6 +24,7 @@ from queue import SimpleQueue
 from statistics import median
 from typing import Any, Final, NamedTuple, TypeVar
 
+import calls
 import trio
 import trio.testing
 from peers import AGENT_ID, END, MARK, NODE_ID, TYPE, Heard, Peer, open_peer, open_process
@@ -57,6 +58,10 @@ TARGETS: Final = {
     "arrival": Target("frame from the socket's thread to the Trio task", "≤", 0.2, "ms"),
     "beats": Target("lateness of a local beat / trio.sleep_until, p50", "≤", 0.3, "x"),
     "sleeps": Target("lateness of sleep_until(beat) / trio.sleep_until, p50", "≤", 0.3, "x"),
+    "request": Target("request with a deadline / nats-py's, p50", "≤", 1.5, "x"),
+    "requests": Target("the same, 256 side by side", "≤", 1.2, "x"),
+    "serving": Target("requests served a second / by nats.micro", "≥", 0.8, "x"),
+    "serving_wait": Target("the same, where a handler waits 5 ms", "≥", 3.0, "x"),
     "operation": Target("memory of a live operation", "≤", 1024, "bytes"),
     "budget": Target("memory of a budget beyond Trio's own scope", "≤", 400, "bytes"),
     "import": Target("import backbeat_trio / import trio, msgspec", "≤", 1.3, "x"),
@@ -78,10 +83,12 @@ class Sizes(NamedTuple):
     """How long to look at something that only time brings about."""
     imports: int
     objects: int
+    calls: int
+    """Requests in one round."""
 
 
-FULL: Final = Sizes(9, 60, 100_000, 100_000, 8, 400, 15.0, 15, 20_000)
-QUICK: Final = Sizes(2, 6, 2_000, 5_000, 4, 30, 1.5, 1, 1_000)
+FULL: Final = Sizes(9, 60, 100_000, 100_000, 8, 400, 15.0, 15, 20_000, 5_000)
+QUICK: Final = Sizes(2, 6, 2_000, 5_000, 4, 30, 1.5, 1, 1_000, 300)
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -519,6 +526,14 @@ async def bench_beats(sizes: Sizes) -> Outcome:
     return [compare("beats"), compare("sleeps")], rounds
 
 
+async def bench_requests(sizes: Sizes) -> Outcome:
+    return await calls.bench_requests(sizes.rounds, sizes.calls)
+
+
+async def bench_serving(sizes: Sizes) -> Outcome:
+    return await calls.bench_serving(sizes.rounds, sizes.calls)
+
+
 async def traced(make: Callable[[int], T], count: int) -> tuple[float, list[T]]:
     """Make some objects, and return the bytes that each takes."""
     made: list[Any] = [None] * count
@@ -626,6 +641,8 @@ BENCHMARKS: Final[dict[str, Callable[[Sizes], Awaitable[Outcome]]]] = {
     "listen": bench_listen,
     "arrival": bench_arrival,
     "beats": bench_beats,
+    "requests": bench_requests,
+    "serving": bench_serving,
     "memory": bench_memory,
     "import": bench_import,
     "idle": bench_idle,
