@@ -1,4 +1,4 @@
-"""What is run on the project: ``nox -s tests faults lint types bench simulate schedules``."""
+"""What is run on the project: ``nox -s tests faults lint types docs bench simulate schedules``."""
 
 from __future__ import annotations
 
@@ -73,6 +73,16 @@ def types(session: nox.Session) -> None:
     session.run("pyright", "--verifytypes", "backbeat_trio", "--ignoreexternal")
     # What users write must pass there, too.
     session.run("pyright", "examples", "tests/test_newcomer.py")
+
+
+@nox.session(python=DEFAULT)
+def docs(session: nox.Session) -> None:
+    """Build the site from `docs/`, the docstrings and the help of the commands, into `site/`."""
+    session.install(".[http,server,testing]", *group("docs"))
+    session.run(
+        "sphinx-build", "--fail-on-warning", "--keep-going", "docs", "site", *session.posargs
+    )
+    session.log("open site/index.html")
 
 
 @nox.session(python=DEFAULT)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import configparser
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import msgspec
 import pytest
 import trio
+import trio.testing
 from blocks import ROOT, SCRIPTS, blocks, run
 from helpers import free_ports, until
 
-from backbeat_trio import BackbeatConfig, OperationCancelled, _wire
+import backbeat_trio
+from backbeat_trio import BackbeatConfig, OperationCancelled, Request, _wire
 from backbeat_trio.testing import NatsServer, open_session
 
 DOCS: Final = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 AGENT: Final = blocks((ROOT / "README.md").read_text(), "python")[0]
-MESSAGES: Final = blocks(DOCS["design.md"], "json")
+MESSAGES: Final = blocks(DOCS["design.md"] + DOCS["wire.md"], "json")
 COMPLETION, CANCELLING, CHANGES = blocks(DOCS["operating.md"], "sh")
 
 
@@ -32,8 +34,13 @@ def test_no_block_is_left_out() -> None:
         for language in re.findall(r"^```(\w+)$", text, re.MULTILINE)
     }
     assert found == {
+        ("agents.md", "python"),
+        ("ci.md", "python"),
+        ("ci.md", "sh"),
         ("design.md", "json"),
-        ("operating.md", "ini"),
+        ("tutorial.md", "python"),
+        ("tutorial.md", "sh"),
+        ("wire.md", "json"),
         ("operating.md", "sh"),
         ("regions.md", "sh"),
         ("security.md", "sh"),
@@ -49,6 +56,26 @@ def test_no_block_is_left_out() -> None:
     # Run by `tests/cli/test_completion.py`.
     assert "_BACKBEAT_COMPLETE" in COMPLETION
     assert len(blocks(DOCS["regions.md"], "sh")) == 1
+
+
+def test_every_page_is_in_the_index() -> None:
+    trees = re.findall(r"^```{toctree}\n(.*?)^```", DOCS["index.md"], re.DOTALL | re.MULTILINE)
+    pages = [
+        f"{line}.md" for tree in trees for line in tree.splitlines() if not line.startswith(":")
+    ]
+    assert sorted([*pages, "index.md"]) == sorted(DOCS)
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    directives = re.findall(
+        r"^\.\. auto(?:function|class|exception):: (\w+)", DOCS["api.md"], re.MULTILINE
+    )
+    public = [
+        name
+        for name, value in vars(backbeat_trio).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    ]
+    assert sorted(directives) == sorted(public)
 
 
 def test_every_setting_is_in_a_table() -> None:
@@ -99,19 +126,12 @@ async def test_python_of_the_testing_guide(tmp_path: Path) -> None:
     assert f"{len(tests)} passed" in output
 
 
-async def test_the_unit_and_the_changes_of_the_operating_guide(tmp_path: Path) -> None:
-    (text,) = blocks(DOCS["operating.md"], "ini")
-    unit = configparser.ConfigParser()
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read_string(text.replace("%", "%%"))
-    command = unit["Service"]["ExecStart"].replace("%l", "host")
-    assert command.startswith("/opt/backbeat/bin/backbeat pulse --bpm 120 ")
-    command = command.removeprefix("/opt/backbeat/bin/").replace("--bpm 120", "--bpm 600")
+async def test_the_changes_of_the_operating_guide(tmp_path: Path) -> None:
     shown, tempo, ramp, pause, resume = CHANGES.splitlines()
     async with NatsServer(["-js"]) as server:
         script = "\n".join(
             [
-                f"{command} 2> log & pulse=$!",
+                "backbeat pulse --bpm 600 2> log & pulse=$!",
                 "until grep -q leads log; do sleep 0.1; done",
                 "set -e",
                 shown,
@@ -120,13 +140,128 @@ async def test_the_unit_and_the_changes_of_the_operating_guide(tmp_path: Path) -
                 pause,
                 # As the guide says, it is refused until the pause has begun.
                 f"until {resume}; do sleep 0.5; done",
-                "set +e",
-                "kill $pulse; wait $pulse; echo ended with $?",
+                "kill $pulse",
             ]
         )
         env = SCRIPTS | {"CHORUS_BACKBEAT_NATS_URL": server.url}
-        output = await run("sh", "-c", script, cwd=tmp_path, env=env)
-    assert f"ended with {unit['Service']['SuccessExitStatus']}" in output
+        await run("sh", "-c", script, cwd=tmp_path, env=env)
+
+
+async def test_the_tutorial(tmp_path: Path) -> None:
+    first, tempo, claims, test = blocks(DOCS["tutorial.md"], "python")
+    install, memory, cluster, changes, resume = blocks(DOCS["tutorial.md"], "sh")
+    assert install == "pip install '.[server]'\n"
+    for name, program in {
+        "first": first,
+        "tempo": tempo,
+        "claims": claims,
+        "test_it": test,
+    }.items():
+        (tmp_path / f"{name}.py").write_text(program)
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["backbeat_trio.testing"]\n')
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
+    (port,) = free_ports(1)
+    script = "\n".join(
+        [
+            "set -e",
+            memory,
+            "python tempo.py",
+            "python claims.py",
+            # The usual port may be taken.
+            cluster.replace("-a 127.0.0.1 &", f"-a 127.0.0.1 -p {port} 2> nats.log &\nserver=$!")
+            .replace(":4222", f":{port}")
+            .replace(
+                "pulse-a &",
+                "pulse-a 2> a.log &\na=$!\nuntil grep -q leads a.log; do sleep 0.1; done",
+            )
+            .replace(
+                "pulse-b &",
+                "pulse-b 2> b.log &\nb=$!\nuntil grep -q stand b.log; do sleep 0.1; done",
+            ),
+            "python first.py",
+            changes,
+            f"until {resume.strip()}; do sleep 0.5; done",
+            "kill $a $b; wait $a $b || kill $server",
+            "python -m pytest -q",
+        ]
+    )
+    output = await run("sh", "-c", script, cwd=tmp_path, env=SCRIPTS)
+    assert output.count("cancelled after three beats: True") == 2
+    assert (seconds := re.search(r"six beats took (\d\.\d) s", output))
+    assert float(seconds[1]) > 4
+    assert "search-1: executing, 2 beats left" in output
+    assert "search-1: completed, 0 beats left" in output
+    assert re.search(r"healthy: this session follows the beats of pulse-[ab]", output)
+    assert "1 passed" in output
+
+
+def defined(name: str, index: int) -> dict[str, Any]:
+    """Return what a block of Python of a page defines."""
+    names: dict[str, Any] = {}
+    exec(blocks(DOCS[name], "python")[index], names)
+    return names
+
+
+async def test_the_budgets_of_ai_agents(autojump_clock: trio.testing.MockClock) -> None:
+    run_task = defined("agents.md", 0)["run_task"]
+    next_step = defined("agents.md", 1)["next_step"]
+    use_tool = defined("agents.md", 2)["use_tool"]
+    prompts: list[str] = []
+
+    async def ask_model(prompt: str) -> str:
+        prompts.append(prompt)
+        return "search"
+
+    async def search(request: Request) -> bytes:
+        return request.data + b"!"
+
+    async with (
+        open_session(tempo_bpm=2.0) as bb,
+        bb.open_service("tools", version="1.0.0") as service,
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(service.serve, "tools.search", search)
+
+        async def research(notes: list[bytes]) -> None:
+            await bb.sleep(5)
+            await next_step(bb, ask_model, ["Find out what it costs."])
+            notes.append(await use_tool(bb, b"price"))
+            await trio.sleep_forever()
+
+        async def write_report(
+            notes: list[bytes], *, complete: bool
+        ) -> tuple[list[bytes], bool, int]:
+            return notes, complete, bb.current_beat()
+
+        assert await run_task(bb, research, write_report) == ([b"price!"], False, 9)
+        nursery.cancel_scope.cancel()
+    assert "4 beats left, about 2 minutes at 2 BPM. If that" in prompts[0]
+
+
+async def test_one_factor_for_a_slow_ci(tmp_path: Path) -> None:
+    (test,) = blocks(DOCS["ci.md"], "python")
+    twice, command = blocks(DOCS["ci.md"], "sh")
+    fixture = """
+import pytest, trio
+
+class Server:
+    async def ping(self):
+        return "pong"
+
+@pytest.fixture
+def start_server():
+    async def start():
+        await trio.sleep(1.5)  # more than two beats at 120 BPM
+        return Server()
+    return start
+
+"""
+    (tmp_path / "test_ci.py").write_text(fixture + test)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
+    fast, slow = twice.splitlines()
+    script = f"{fast} | tail -1; set -e; {slow}; {command}"
+    output = await run("sh", "-c", script, cwd=tmp_path, env=SCRIPTS)
+    assert re.search(r"1 failed.*1 passed.*built", output, re.DOTALL)
 
 
 async def test_the_command_that_cancels_an_operation() -> None:
