@@ -438,7 +438,8 @@ class Watch:
         if not agent.locked:
             view.position = None
             return
-        line = self.lines.join(agent.timeline().segments)
+        segments = agent.timeline().segments
+        line = self.lines.join(segments)
         position = bb.current_position()
         if view.position is not None:
             before, last = view.position
@@ -448,7 +449,7 @@ class Watch:
                 )
         if view.position is None or view.position[1] != position:
             view.moved_ns = now
-        view.position = agent.timeline().segments[0], position
+        view.position = segments[0], position
 
     def turned(self, process: Process, turns: int) -> None:
         """Check that a process makes no more turns in a second than it has reason to."""
