@@ -243,7 +243,7 @@ class Watch:
         farthest = nodes[name].down_ms + max((node.up_ms for node in pulses), default=0.0)
         if asymmetry > SMALL_ASYMMETRY_MS or (self._commands and farthest > FAR_MS):
             return [(0.0, math.inf)]
-        times = []
+        times, outages = [], []
         for fault in self._schedule.faults:
             whose = getattr(fault, "node", None)
             leads = whose is not None and whose in nodes and nodes[whose].leads
@@ -256,16 +256,29 @@ class Watch:
             missed = away and any(
                 fault.at - self._pending_s <= command.at <= end + 1 for command in self._commands
             )
+            if away:
+                outages.append((fault.at, end))
             if moved or stopped or missed:
                 times.append((fault.at, end + self.settle_s))
-        return times
+        return [self._extend(*time, sorted(outages)) for time in times]
+
+    def _extend(
+        self, begin: float, end: float, outages: Iterable[tuple[float, float]]
+    ) -> tuple[float, float]:
+        # An agent measures by pings how far it is off. The time for that begins again after each
+        # outage in which pings or their answers may be lost.
+        for out, back in outages:
+            if out <= end and begin <= back:
+                end = max(end, back + self.settle_s)
+        return begin, end
 
     def heard_all(self, name: str, since_ns: int, until_ns: int) -> bool:
         """Tell whether nothing happened to an agent by which it could have missed anything.
 
         It was never stopped, and neither it nor a metronome was cut off while a change was on its
         way; neither its clock nor that of a metronome jumped, nor did the ways of one of them
-        change; and it had time to come back into line since.
+        change; and it had time to come back into line since. That time begins again after each
+        outage in which it could not ping the leader.
 
         Ways that differ much from their ways back move agents with every change of the leader, and
         over long ways agents learn of a change when it has taken effect: those are left out.

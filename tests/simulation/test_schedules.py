@@ -107,6 +107,22 @@ def test_agents_may_be_apart_at_the_instant_at_which_the_tempo_changes() -> None
     assert not broken(msgspec.structs.replace(schedule, seconds=seconds))
 
 
+def test_agents_that_cannot_hear_the_leader_have_time_to_come_back_into_line_afterwards() -> None:
+    # The leader's clock jumps while the agent is cut off. When the agent is back, the leader hears
+    # no pings. Frames alone move nobody so far.
+    jump, cut = faults.ClockJump(9.0, "pulse-0", 2.5), faults.Cut(8.0, "agent-1", 5.0)
+    deaf = faults.HalfOpen(13.3, "pulse-0", 15.0, "down")
+    schedule = make(jump, cut, deaf, seconds=40.0)
+    result = clusters.run(schedule, keep=True)
+    assert not result.violations
+    skipped = next(x for x in result.trace if "agent-1: beat" in x and int(x.split()[-2]) > 2)
+    assert float(skipped.split()[0]) > 28
+    watch = clusters.Cluster(schedule).watch
+    times = [(20.0, 21.0), (41.0, 42.0), (43.0, 44.0)]
+    heard = [watch.heard_all("agent-1", int(a * SECOND), int(b * SECOND)) for a, b in times]
+    assert heard == [False, False, True]
+
+
 # Each of these broke a rule once, and is the only one known for its cause.
 
 
