@@ -216,7 +216,31 @@ class Estimate:
             self._points.popleft()
             self._carried = False
         self._fit()
-        return Verdict.TAKEN
+        return Verdict.OVERRULED if self._drop_shortest() else Verdict.TAKEN
+
+    def _drop_shortest(self) -> bool:
+        # A clock that stood still during a ping makes its round trip look short. If no other point
+        # is nearly as short, that one outweighs all others, and their delays explain that they are
+        # off. It is wrong if three later points agree with one another and not with it.
+        points = self._points
+        shortest = min(points, key=operator.attrgetter("delay_ns"))
+        others = [point for point in points if point is not shortest]
+        later = [point for point in others if point.local_ns > shortest.local_ns][-_OVERRULED:]
+        if self._carried or len(later) < _OVERRULED:
+            return False
+        least = min(point.delay_ns for point in others)
+        spread = (max(point.delay_ns for point in later) - least) / 2
+        if (least - shortest.delay_ns) / 2 <= max(spread, _SHIFT_NS):
+            return False
+        index = points.index(shortest)
+        del points[index]
+        self._fit()
+        chance = 2 * (spread + self._deviation(shortest.local_ns) + _STAMP_NS) + _SHIFT_NS
+        if abs(self._off(shortest)) > chance:
+            return True
+        points.insert(index, shortest)
+        self._fit()
+        return False
 
     def _contradict(self, ping: Ping) -> Verdict:
         self._contradictions.append(ping)

@@ -230,6 +230,43 @@ def test_a_clock_that_stood_still_during_a_ping_is_noticed(missing: int, beats: 
     assert agent.estimate.frequency / PARTS == pytest.approx(-50e-6, abs=20e-6)
 
 
+@pytest.mark.parametrize("before", [0, 3, 15])
+def test_a_clock_that_stood_still_during_the_first_burst_is_noticed(before: int) -> None:
+    agent = Agent(ppm=50)
+    agent.way_ns = 220_000_000
+    burst = [agent.ping() for _ in range(before)]
+    ping, suspended, missing = agent.ping(), 400_000_000, 320_000_000
+    agent.start_ns -= suspended
+    burst.append(ping._replace(answered_ns=ping.answered_ns - missing))
+    burst += [agent.ping() for _ in range(15 - before)]
+    assert agent.estimate.add(burst) is Verdict.TAKEN
+    assert abs(offset_error(agent)) >= 100_000_000
+    # The bursts that follow agree with one another, and not with the short ping.
+    for verdict in (Verdict.TAKEN, Verdict.TAKEN, Verdict.OVERRULED, Verdict.TAKEN):
+        agent.now += BEAT
+        assert agent.burst() is verdict
+    assert abs(offset_error(agent)) <= 500_000
+    agent.run(20)
+    assert agent.estimate.frequency / PARTS == pytest.approx(-50e-6, abs=20e-6)
+
+
+def test_round_trips_that_become_longer_do_not_undo_two_shorter_ones() -> None:
+    # All that the longer ones take more is on one way, so they are wrong by half of it.
+    agent, more = Agent(), 100_000_000
+    for _ in range(2):
+        assert agent.burst() is Verdict.TAKEN
+        agent.now += BEAT
+    for _ in range(20):
+        pings = []
+        for _ in range(4):
+            ping = agent.ping()
+            agent.now += more
+            pings.append(ping._replace(answered_ns=ping.answered_ns + more))
+        assert agent.estimate.add(pings) is Verdict.TAKEN
+        agent.now += BEAT
+    assert abs(offset_error(agent)) <= more / 4
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_shorter_round_trip_is_used_once_the_clock_is_known_to_run_on(several: bool) -> None:
     # Until now the answers came late, so the estimate was wrong by half of it.
