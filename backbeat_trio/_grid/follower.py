@@ -143,6 +143,8 @@ class Follower:
         self._observer = observer or FollowerObserver()
         self._cluster_id = cluster_id
         self._estimate = Estimate()
+        # The epoch of the leader that answered the last pings in the estimate.
+        self._measured_epoch = -1
         # The local time at which that frame arrived, or of the lock if that was later.
         self._last_heard_ns = 0
         self._next_index = 0
@@ -473,12 +475,15 @@ class Follower:
         same = timeline.continues(grid.timeline, apart) and not self._is_other_grid(reply)
         if not self.locked or (reply.epoch != self.epoch and not same):
             self._estimate = estimate = Estimate()
+            self._measured_epoch = reply.epoch
             verdict = estimate.add(burst)
             self._lock(reply, timeline, estimate.offset_at(now_ns), now_ns, estimate.frequency)
             return verdict
-        if reply.epoch != self.epoch and estimate.known:
-            # The cluster time of the next leader differs slightly.
+        if reply.epoch != self._measured_epoch and estimate.known:
+            # The cluster time of the next leader differs slightly. Its frames may have been
+            # believed before this first answer.
             estimate.begin_anew(best)
+        self._measured_epoch = reply.epoch
         verdict = estimate.add(burst)
         if verdict is Verdict.OVERRULED:
             # Cluster time has jumped: frames from before and after it are not on one line.

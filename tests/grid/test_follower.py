@@ -386,6 +386,24 @@ def test_frames_of_a_leader_that_never_answers_are_believed_after_half_a_second(
     assert 500 * MS <= agent.now - begun <= 650 * MS
 
 
+def test_a_leader_whose_frames_were_believed_first_is_measured_anew(agent: Agent) -> None:
+    agent.answer(agent.answered())
+    settle(agent, 10)
+    # The next leader is so far away that its frames are believed before its first answer comes. It
+    # measured cluster time less exactly.
+    agent.now += 10 * SECOND
+    lie, delay = -280 * MS, 600 * MS
+    while agent.follower.epoch == 1:
+        agent.hear(epoch=2)
+        agent.answer()
+        agent.now += 100 * MS
+    for _ in range(6):
+        agent.now += SECOND
+        assert agent.answer(agent.answered(delay, epoch=2, lie_ns=lie))
+    assert agent.error_ns == pytest.approx(lie, abs=MS)
+    assert agent.follower.counts.locks == 1
+
+
 def test_a_change_that_three_bursts_do_not_confirm_is_dropped(agent: Agent) -> None:
     agent.answer(agent.answered())
     agent.now += SECOND // 2
