@@ -23,7 +23,8 @@ from typing import Any, Final, TypeAlias, final
 
 import httpx
 
-from ._calls.headers import DEADLINE, SOFT_DEADLINE
+from ._calls.headers import DEADLINE, SOFT_DEADLINE, normalized
+from ._calls.instrument import make_call, observing, outcome_of_code
 from ._session.session import Session, current_session, use_session
 from ._time.scopes import BeatScope
 
@@ -102,12 +103,30 @@ class BackbeatMiddleware:
             with bb.extract(scope["headers"]) as budget:
                 spent = budget.cancel_called
                 response = _Response(send, budget)
-                if not spent:
+                instruments = bb._runtime.instruments
+                if instruments.call_started or instruments.call_finished:
+                    await self._observe(bb, scope, receive, response, spent=spent)
+                elif not spent:
                     await self._app(scope, receive, response.send)
             if spent:
                 await _refuse(send, *_SPENT)
             elif budget.cancelled_caught and not response.begun:
                 await _refuse(send, *_RAN_OUT)
+
+    async def _observe(
+        self, bb: Session, scope: ASGIScope, receive: Receive, response: _Response, *, spent: bool
+    ) -> None:
+        # The same as without instruments, which hear of it.
+        headers = normalized(scope["headers"])
+        left = 0.0 if spent else bb.remaining().beats
+        call = make_call("server", "http", scope["method"], scope["path"], left, headers)
+        with observing(bb._runtime.instruments, call):
+            if spent:
+                call.outcome, call.code = "expired_on_arrival", _SPENT[0]
+                return
+            await self._app(scope, receive, response.send)
+            if response.status is not None:
+                call.outcome, call.code = outcome_of_code(response.status), response.status
 
     def _find_session(self, scope: ASGIScope) -> Session:
         if self._bb is not None:
@@ -132,6 +151,7 @@ class _Response:
 
     def __init__(self, send: Send, budget: BeatScope) -> None:
         self.begun = False
+        self.status: int | None = None
         self._send = send
         self._budget = budget
         # The status, until it is clear that the application has time for more.
@@ -140,7 +160,7 @@ class _Response:
     async def send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.start" and self._start is None and not self.begun:
-            self._start = message
+            self._start, self.status = message, message["status"]
             return
         if self._start is not None:
             # Before it is sent, as a cancellation may come when some of it is on the way.
@@ -211,10 +231,24 @@ class BackbeatTransport(httpx.AsyncBaseTransport):
             stream=request.stream,
             extensions=request.extensions,
         )
+        instruments = bb._runtime.instruments
+        if instruments.call_started or instruments.call_finished:
+            return await self._observe(bb, sent)
+        return await self._send(bb, sent)
+
+    async def _send(self, bb: Session, sent: httpx.Request) -> httpx.Response:
         bb.inject(sent.headers)
         if DEADLINE in sent.headers and sent.extensions.get("timeout") == _HTTPX_DEFAULT:
             sent.extensions = {**sent.extensions, "timeout": _NO_TIMEOUT}
         return await self._wrapped.handle_async_request(sent)
+
+    async def _observe(self, bb: Session, sent: httpx.Request) -> httpx.Response:
+        target = str(sent.url.copy_with(query=None, fragment=None, username=None, password=None))
+        call = make_call("client", "http", sent.method, target, bb.remaining().beats)
+        with observing(bb._runtime.instruments, call):
+            response = await self._send(bb, sent)
+            call.outcome, call.code = outcome_of_code(response.status_code), response.status_code
+        return response
 
     async def __aenter__(self) -> BackbeatTransport:
         """Open the wrapped transport."""

@@ -36,6 +36,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Generator,
+    Iterable,
     Iterator,
     Sequence,
 )
@@ -48,6 +49,7 @@ import trio
 import trio.testing
 from pytest_trio import trio_fixture
 
+from ._calls.instrument import Instrument
 from ._config import BackbeatConfig
 from ._errors import Logger
 from ._metronome.metronome import Metronome
@@ -290,6 +292,7 @@ async def open_session(
     *,
     transport: Transport | None = None,
     logger: Logger | None = None,
+    instruments: Iterable[Instrument] = (),
     patience: float = PATIENCE,
     **overrides: Any,
 ) -> AsyncGenerator[Session, None]:
@@ -301,6 +304,7 @@ async def open_session(
       bus: the bus, on which another metronome leads; None for a new bus with a metronome.
       transport: the transport to use instead of one over the bus.
       logger: as for `backbeat_trio.session`.
+      instruments: as for `backbeat_trio.session`.
       patience: in virtual time, for how many seconds of real time the test may make no progress:
         only tasks of this package run, or none at all.
       **overrides: fields of `BackbeatConfig`.
@@ -320,7 +324,7 @@ async def open_session(
     config = BackbeatConfig(**(fields | overrides))
     async with (
         _open_watch(patience) as watch,
-        session(config, transport=transport, logger=logger) as bb,
+        session(config, transport=transport, logger=logger, instruments=instruments) as bb,
     ):
         if watch is not None:
             watch.sessions.append(bb)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 import math
 import secrets
-from collections.abc import Generator, MutableMapping
+from collections.abc import Generator, Mapping, MutableMapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, NamedTuple, TypedDict, final
@@ -31,6 +31,7 @@ from .headers import (
     Deadline,
     Headers,
     ParentOperation,
+    normalized,
     parse,
     write,
 )
@@ -91,6 +92,9 @@ class Calls:
         part = _part.get()
         deadline = soft = None
         if self.runtime.config.enabled:
+            instruments = self.runtime.instruments
+            if instruments.inject and not _has_trace(headers):
+                instruments.tell(instruments.inject, headers)
             bounds = self.deadlines.bounds()
             position = self.deadlines.position()
             beat = self._nearest(bounds, position)
@@ -107,7 +111,7 @@ class Calls:
         if headers:
             for name in [name for name in headers if name.lower() in _BOUND]:
                 del headers[name]
-            if TRACEPARENT in written and any(name.lower() == TRACEPARENT for name in headers):
+            if TRACEPARENT in written and _has_trace(headers):
                 # The application traces itself, and its span is the nearer one.
                 del written[TRACEPARENT]
         headers.update(written)
@@ -148,7 +152,13 @@ class Calls:
 
     def extract(self, headers: Headers | None) -> Extracted:
         """Return a block that runs within what the headers say; see `Session.extract`."""
-        return Extracted(self, self.read(headers))
+        seen = None
+        if self.runtime.instruments.extract_entered:
+            if headers is not None and not isinstance(headers, Mapping):
+                # It may be an iterator, which can be read once.
+                headers = list(headers)
+            seen = normalized(headers or {})
+        return Extracted(self, self.read(headers), seen)
 
     def read(self, headers: Headers | None) -> Carried:
         """Return what the headers of a message say, and count those that are not valid."""
@@ -174,11 +184,15 @@ class Calls:
     @contextmanager
     def detached(self) -> Generator[BeatScope, None, None]:
         """Run a block apart from its caller; see `Session.detached`."""
-        former = _part.get()
+        former, instruments = _part.get(), self.runtime.instruments
         _part.set(_NOTHING)
         try:
             with self.deadlines.scope_after(math.inf, shield=True) as scope:
-                yield scope
+                instruments.tell(instruments.extract_entered, scope, None)
+                try:
+                    yield scope
+                finally:
+                    instruments.tell(instruments.extract_left, scope)
         finally:
             _part.set(former)
 
@@ -200,14 +214,16 @@ class Calls:
         def soften() -> None:
             self._soften(operation)
 
-        edges = self.deadlines.soft_edges()
+        edges, instruments = self.deadlines.soft_edges(), self.runtime.instruments
         former = _part.get()
         _part.set(former._replace(operation=parent))
+        instruments.tell(instruments.operation_entered, operation)
         try:
             for edge in edges:
                 edge.watch(soften)
             yield
         finally:
+            instruments.tell(instruments.operation_left, operation)
             # Not by a token: the block may be left in another context than it was entered in.
             _part.set(former)
             for edge in edges:
@@ -227,6 +243,10 @@ class Calls:
 _NOTHING_CARRIED: Final = Carried()
 
 
+def _has_trace(headers: Mapping[str, str]) -> bool:
+    return any(name.lower() == TRACEPARENT for name in headers)
+
+
 @final
 class Extracted:
     """The block of `Session.extract`. It can be entered once."""
@@ -240,6 +260,7 @@ class Extracted:
         "_here",
         "_keys",
         "_scope",
+        "_seen",
         "_shield",
     )
 
@@ -250,10 +271,19 @@ class Extracted:
     _here: str
     _keys: tuple[float, float]
 
-    def __init__(self, calls: Calls, carried: Carried, *, shield: bool = False) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        carried: Carried,
+        seen: Mapping[str, str] | None = None,
+        *,
+        shield: bool = False,
+    ) -> None:
         self._calls = calls
         self._carried = carried
         self._shield = shield
+        # The headers that instruments see; None if they do not hear of this block.
+        self._seen = seen
         # They are made when they are needed, as moves to another grid are rare.
         self._anchors: list[Anchor] | None = None
 
@@ -287,6 +317,9 @@ class Extracted:
         self._former = former = _part.get()
         if operation is not None or traceparent is not None:
             _part.set(_Part(operation or former.operation, traceparent or former.traceparent))
+        if self._seen is not None:
+            instruments = calls.runtime.instruments
+            instruments.tell(instruments.extract_entered, scope, self._seen)
         return scope
 
     @trio.lowlevel.enable_ki_protection
@@ -298,6 +331,9 @@ class Extracted:
     ) -> bool | None:
         _part.set(self._former)
         self._calls.extracted.discard(self)
+        if self._seen is not None:
+            instruments = self._calls.runtime.instruments
+            instruments.tell(instruments.extract_left, self._scope)
         return self._scope.__exit__(exc_type, exc, traceback)
 
     def settle(self, here: str) -> None:

@@ -29,7 +29,8 @@ from .._transport.headers import find_header
 from .._transport.protocol import Message, Subscription, Transport
 from .._wire import is_inbox
 from .context import Calls, Extracted
-from .headers import Carried, Deadline, resolve
+from .headers import Carried, Deadline, normalized, resolve
+from .instrument import Call, Outcome, make_call
 from .requests import ERROR, ERROR_CODE, OUT_OF_TIME, REASON, REQUEST, SPENT, text_for_header
 
 CANCELLED: Final = 499
@@ -44,6 +45,7 @@ _NOTHING: Final = Carried()
 # How many tasks wait for the next request; more end.
 _SPARE: Final = 64
 _CLOSING: Final = "the service is closing"
+_SPENT_TEXT: Final = "the budget was spent when its turn came"
 # How often a service that is left says that it still waits for handlers.
 _REMIND: Final = 10.0
 
@@ -71,7 +73,7 @@ Handler: TypeAlias = Callable[[Request], Awaitable[bytes]]
 class _Call:
     """One request, from its arrival to its answer."""
 
-    __slots__ = ("carried", "is_free", "message", "position", "scope", "why")
+    __slots__ = ("carried", "is_free", "message", "observed", "position", "scope", "why")
 
     def __init__(self, message: Message, carried: Carried, position: float) -> None:
         self.is_free = carried == _NOTHING
@@ -83,6 +85,8 @@ class _Call:
         self.scope: BeatScope | trio.CancelScope | None = None
         self.why: tuple[int, str] | None = None
         """The code and the reason with which something else than its deadline cancelled it."""
+        self.observed: Call | None = None
+        """What instruments know it by; None until they are told of it."""
 
     def cancel(self, code: int, reason: str) -> None:
         """Cancel its handler."""
@@ -136,6 +140,7 @@ class Endpoint:
         self.queue = queue
         self._calls = calls
         self._counts = calls.runtime.call_counts
+        self._instruments = calls.runtime.instruments
         self._logger = calls.runtime.logger
         self._transport = transport
         self._nursery = nursery
@@ -216,7 +221,7 @@ class Endpoint:
         left = resolve(deadline, calls.incarnation, call.position) - position
         if left <= 0:
             self._counts.headers_expired += 1
-            return SPENT, "the budget was spent when its turn came"
+            return SPENT, _SPENT_TEXT
         if left < self._min_beats:
             return SPENT, f"{left:.3f} beats are left, and at least {self._min_beats:g} are needed"
         if deadline.incarnation != calls.incarnation and position != call.position:
@@ -353,6 +358,8 @@ class Endpoint:
 
     async def _handle(self, call: _Call, scope: BeatScope | trio.CancelScope) -> None:
         message = call.message
+        if self._instruments.call_started or self._instruments.call_finished:
+            self._tell_started(call, self._calls.remaining().beats)
         try:
             answer = await self._handler(
                 Request(message.data, message.headers or {}, message.subject)
@@ -376,6 +383,7 @@ class Endpoint:
     def _answer(self, call: _Call, answer: object) -> None:
         if type(answer) is bytes and len(answer) <= self._transport.max_payload:
             self._reply(call, answer)
+            self._tell_finished(call, "ok")
             return
         if not isinstance(answer, (bytes, bytearray, memoryview)):
             self._logger.error(
@@ -392,26 +400,29 @@ class Endpoint:
             self._fail(call, TOO_LARGE, text)
             return
         self._reply(call, data)
+        self._tell_finished(call, "ok")
 
     def _end_cancelled(self, call: _Call) -> None:
         if call.why is None:
             self._counts.calls_expired += 1
-            self._reply_error(call, OUT_OF_TIME, "the budget ran out while the handler was running")
+            text = "the budget ran out while the handler was running"
+            self._reply_error(call, OUT_OF_TIME, text, "expired")
             return
         code, reason = call.why
         if code == CANCELLED:
             self._counts.calls_cancelled += 1
-            self._reply_error(call, CANCELLED, f"cancelled by the caller: {reason}")
+            text = f"cancelled by the caller: {reason}"
+            self._reply_error(call, CANCELLED, text, "cancelled_by_caller")
         else:
-            self._fail(call, code, reason)
+            self._fail(call, code, reason, "refused")
 
     def _end_failed(self, call: _Call, failure: Exception) -> None:
         error = sole(failure)
         if isinstance(error, ServiceError):
-            self._fail(call, error.code, error.description)
+            self._fail(call, error.code, error.description, "error")
         elif isinstance(error, BeatBudgetExceeded):
             self._logger.warning("the handler of %s: %s", self.subject, error)
-            self._fail(call, OUT_OF_TIME, "a budget inside of the handler ran out")
+            self._fail(call, OUT_OF_TIME, "a budget inside of the handler ran out", "error")
         else:
             self._logger.error(
                 "the handler of %s crashed:\n%s",
@@ -424,17 +435,19 @@ class Endpoint:
 
     def _refuse(self, call: _Call, code: int, description: str) -> None:
         self._counts.calls_refused += 1
-        self._reply_error(call, code, description)
+        is_spent = description is _SPENT_TEXT
+        self._reply_error(call, code, description, "expired_on_arrival" if is_spent else "refused")
 
-    def _fail(self, call: _Call, code: int, description: str) -> None:
+    def _fail(self, call: _Call, code: int, description: str, outcome: Outcome = "failed") -> None:
         self._counts.calls_failed += 1
-        self._reply_error(call, code, description)
+        self._reply_error(call, code, description, outcome)
 
-    def _reply_error(self, call: _Call, code: int, description: str) -> None:
+    def _reply_error(self, call: _Call, code: int, description: str, outcome: Outcome) -> None:
         self._errors += 1
         text = text_for_header(description)
         self._last_error = f"{code}:{text}"
         self._reply(call, b"", {ERROR: text, ERROR_CODE: str(code)})
+        self._tell_finished(call, outcome, code)
 
     def _reply(self, call: _Call, data: bytes, headers: Mapping[str, str] | None = None) -> None:
         reply = call.message.reply
@@ -448,6 +461,23 @@ class Endpoint:
         except (TransportError, ValueError) as error:
             self._counts.calls_unanswered += 1
             self._logger.debug("an answer on %s could not be sent: %s", self.subject, error)
+
+    def _tell_started(self, call: _Call, beats_left: float) -> None:
+        headers = normalized(call.message.headers or {})
+        call.observed = make_call("server", "nats", "request", self.subject, beats_left, headers)
+        self._instruments.tell(self._instruments.call_started, call.observed)
+
+    def _tell_finished(self, call: _Call, outcome: Outcome, code: int | None = None) -> None:
+        instruments = self._instruments
+        if call.observed is None:
+            if not (instruments.call_started or instruments.call_finished):
+                return
+            # It has ended before its handler was called.
+            self._tell_started(call, 0.0)
+        observed = call.observed
+        assert observed is not None
+        observed.outcome, observed.code = outcome, code
+        instruments.tell(instruments.call_finished, observed)
 
     # Ending.
 

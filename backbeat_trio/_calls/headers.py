@@ -191,6 +191,17 @@ def resolve(deadline: Deadline, incarnation: str, position: float) -> float:
 # Reading.
 
 
+def normalized(headers: Headers) -> dict[str, str]:
+    """Return all headers of a message, with names in lower case and repeated values joined."""
+    found: dict[str, str] = {}
+    for name, value in headers.items() if isinstance(headers, Mapping) else headers:
+        known = _text(name).lower()
+        for one in (value,) if isinstance(value, (str, bytes)) else value:
+            text = _text(one).strip()
+            found[known] = f"{found[known]}, {text}" if known in found else text
+    return found
+
+
 def _text(value: str | bytes) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else value
 

@@ -13,8 +13,10 @@ from msgspec import Struct
 from .._checks import check_beats
 from .._errors import ServiceError, SessionClosed, TransportBroken, TransportClosed, TransportError
 from .._transport.headers import find_header
+from .._transport.protocol import Transport
 from .._wire import cancel_subject
 from .context import Calls
+from .instrument import make_call, observing
 
 ERROR: Final = "Nats-Service-Error"
 ERROR_CODE: Final = "Nats-Service-Error-Code"
@@ -75,9 +77,25 @@ async def _request(
     await trio.lowlevel.checkpoint_if_cancelled()
     runtime = calls.runtime
     runtime.check_open()
-    transport, counts = runtime.transport, runtime.call_counts
+    transport = runtime.transport
     if transport is None:
         raise TransportBroken("the session is disabled, so it has no connection")
+    instruments = runtime.instruments
+    if not (instruments.call_started or instruments.call_finished):
+        return await _send(calls, transport, subject, payload, headers)
+    call = make_call("client", "nats", "request", subject, calls.remaining().beats)
+    with observing(instruments, call):
+        return await _send(calls, transport, subject, payload, headers)
+
+
+async def _send(
+    calls: Calls,
+    transport: Transport,
+    subject: str,
+    payload: bytes,
+    headers: Mapping[str, str] | None,
+) -> Response:
+    counts = calls.runtime.call_counts
     sent = dict(headers) if headers else {}
     calls.inject(sent)
 

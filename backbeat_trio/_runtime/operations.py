@@ -15,6 +15,7 @@ from msgspec import UNSET, Raw, UnsetType
 from .._checks import check_integer
 from .._errors import InvalidTransition, OperationExists, OperationNotFound
 from .._wire import MAX_NAME, ClaimState, LiveClaim, StatusClaim, encode_details
+from .instruments import NONE, Instruments
 
 
 class Phase(enum.IntEnum):
@@ -261,14 +262,23 @@ class Operations:
       node_id: the node that their notes name.
       host: gives the present beat, and takes the claims.
       cluster_id: the cluster that the claims name.
+      instruments: are told of all operations.
 
     """
 
-    def __init__(self, agent_id: str, node_id: str, host: Host, cluster_id: str) -> None:
+    def __init__(
+        self,
+        agent_id: str,
+        node_id: str,
+        host: Host,
+        cluster_id: str,
+        instruments: Instruments = NONE,
+    ) -> None:
         self.agent_id: str = agent_id
         self.cluster_id: str = cluster_id
         self._node_id = node_id
         self._host = host
+        self._instruments = instruments
         self._live: dict[str, Operation] = {}
         self._descriptions: dict[_Fields, _Description] = {}
         # Start beats are stored minus this. So a move to another grid is a single addition, however
@@ -347,6 +357,8 @@ class Operations:
         self._live[id] = operation
         self._describe(operation)
         self._host.emit(self._claim(operation, beat))
+        if self._instruments.operation_started:
+            self._instruments.tell(self._instruments.operation_started, operation)
         return operation
 
     def advance(self, operation: Operation, phase: Phase, peers: int | None) -> None:
@@ -363,17 +375,20 @@ class Operations:
             )
         if peers is not None:
             operation.peers = check_integer("peers", peers, 0)
+        former, beat = operation.phase, self.current_beat()
         operation.phase = phase
         self._describe(operation)
-        self._host.emit(self._claim(operation, self.current_beat()))
+        self._host.emit(self._claim(operation, beat))
+        if self._instruments.operation_advanced:
+            self._instruments.tell(self._instruments.operation_advanced, operation, former, beat)
 
     def complete(self, operation: Operation, peers: int | None) -> None:
         """End an operation as completed; see `Operation.complete`."""
         self._check(operation)
         if peers is not None:
             operation.peers = check_integer("peers", peers, 0)
-        operation.phase = Phase.COMPLETED
-        self._end(operation, "done", 1.0)
+        former, operation.phase = operation.phase, Phase.COMPLETED
+        self._end(operation, former, "done", 1.0)
 
     def fail(self, operation: Operation, reason: str) -> None:
         """End an operation as failed; see `Operation.fail`."""
@@ -387,9 +402,8 @@ class Operations:
             self._fail(operation, reason)
 
     def _fail(self, operation: Operation, reason: str) -> None:
-        operation.phase = Phase.FAILED
-        notes = f"P2P operation failed: {reason} (type: {operation.type})"
-        self._end(operation, "failed", 0.0, notes)
+        former, operation.phase = operation.phase, Phase.FAILED
+        self._end(operation, former, "failed", 0.0, reason)
 
     def claims(self, operations: Iterable[Operation], beat: int) -> list[LiveClaim]:
         """Return the claims of a beat, of those among ``operations`` that still live."""
@@ -471,13 +485,23 @@ class Operations:
         return self._full_claim(operation, beat, "executing", max(0, left), progress, notes)
 
     def _end(
-        self, operation: Operation, state: ClaimState, progress: float, notes: str | None = None
+        self,
+        operation: Operation,
+        former: Phase,
+        state: ClaimState,
+        progress: float,
+        reason: str | None = None,
     ) -> None:
         del self._live[operation.id]
         self._describe(operation)
-        notes = operation._description.notes if notes is None else notes
-        claim = self._full_claim(operation, self.current_beat(), state, 0, progress, notes)
+        notes, beat = operation._description.notes, self.current_beat()
+        if reason is not None:
+            notes = f"P2P operation failed: {reason} (type: {operation.type})"
+        claim = self._full_claim(operation, beat, state, 0, progress, notes)
         self._host.emit(claim, terminal=True)
+        finished = self._instruments.operation_finished
+        if finished:
+            self._instruments.tell(finished, operation, former, beat, reason)
 
     def _full_claim(
         self,

@@ -30,6 +30,7 @@ from .._wire import StatusClaim, format_bpm
 from .claims import ClaimCounts
 from .emitter import ClaimEmitter, Journal
 from .health import CallCounts, GridState, Health, PendingChange, SessionStatistics, health_claim
+from .instruments import NONE, Instruments
 from .notices import Notices, process_name, shared_id_text
 from .operations import Operations
 from .services import ServiceGroup
@@ -48,6 +49,7 @@ class Runtime(ListenerObserver):
       transport: the connection, which it runs and closes; None if the session is disabled.
       journal: the stream that stores terminal claims; None if there is none.
       metronome: a metronome to run; None if the session does not run one.
+      instruments: are told of what happens.
 
     """
 
@@ -59,9 +61,11 @@ class Runtime(ListenerObserver):
         *,
         journal: Journal | None = None,
         metronome: Metronome | None = None,
+        instruments: Instruments = NONE,
     ) -> None:
         self.config: BackbeatConfig = config
         self.logger: Logger = logger
+        self.instruments: Instruments = instruments
         self.transport: Transport | None = transport
         self.archive: Archive | None = None
         """Where stored claims are read; None if the session is disabled."""
@@ -71,7 +75,7 @@ class Runtime(ListenerObserver):
             self.archive = StreamArchive(transport, config.claims_stream)
         self._run_token = trio.lowlevel.current_trio_token()
         self.operations: Operations = Operations(
-            config.agent_id, config.node_id, self, config.cluster_id
+            config.agent_id, config.node_id, self, config.cluster_id, instruments
         )
         self.clock: BeatClock = BeatClock.local(
             milli_bpm("tempo_bpm", config.tempo_bpm),
@@ -265,6 +269,9 @@ class Runtime(ListenerObserver):
             self._emit_on_beat(beat.index, beat.skipped)
             if self.notices is not None:
                 self.notices.beat()
+            if self.instruments.beat:
+                lateness = max(0, self.clock.punctuality.last_ns) / 1e9
+                self.instruments.tell(self.instruments.beat, beat, lateness)
 
     def _emit_on_beat(self, index: int, skipped: int) -> None:
         if self.emitter is None:

@@ -13,16 +13,18 @@ it at a checkpoint and never between two lines. So no service is left running wi
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Unpack, final
 
 import trio
 
+from .._calls.instrument import Instrument
 from .._config import BackbeatConfig, ConfigFields, check_fields
 from .._errors import Logger
 from .._metronome.metronome import Metronome
+from .._runtime.instruments import Instruments
 from .._runtime.runtime import Runtime
 from .._runtime.services import ServiceGroup, sole
 from .._transport.memory import MemoryTransport, open_memory_bus
@@ -36,6 +38,7 @@ def session(
     *,
     transport: Transport | None = None,
     logger: Logger | None = None,
+    instruments: Iterable[Instrument] = (),
     **overrides: Unpack[ConfigFields],
 ) -> AbstractAsyncContextManager[Session]:
     """Open a session, by which this process takes part in a cluster for the length of the block.
@@ -60,6 +63,8 @@ def session(
       transport: the connection to use instead of the one that ``nats_url`` names. The session runs
         it, and closes it.
       logger: where the session logs; by default ``logging.getLogger("backbeat_trio")``.
+      instruments: what observes the session, such as `backbeat_trio.metrics.SessionMetrics` and
+        `backbeat_trio.tracing.Tracing`; see `Instrument`.
       **overrides: fields of `BackbeatConfig`, which take precedence over ``config`` and the
         environment.
 
@@ -70,12 +75,13 @@ def session(
       ConfigError: on entering, if a setting is not valid.
       TransportBroken: on entering, with ``require_connection``, if the first connection cannot be
         made. It may be one of the subclasses `AuthenticationFailed` and `TLSFailed`.
-      TypeError: if an override is not a field of `BackbeatConfig`.
+      TypeError: if an override is not a field of `BackbeatConfig`; on entering, if one of the
+        instruments is not an `Instrument`.
       RuntimeError: on entering, if ``transport`` stops running before it has started.
 
     """
     check_fields("session", overrides)
-    return _SessionManager(_open(config, transport, logger, overrides))
+    return _SessionManager(_open(config, transport, logger, instruments, overrides))
 
 
 @final
@@ -106,6 +112,7 @@ async def _open(
     config: BackbeatConfig | None,
     transport: Transport | None,
     logger: Logger | None,
+    instruments: Iterable[Instrument],
     overrides: ConfigFields,
 ) -> AsyncGenerator[Session, None]:
     if config is None:
@@ -114,13 +121,15 @@ async def _open(
         config = config.__replace__(**overrides)
     failure: BaseException | None = None
     async with AsyncExitStack() as stack:
-        runtime = await _make_runtime(config, transport, logger, stack)
+        runtime = await _make_runtime(config, transport, logger, instruments, stack)
+        bb, told = make_session(runtime), runtime.instruments
+        stack.callback(lambda: told.tell(told.session_closed))
+        told.tell(told.session_opened, bb)
         try:
             async with trio.open_nursery() as nursery:
                 services = ServiceGroup(nursery)
                 try:
                     await runtime.start(services)
-                    bb = make_session(runtime)
                     await services.start(bb._control.run)
                     token = session_var.set(bb)
                     try:
@@ -155,16 +164,18 @@ async def _make_runtime(
     config: BackbeatConfig,
     transport: Transport | None,
     logger: Logger | None,
+    instruments: Iterable[Instrument],
     stack: AsyncExitStack,
 ) -> Runtime:
     if logger is None:
         logger = logging.getLogger("backbeat_trio")
+    told = Instruments(instruments, Instrument, logger)
     if not config.enabled:
         if transport is not None:
             stack.push_async_callback(transport.aclose)
-        return Runtime(config, logger)
+        return Runtime(config, logger, instruments=told)
     if transport is not None:
-        return Runtime(config, logger, transport)
+        return Runtime(config, logger, transport, instruments=told)
     if config.memory_name is not None:
         bus = await stack.enter_async_context(open_memory_bus(config.memory_name))
         transport = MemoryTransport(bus)
@@ -178,13 +189,13 @@ async def _make_runtime(
             logger=logger,
             serve_info=config.serve_info,
         )
-        return Runtime(config, logger, transport, metronome=metronome)
+        return Runtime(config, logger, transport, metronome=metronome, instruments=told)
     # Imported on use, because asyncio, anyio and nats-py take longer to import than all the rest.
     from .._transport.nats import NatsTransport
 
     transport = nats = NatsTransport(config)
     if not config.store_claims:
-        return Runtime(config, logger, transport)
+        return Runtime(config, logger, transport, instruments=told)
     from .._transport.jetstream import ClaimStream
 
-    return Runtime(config, logger, transport, journal=ClaimStream(nats, config))
+    return Runtime(config, logger, transport, journal=ClaimStream(nats, config), instruments=told)

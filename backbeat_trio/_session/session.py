@@ -25,6 +25,7 @@ import trio
 from .._calls.context import Calls
 from .._calls.control import Control
 from .._calls.headers import Headers
+from .._calls.instrument import Instrument
 from .._calls.remaining import Remaining
 from .._calls.requests import Response, request
 from .._calls.service import Service, open_service
@@ -139,6 +140,13 @@ class Session(Budgets, TempoChanges):
     def config(self) -> BackbeatConfig:
         """The settings that the session was opened with."""
         return self._runtime.config
+
+    @property
+    def instruments(self) -> tuple[Instrument, ...]:
+        """The instruments that the session was opened with, without those that have failed."""
+        return tuple(
+            member for member in self._runtime.instruments.members if isinstance(member, Instrument)
+        )
 
     # Calls.
 
