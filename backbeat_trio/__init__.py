@@ -32,6 +32,7 @@ ground up:
 `_calls`         messages that carry a caller's deadline, and cancelling from outside
 `_session`       what an application calls, and how a session begins and ends
 `http`           HTTP requests that carry a caller's deadline
+`metrics`        metrics for Prometheus
 `testing`        for tests of what uses this
 `_cli`           the command line
 ===============  ===========================================================

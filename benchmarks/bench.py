@@ -28,6 +28,7 @@ import calls
 import trio
 import trio.testing
 from peers import AGENT_ID, END, MARK, NODE_ID, TYPE, Heard, Peer, open_peer, open_process
+from prometheus_client.exposition import choose_encoder
 from report import Figure, Outcome, Rounds, Target, percentile, run
 from trio.lowlevel import TrioToken
 
@@ -37,6 +38,7 @@ from backbeat_trio._time.clock import BeatClock
 from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport.nats import NatsTransport
 from backbeat_trio._wire import status_subject
+from backbeat_trio.metrics import SessionMetrics, render
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 
 # After this many seconds a benchmark begins no more rounds. The longest one takes half a minute on
@@ -44,6 +46,8 @@ from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 LONG: Final = 60.0
 
 T = TypeVar("T")
+
+OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0"
 
 TARGETS: Final = {
     "scope": Target("enter and leave a beat scope / trio.move_on_after", "≤", 1.0, "x"),
@@ -62,6 +66,7 @@ TARGETS: Final = {
     "requests": Target("the same, 256 side by side", "≤", 1.2, "x"),
     "serving": Target("requests served a second / by nats.micro", "≥", 0.8, "x"),
     "serving_wait": Target("the same, where a handler waits 5 ms", "≥", 3.0, "x"),
+    "metrics": Target("longest stall of Trio's loop for /metrics, 5,000 series", "≤", 5.0, "ms"),
     "operation": Target("memory of a live operation", "≤", 1024, "bytes"),
     "budget": Target("memory of a budget beyond Trio's own scope", "≤", 400, "bytes"),
     "import": Target("import backbeat_trio / import trio, msgspec", "≤", 1.3, "x"),
@@ -534,6 +539,45 @@ async def bench_serving(sizes: Sizes) -> Outcome:
     return await calls.bench_serving(sizes.rounds, sizes.calls)
 
 
+async def bench_metrics(sizes: Sizes) -> Outcome:
+    rounds: Rounds = defaultdict(list)
+    metrics = SessionMetrics(max_types=1_000)
+    async with open_session(tempo_bpm=60.0, instruments=[metrics]) as bb:
+        for number in range(185):
+            for reason in (None, "failed"):
+                operation = bb.start_operation(f"type-{number}")
+                if reason is None:
+                    operation.complete()
+                else:
+                    operation.fail(reason)
+        body, _ = await render(metrics.registry)
+        series = sum(not line.startswith(b"#") for line in body.splitlines())
+        for _ in range(3 * sizes.rounds):
+            stalls: list[Stall] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch_stalls, stalls)
+                await trio.sleep(0.02)
+                stalls.clear()
+                begin = time.perf_counter()
+                await render(metrics.registry, OPENMETRICS)
+                rounds["render_s"].append(time.perf_counter() - begin)
+                nursery.cancel_scope.cancel()
+            rounds["stall_s"].append(max((stall.late for stall in stalls), default=0.0))
+            own = (stall.late - stall.coreless for stall in stalls)
+            rounds["own_stall_s"].append(max(own, default=0.0))
+            begin = time.perf_counter()
+            choose_encoder(OPENMETRICS)[0](metrics.registry)
+            rounds["in_loop_s"].append(time.perf_counter() - begin)
+    render_ms, in_loop_ms, own_ms = (
+        1e3 * median(rounds[name]) for name in ("render_s", "in_loop_s", "own_stall_s")
+    )
+    note = (
+        f"{series:,} series in {render_ms:.0f} ms; without waits for a core {own_ms:.1f} ms; "
+        f"in the loop it would take {in_loop_ms:.0f} ms"
+    )
+    return [Figure("metrics", 1e3 * median(rounds["stall_s"]), note)], rounds
+
+
 async def traced(make: Callable[[int], T], count: int) -> tuple[float, list[T]]:
     """Make some objects, and return the bytes that each takes."""
     made: list[Any] = [None] * count
@@ -643,6 +687,7 @@ BENCHMARKS: Final[dict[str, Callable[[Sizes], Awaitable[Outcome]]]] = {
     "beats": bench_beats,
     "requests": bench_requests,
     "serving": bench_serving,
+    "metrics": bench_metrics,
     "memory": bench_memory,
     "import": bench_import,
     "idle": bench_idle,

@@ -186,6 +186,7 @@ class Endpoint:
                 call.cancel(CANCELLED, reason)
                 if call.scope is None and call in self._waiting:
                     self._waiting.remove(call)
+                    self._counts.waiting_calls -= 1
                     self._forget(call)
                     self._end_cancelled(call)
 
@@ -204,6 +205,7 @@ class Endpoint:
             if len(self._waiting) < WAITING:
                 self._remember(call)
                 self._waiting.append(call)
+                self._counts.waiting_calls += 1
                 return
             refusal = UNAVAILABLE, "too many requests are waiting"
         if refusal is not None:
@@ -310,6 +312,7 @@ class Endpoint:
     def _take_waiting(self) -> _Call | None:
         while self._waiting:
             call = self._waiting.popleft()
+            self._counts.waiting_calls -= 1
             refusal = self._refusal(call)
             if refusal is None:
                 self._running += 1
@@ -513,6 +516,7 @@ class Endpoint:
         self._draining = True
         while self._waiting:
             call = self._waiting.popleft()
+            self._counts.waiting_calls -= 1
             self._forget(call)
             self._refuse(call, UNAVAILABLE, _CLOSING)
         while self._spare:

@@ -82,6 +82,7 @@ class FollowCounts(Struct):
     pings_failed: int = 0
     pings_outlying: int = 0
     locks: int = 0
+    leader_changes: int = 0
 
 
 class FollowerObserver:
@@ -191,9 +192,12 @@ class Follower:
         """Return by how much cluster time may be wrong, in ns; None if it was never measured."""
         if not self.locked or not self._estimate.known:
             return None
+        return self._estimate.uncertainty_at(now_ns) + abs(self.skew_ns(now_ns))
+
+    def skew_ns(self, now_ns: int) -> int:
+        """Return how far cluster time is behind its best estimate, in ns, which is corrected."""
         steering = self.grid.steering
-        slewing = abs(now_ns + steering.target_at(now_ns) - steering.cluster_at(now_ns))
-        return self._estimate.uncertainty_at(now_ns) + slewing
+        return now_ns + steering.target_at(now_ns) - steering.cluster_at(now_ns)
 
     def error_text(self, now_ns: int) -> str | None:
         """Describe by how much the position is off; None while that is within the tolerance."""
@@ -339,6 +343,8 @@ class Follower:
             self.grid.adopt(timeline, now_ns)
 
     def _note_leader(self, message: BeatFrame | SyncReply) -> None:
+        if self.epoch >= 0 and (message.epoch, message.leader_id) != (self.epoch, self.leader_id):
+            self.counts.leader_changes += 1
         self.epoch, self.leader_id = message.epoch, message.leader_id
         self._interval_ns = 0
         self.is_alone = message.alone is True

@@ -170,6 +170,11 @@ class ClaimEmitter:
         waiting = sum(terminal for _, terminal in self._queue)
         return len(self._unconfirmed) + len(self._unstored) + waiting
 
+    @property
+    def queued(self) -> int:
+        """How many claims wait to be sent."""
+        return len(self._queue)
+
     def emit(self, claim: StatusClaim, *, terminal: bool = False) -> None:
         """Queue a claim."""
         if terminal or (self._transport.connected and len(self._queue) < _WAITING_CLAIMS):

@@ -68,6 +68,8 @@ class Health(msgspec.Struct, frozen=True):
         the session began.
       last_frame_age: how long ago the last valid beat frame arrived, in seconds; None before the
         first one.
+      skew: how far the position is behind the best estimate of the cluster's, in seconds, which is
+        being corrected; negative if it is ahead. None on a local grid.
 
     """
 
@@ -91,6 +93,7 @@ class Health(msgspec.Struct, frozen=True):
     pending: tuple[PendingChange, ...]
     grid: GridState
     last_frame_age: float | None
+    skew: float | None = None
 
 
 class CallCounts(msgspec.Struct):
@@ -116,6 +119,7 @@ class CallCounts(msgspec.Struct):
     calls_stubborn: int = 0
     calls_unanswered: int = 0
     live_calls: int = 0
+    waiting_calls: int = 0
 
 
 class SessionStatistics(msgspec.Struct, frozen=True):
@@ -132,11 +136,14 @@ class SessionStatistics(msgspec.Struct, frozen=True):
       pings_failed: pings without an answer, or with one that is not valid.
       pings_outlying: groups of pings that were ignored, because they disagree with earlier ones.
       locks: how many times the session has moved to a grid of the cluster.
+      leader_changes: how many times another metronome has begun to lead, or the same one in another
+        term, after the first one that the session followed.
       claims_sent: claims that were given to the connection, or that the stream has stored.
       claims_stored: terminal claims that the stream in JetStream has stored.
       claims_coalesced: claims of live operations that were replaced by newer ones before they were
         sent.
       claims_pending: terminal claims that neither the server nor the stream has confirmed yet.
+      claims_queued: claims that wait to be sent.
       claims_dropped: claims that were too large for the server, even without their notes.
       claims_undecodable: messages, and claims in them, that `Session.open_claims` ignored: they are
         not valid, or name another agent than the one that published them.
@@ -161,6 +168,7 @@ class SessionStatistics(msgspec.Struct, frozen=True):
       calls_unanswered: answers that could not be sent, because there was no connection, or the
         subject for them was not an inbox.
       live_calls: handlers that are running now.
+      waiting_calls: requests that wait for a handler now.
       live_scopes: budgets whose blocks are running now.
       transport: the counters of the connection; None if the session is disabled.
 
@@ -176,10 +184,12 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     pings_failed: int
     pings_outlying: int
     locks: int
+    leader_changes: int
     claims_sent: int
     claims_stored: int
     claims_coalesced: int
     claims_pending: int
+    claims_queued: int
     claims_dropped: int
     claims_undecodable: int
     operations_soft: int
@@ -199,6 +209,7 @@ class SessionStatistics(msgspec.Struct, frozen=True):
     calls_stubborn: int
     calls_unanswered: int
     live_calls: int
+    waiting_calls: int
     live_scopes: int
     transport: TransportStatistics | None
 

@@ -336,6 +336,7 @@ class Runtime(ListenerObserver):
             ),
             grid=grid,
             last_frame_age=None if heard is None else max(0, now - heard) / 1e9,
+            skew=None if followed is None else followed.skew_ns(now) / 1e9,
         )
 
     def _grid_state(self, now: int, *, connected: bool) -> GridState:
@@ -376,10 +377,12 @@ class Runtime(ListenerObserver):
             pings_failed=followed.pings_failed,
             pings_outlying=followed.pings_outlying,
             locks=followed.locks,
+            leader_changes=followed.leader_changes,
             claims_sent=claims.claims_sent,
             claims_stored=claims.claims_stored,
             claims_coalesced=claims.claims_coalesced,
             claims_pending=0 if emitter is None else emitter.pending,
+            claims_queued=0 if emitter is None else emitter.queued,
             claims_undecodable=claims.claims_undecodable,
             claims_dropped=claims.claims_dropped,
             **msgspec.structs.asdict(self.call_counts),

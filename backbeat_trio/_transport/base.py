@@ -82,6 +82,11 @@ class Mailbox:
             self._lot.unpark()
         return True
 
+    @property
+    def depth(self) -> int:
+        """How many messages wait."""
+        return len(self._messages)
+
     def close(self) -> None:
         """End the iteration after the messages that are queued."""
         self._closed = True
@@ -302,4 +307,9 @@ class BaseTransport(abc.ABC):
             recent_errors=tuple(self._errors),
             refused=tuple(self._refused.items()),
             late_replies=self._late_replies,
+            waiting=sum(mailbox.depth for mailbox in self._mailboxes.values()),
+            unsent_bytes=self._unsent_bytes(),
         )
+
+    def _unsent_bytes(self) -> int:
+        return 0

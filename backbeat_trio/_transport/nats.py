@@ -286,6 +286,9 @@ class NatsTransport(BaseTransport):
             raise TransportBroken(self._last_error or "there is no connection yet")
         return self._client
 
+    def _unsent_bytes(self) -> int:
+        return 0 if self._client is None else self._client.backlog
+
     def publish_nowait(
         self,
         subject: str,

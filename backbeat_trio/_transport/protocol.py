@@ -121,6 +121,8 @@ class TransportStatistics(NamedTuple):
         ``subscription to SUBJECT``, in lower case.
       late_replies: answers that came when nobody waited for them any more, and further answers to a
         request that needs only one.
+      waiting: messages that have arrived, and wait for their subscribers.
+      unsent_bytes: how much is to be written to the connection.
 
     """
 
@@ -132,6 +134,8 @@ class TransportStatistics(NamedTuple):
     recent_errors: tuple[tuple[int, str], ...]
     refused: tuple[tuple[str, int], ...] = ()
     late_replies: int = 0
+    waiting: int = 0
+    unsent_bytes: int = 0
 
 
 class Transport(Protocol):

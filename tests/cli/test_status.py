@@ -23,7 +23,7 @@ async def test_status() -> None:
             *("measured_bpm", "tempo_drift", "reconnect_count", "active_operations"),
             *("local_degradation", "errors", "node_id"),
             *("paused", "uncertainty", "epoch", "leader_id", "standbys", "pending"),
-            *("grid", "last_frame_age"),
+            *("grid", "last_frame_age", "skew"),
         ]
         assert health["connected"]
         assert health["current_tempo"] == 120.0

@@ -69,6 +69,7 @@ async def test_health_of_a_locked_session(autojump_clock: Clock) -> None:
             "pending": (),
             "grid": "locked",
             "last_frame_age": 0.5,
+            "skew": 0.0,
         }
         assert (bb.current_position(), bb.current_beat(), bb.current_bar()) == (10.0, 10, 1)
         assert bb.tempo_bpm == 120.0
