@@ -33,6 +33,7 @@ ground up:
 `_session`       what an application calls, and how a session begins and ends
 `http`           HTTP requests that carry a caller's deadline
 `metrics`        metrics for Prometheus
+`tracing`        traces by OpenTelemetry
 `testing`        for tests of what uses this
 `_cli`           the command line
 ===============  ===========================================================

@@ -30,6 +30,7 @@ ORDER = [
     "_session",
     "http",
     "metrics",
+    "tracing",
     "testing",
     "_cli",
     "__main__",
