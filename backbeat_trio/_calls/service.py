@@ -112,7 +112,6 @@ class Service:
             empty string has every instance get every request.
           min_beats: how many beats of a budget must be left for a handler to start, 0 or more. A
             request without a deadline always has enough.
-          task_status: told once the endpoint takes requests.
 
         Raises:
           TypeError, ValueError: for an argument that is not valid; the text names it.

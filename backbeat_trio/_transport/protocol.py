@@ -280,6 +280,7 @@ class Transport(Protocol):
         Args:
           subject: the subject, without ``*`` and ``>``.
           data: the payload.
+          headers: headers of the message; None for none.
 
         Raises:
           TransportBroken: if there is no connection.
