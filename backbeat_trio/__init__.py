@@ -31,6 +31,7 @@ ground up:
 `_runtime`       what a session runs: operations, claims, health
 `_calls`         messages that carry a caller's deadline, and cancelling from outside
 `_session`       what an application calls, and how a session begins and ends
+`_views`         what an operator sees of a cluster
 `http`           HTTP requests that carry a caller's deadline
 `metrics`        metrics for Prometheus
 `tracing`        traces by OpenTelemetry

@@ -28,6 +28,7 @@ ORDER = [
     "_runtime",
     "_calls",
     "_session",
+    "_views",
     "http",
     "metrics",
     "tracing",

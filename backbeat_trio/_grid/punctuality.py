@@ -132,12 +132,12 @@ class Punctuality:
     late beat the agent counts as late until eight beats in a row were punctual.
     """
 
-    __slots__ = ("_good", "last_ns")
+    __slots__ = ("_good", "late_ns")
 
     def __init__(self) -> None:
+        self.late_ns: int | None = None
+        """How late the last beat was handled, in ns; None before the first one."""
         self._good = _REGAINED
-        self.last_ns: int = 0
-        """How long after its beginning the last beat was handled, in ns."""
 
     @property
     def late(self) -> bool:
@@ -146,5 +146,5 @@ class Punctuality:
 
     def add(self, late_ns: int, beat_ns: int) -> None:
         """Add a beat that was handled ``late_ns`` after it began."""
+        self.late_ns = late_ns
         self._good = 0 if is_late(late_ns, beat_ns) else self._good + 1
-        self.last_ns = late_ns

@@ -270,7 +270,7 @@ class Runtime(ListenerObserver):
             if self.notices is not None:
                 self.notices.beat()
             if self.instruments.beat:
-                lateness = max(0, self.clock.punctuality.last_ns) / 1e9
+                lateness = max(0, self.clock.punctuality.late_ns or 0) / 1e9
                 self.instruments.tell(self.instruments.beat, beat, lateness)
 
     def _emit_on_beat(self, index: int, skipped: int) -> None:

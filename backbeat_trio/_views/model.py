@@ -1,0 +1,461 @@
+"""What is seen of a cluster: agents, operations, types of operations, and the grid.
+
+`ClusterModel` takes in claims and the state of the grid. All views ask it for totals, pages and
+trees. It reads no clock: instants are passed in, in seconds of any clock.
+
+*The rule.* Each operation has a timing. The first row that applies gives it. The number of beats
+that have passed is that of its newest claim, or at its end.
+
+==============================================================  ==========
+an operation                                                    timing
+==============================================================  ==========
+is live, and no claim of it has come for three beats            `silent`
+has taken more beats than its estimate                          `late`
+has passed its soft edge                                        `slow`
+else                                                            `on_time`
+==============================================================  ==========
+
+Three beats are counted by this process, and last a second at least. Nothing is silent while the
+grid is paused, while this process has no connection, and in the three beats after that. An
+operation that takes just as many beats as its estimate is not late. The same rule in cases, for an
+estimate of 4 beats:
+
+=======  =======  =======  ======  ====  ==========
+outcome  unheard  paused   passed  soft  timing
+=======  =======  =======  ======  ====  ==========
+live     0        no       0       no    on_time
+live     2        no       4       no    on_time
+live     0        no       4       yes   slow
+live     0        no       5       no    late
+live     0        no       5       yes   late
+live     3        no       0       no    silent
+live     3        no       9       yes   silent
+live     3        yes      0       no    on_time
+live     3        yes      5       no    late
+done     0        no       3       no    on_time
+done     9        no       4       no    on_time
+done     9        no       4       yes   slow
+done     0        no       5       no    late
+failed   9        no       2       no    on_time
+failed   9        no       7       yes   late
+=======  =======  =======  ======  ====  ==========
+
+An operation that was first seen when its budget had run out already has passed at least as many
+beats as its estimate. It is late on its next beat. Until it ends, and then, its figures are lower
+bounds, and `OperationView.at_least` says so.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, TypeVar, final
+
+from .._wire import StatusClaim
+from .ages import Ages
+from .shown import (
+    BUCKETS as BUCKETS,
+    AgentView as AgentView,
+    GridView as GridView,
+    OperationNode as OperationNode,
+    OperationView as OperationView,
+    Outcome as Outcome,
+    Page as Page,
+    PhaseChange as PhaseChange,
+    Query as Query,
+    Sort as Sort,
+    Timing as Timing,
+    Totals as Totals,
+    TypeView as TypeView,
+    clean as clean,
+)
+from .table import RANKS, Agent, Entry, Table, timing
+
+# For how many bars agents and live operations that are silent are kept.
+_SILENT_BARS: Final = 64
+# How many types are told apart. The others are summed up.
+_TYPES: Final = 200
+OTHER_TYPES: Final = "\N{HORIZONTAL ELLIPSIS}"
+"""The type of the `TypeView` that sums up the types that are too many."""
+# The most levels and operations of a tree.
+_DEPTH: Final = 32
+_NODES: Final = 1000
+
+T = TypeVar("T")
+
+
+@final
+class ClusterModel:
+    """What is seen of a cluster, within bounds.
+
+    Args:
+      max_agents: the most agents that are kept.
+      max_operations: the most operations that are kept.
+      keep_bars: for how many bars an operation is kept after its end.
+      max_history: the most changes of phase that are kept of an operation.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        max_agents: int = 50_000,
+        max_operations: int = 200_000,
+        keep_bars: int = 8,
+        max_history: int = 16,
+    ) -> None:
+        self.grid: GridView | None = None
+        """The grid; None before the first `set_grid`."""
+        self.version: int = 0
+        """A number that grows with every change."""
+        self._ages = Ages()
+        self._table = Table(
+            self._ages,
+            max_agents=max_agents,
+            max_operations=max_operations,
+            max_history=max_history,
+        )
+        self._keep_bars = keep_bars
+        self._surveyed = -1
+        self._swept = 0.0
+
+    # What comes in.
+
+    def take(self, claims: Sequence[StatusClaim], now: float) -> None:
+        """Take in claims, in the order in which they came.
+
+        Claims of other clusters than that of the grid are ignored.
+
+        Args:
+          claims: the claims.
+          now: when they came, in seconds.
+
+        """
+        self._table.take(claims, self._ages.at(now))
+        self.version += 1
+
+    def set_grid(self, grid: GridView, now: float) -> None:
+        """Set the grid, and forget what ended long ago. Call it several times a second.
+
+        Args:
+          grid: the grid at that instant.
+          now: the instant, in seconds.
+
+        """
+        self._ages.set_grid(grid, now)
+        self.grid = grid
+        self._table.locate(
+            grid.cluster_id, grid.position, grid.tempo_bpm, local=grid.grid == "local"
+        )
+        elapsed, bar = self._ages.elapsed, grid.beats_per_bar
+        self._table.expire(elapsed - self._keep_bars * bar)
+        # All are looked at for this, so not each time.
+        if elapsed >= self._swept + self._keep_bars * bar:
+            self._swept = elapsed
+            self._table.sweep(elapsed - max(self._keep_bars, _SILENT_BARS) * bar)
+        self.version += 1
+
+    # What is seen.
+
+    def totals(self) -> Totals:
+        """Return how many agents and operations there are."""
+        table = self._survey()
+        agents = table.agents.values()
+        slow = late = silent = unhealthy = mute = 0
+        for agent in agents:
+            slow += agent.slow
+            late += agent.late
+            silent += agent.silent
+            unhealthy += agent.state == "failed"
+            mute += table.is_silent(agent)
+        return Totals(
+            agents=len(agents),
+            agents_unhealthy=unhealthy,
+            agents_silent=mute,
+            live=table.live,
+            on_time=table.live - slow - late - silent,
+            slow=slow,
+            late=late,
+            silent=silent,
+            done=table.done,
+            failed=table.failed,
+            claims=table.claims,
+            ignored=table.ignored,
+            dropped_agents=table.dropped_agents,
+            dropped_operations=table.dropped_operations,
+        )
+
+    def agents(self, query: Query = Query()) -> Page[AgentView]:  # noqa: B008 - it is frozen
+        """Return a page of the agents that pass the filters of a query."""
+        table = self._survey()
+        found: Iterable[Agent] = table.agents.values()
+        if query.agent:
+            found = [agent for agent in found if agent.id == query.agent]
+        if query.text:
+            text = query.text.casefold()
+            found = [agent for agent in found if text in agent.id.casefold()]
+        if query.timing == "silent":
+            found = [agent for agent in found if agent.silent or table.is_silent(agent)]
+        elif query.timing is not None:
+            found = [agent for agent in found if self._has(agent, query.timing)]
+        chosen = list(found)
+        if query.sort in ("agent", "id"):
+            keys: list[Any] = [agent.id for agent in chosen]
+        elif query.sort == "age":
+            keys = [agent.heard for agent in chosen]
+        else:
+            keys = [
+                (-(agent.state == "failed"), -agent.silent, -agent.late, -agent.slow, -agent.live)
+                for agent in chosen
+            ]
+        return _page(chosen, keys, query, self._view_agent)
+
+    def operations(self, query: Query = Query()) -> Page[OperationView]:  # noqa: B008 - as above
+        """Return a page of the operations that pass the filters of a query."""
+        chosen = self._choose(query)
+        return _page(chosen, _keys(chosen, query.sort), query, self._view)
+
+    def operation(self, agent_id: str, id: str) -> OperationView | None:
+        """Return an operation, or None if the model does not have it."""
+        entry = self._find(agent_id, id)
+        return None if entry is None else self._view(entry)
+
+    def types(self) -> tuple[TypeView, ...]:
+        """Return the types of operations, the most frequent ones first.
+
+        Those after the 200 most frequent ones are summed up as `OTHER_TYPES`.
+        """
+        kinds = self._survey().kinds
+        ordered = sorted(
+            kinds.items(), key=lambda each: (-each[1].live - each[1].done - each[1].failed, each[0])
+        )
+        views = [
+            TypeView(
+                type=type,
+                live=kind.live,
+                done=kind.done,
+                failed=kind.failed,
+                late=kind.late + kind.live_late,
+                used=tuple(kind.used),
+            )
+            for type, kind in ordered
+        ]
+        rest = views[_TYPES:]
+        if rest:
+            views[_TYPES:] = [
+                TypeView(
+                    type=OTHER_TYPES,
+                    live=sum(each.live for each in rest),
+                    done=sum(each.done for each in rest),
+                    failed=sum(each.failed for each in rest),
+                    late=sum(each.late for each in rest),
+                    used=tuple(map(sum, zip(*(each.used for each in rest), strict=True))),
+                )
+            ]
+        return tuple(views)
+
+    def tree(self, agent_id: str, id: str) -> OperationNode | None:
+        """Return the whole of which an operation is a part, from its outermost operation.
+
+        If the operations in between are not known, the nearest parts that are known are children of
+        the outermost one. At most 1,000 operations on 32 levels are returned. What is left out is
+        counted. The operation itself is not.
+
+        Args:
+          agent_id: the agent that runs the operation.
+          id: the operation.
+
+        Returns:
+          The outermost operation, or None if the model does not have the operation.
+
+        """
+        entry = self._find(agent_id, id)
+        if entry is None:
+            return None
+        parts: defaultdict[str, list[Entry]] = defaultdict(list)
+        for agent in self._table.agents.values():
+            for each in agent.operations.values():
+                if each.parent is not None:
+                    parts[each.parent].append(each)
+        # From the operation up to the outermost one that is known.
+        path = {_key(entry): entry}
+        while len(path) < _DEPTH - 1 and entry.parent is not None and entry.parent not in path:
+            above = self._find(*_split(entry.parent))
+            if above is None:
+                break
+            entry = path[entry.parent] = above
+        root = _key(entry)
+        if entry.parent is not None and self._find(*_split(entry.parent)) is None:
+            root = entry.correlation_id or entry.parent
+            lost = {each for each in parts if self._find(*_split(each)) is None} - {root}
+            parts[root] += [
+                each for key in lost for each in parts[key] if each.correlation_id == root
+            ] or ([entry] if entry.parent != root else [])
+        return self._grow(root, parts, path)
+
+    def _grow(
+        self, root: str, parts: dict[str, list[Entry]], path: dict[str, Entry]
+    ) -> OperationNode:
+        # Level by level, so that what is left out is what is deepest.
+        level, seen = [root], {root}
+        children: dict[str, list[str]] = {}
+        omitted: dict[str, int] = {}
+        for depth in range(_DEPTH):
+            if not level:
+                break
+            below = []
+            for name in level:
+                found = [key for key in map(_key, parts.get(name, ())) if key not in seen]
+                found.sort(key=lambda key: key not in path)
+                room = 0 if depth == _DEPTH - 1 else max(0, _NODES - len(seen))
+                kept = (
+                    [key for key in found if key in path and room >= 0][:1]
+                    if not room
+                    else found[:room]
+                )
+                children[name], omitted[name] = kept, len(found) - len(kept)
+                seen.update(kept)
+                below += kept
+            level = below
+        nodes: dict[str, OperationNode] = {}
+        for name in reversed(children):
+            entry = self._find(*_split(name))
+            nodes[name] = OperationNode(
+                name=name,
+                operation=None if entry is None else self._view(entry),
+                children=tuple(nodes[key] for key in children[name] if key in nodes),
+                omitted=omitted[name],
+            )
+        return nodes[root]
+
+    # Inside.
+
+    def _survey(self) -> Table:
+        if self._surveyed != self.version:
+            self._table.survey()
+            self._surveyed = self.version
+        return self._table
+
+    def _find(self, agent_id: str, id: str) -> Entry | None:
+        agent = self._table.agents.get(agent_id)
+        return None if agent is None else agent.operations.get(id)
+
+    def _has(self, agent: Agent, timing: Timing) -> int:
+        if timing == "on_time":
+            return agent.live - agent.slow - agent.late - agent.silent
+        return agent.slow if timing == "slow" else agent.late
+
+    def _choose(self, query: Query) -> list[Entry]:
+        agents = self._table.agents
+        if query.agent:
+            agent = agents.get(query.agent)
+            chosen = [] if agent is None else list(agent.operations.values())
+        else:
+            chosen = [each for agent in agents.values() for each in agent.operations.values()]
+        if query.type:
+            chosen = [each for each in chosen if each.type == query.type]
+        if query.phase:
+            chosen = [each for each in chosen if each.phase == query.phase]
+        if query.outcome is not None:
+            state = "executing" if query.outcome == "live" else query.outcome
+            chosen = [
+                each
+                for each in chosen
+                if each.state == state or (state == "executing" and each.state == "waiting")
+            ]
+        if query.timing is not None:
+            wanted, silent = query.timing, self._ages.silent_before()
+            chosen = [each for each in chosen if timing(each, silent) == wanted]
+        if query.text:
+            text = query.text.casefold()
+            chosen = [
+                each
+                for each in chosen
+                if text in each.id.casefold()
+                or text in each.agent_id.casefold()
+                or text in each.type.casefold()
+                or text in each.notes.casefold()
+            ]
+        return chosen
+
+    def _view(self, entry: Entry) -> OperationView:
+        history = entry.history
+        return OperationView(
+            agent_id=entry.agent_id,
+            id=entry.id,
+            type=entry.type,
+            phase=entry.phase,
+            state=entry.state,
+            live=entry.live,
+            timing=timing(entry, self._ages.silent_before()),
+            start_beat=entry.start,
+            last_beat=entry.last,
+            passed=entry.passed,
+            estimated=entry.estimated or None,
+            used=entry.used,
+            beats_left=max(0, entry.due - entry.last) if entry.estimated else 0,
+            peers=None if entry.peers < 0 else entry.peers,
+            parent=entry.parent,
+            correlation_id=entry.correlation_id,
+            soft=entry.soft is True,
+            notes=entry.notes,
+            history=tuple(map(PhaseChange, history[::2], history[1::2])),
+            outcome="live" if entry.live else "done" if entry.state == "done" else "failed",
+            at_least=entry.at_least,
+        )
+
+    def _view_agent(self, agent: Agent) -> AgentView:
+        return AgentView(
+            agent_id=agent.id,
+            state=agent.state,
+            healthy=None if agent.state == "unknown" else agent.state != "failed",
+            silent=self._table.is_silent(agent),
+            notes=agent.notes,
+            last_beat=agent.last,
+            live=agent.live,
+            slow=agent.slow,
+            late=agent.late,
+            silent_operations=agent.silent,
+        )
+
+
+def _keys(entries: list[Entry], sort: Sort) -> list[Any]:
+    """Return the keys by which entries are sorted, the least one first."""
+    match sort:
+        case "used":
+            return [math.inf if (used := each.used) is None else -used for each in entries]
+        case "left":
+            return [each.due - each.last if each.estimated else math.inf for each in entries]
+        case "age":
+            return [each.due - each.estimated - each.last for each in entries]
+        case "phase":
+            return [RANKS.get(each.phase, len(RANKS)) for each in entries]
+        case "agent":
+            return [each.agent_id for each in entries]
+        case "type":
+            return [each.type for each in entries]
+        case _:
+            return [each.id for each in entries]
+
+
+def _page(chosen: list[Any], keys: list[Any], query: Query, view: Any) -> Page[Any]:
+    begin = max(0, query.offset)
+    end = begin + max(0, query.limit)
+    numbers = range(len(chosen))
+    if 8 * end < len(chosen):
+        select = heapq.nlargest if query.reverse else heapq.nsmallest
+        ordered = select(end, numbers, key=keys.__getitem__)
+    else:
+        ordered = sorted(numbers, key=keys.__getitem__, reverse=query.reverse)
+    return Page(len(chosen), tuple(view(chosen[number]) for number in ordered[begin:end]))
+
+
+def _key(entry: Entry) -> str:
+    return f"{entry.agent_id}/{entry.id}"
+
+
+def _split(key: str) -> tuple[str, str]:
+    agent_id, _, id = key.partition("/")
+    return agent_id, id
