@@ -49,14 +49,15 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, final
 
 from .._wire import StatusClaim
 from .ages import Ages
+from .entries import RANKS, Agent, Entry
 from .shown import (
     BUCKETS as BUCKETS,
+    OTHER_TYPES as OTHER_TYPES,
     AgentView as AgentView,
     GridView as GridView,
     OperationNode as OperationNode,
@@ -71,24 +72,21 @@ from .shown import (
     TypeView as TypeView,
     clean as clean,
 )
-from .table import RANKS, Agent, Entry, Table, timing
+from .table import Table
+from .tree import grow
 
 # For how many bars agents and live operations that are silent are kept.
 _SILENT_BARS: Final = 64
 # How many types are told apart. The others are summed up.
 _TYPES: Final = 200
-OTHER_TYPES: Final = "\N{HORIZONTAL ELLIPSIS}"
-"""The type of the `TypeView` that sums up the types that are too many."""
-# The most levels and operations of a tree.
-_DEPTH: Final = 32
-_NODES: Final = 1000
-
-T = TypeVar("T")
 
 
 @final
 class ClusterModel:
     """What is seen of a cluster, within bounds.
+
+    Operations that have ended are forgotten after some bars. Live ones that are silent are
+    forgotten after 64 bars, or as many if that is more, and so are agents without operations.
 
     Args:
       max_agents: the most agents that are kept.
@@ -133,8 +131,9 @@ class ClusterModel:
           now: when they came, in seconds.
 
         """
-        self._table.take(claims, self._ages.at(now))
-        self.version += 1
+        if claims:
+            self._table.take(claims, self._ages.at(now))
+            self.version += 1
 
     def set_grid(self, grid: GridView, now: float) -> None:
         """Set the grid, and forget what ended long ago. Call it several times a second.
@@ -169,7 +168,7 @@ class ClusterModel:
             late += agent.late
             silent += agent.silent
             unhealthy += agent.state == "failed"
-            mute += table.is_silent(agent)
+            mute += agent.mute
         return Totals(
             agents=len(agents),
             agents_unhealthy=unhealthy,
@@ -197,7 +196,7 @@ class ClusterModel:
             text = query.text.casefold()
             found = [agent for agent in found if text in agent.id.casefold()]
         if query.timing == "silent":
-            found = [agent for agent in found if agent.silent or table.is_silent(agent)]
+            found = [agent for agent in found if agent.silent or agent.mute]
         elif query.timing is not None:
             found = [agent for agent in found if self._has(agent, query.timing)]
         chosen = list(found)
@@ -207,7 +206,7 @@ class ClusterModel:
             keys = [agent.heard for agent in chosen]
         else:
             keys = [
-                (-(agent.state == "failed"), -agent.silent, -agent.late, -agent.slow, -agent.live)
+                (-(agent.state == "failed"), -agent.mute, *(-each for each in _troubles(agent)))
                 for agent in chosen
             ]
         return _page(chosen, keys, query, self._view_agent)
@@ -218,8 +217,14 @@ class ClusterModel:
         return _page(chosen, _keys(chosen, query.sort), query, self._view)
 
     def operation(self, agent_id: str, id: str) -> OperationView | None:
-        """Return an operation, or None if the model does not have it."""
-        entry = self._find(agent_id, id)
+        """Return an operation, or None if the model does not have it.
+
+        Args:
+          agent_id: the agent that runs it.
+          id: its id, or what is shown of it.
+
+        """
+        entry = self._table.find(agent_id, id)
         return None if entry is None else self._view(entry)
 
     def types(self) -> tuple[TypeView, ...]:
@@ -259,9 +264,9 @@ class ClusterModel:
     def tree(self, agent_id: str, id: str) -> OperationNode | None:
         """Return the whole of which an operation is a part, from its outermost operation.
 
-        If the operations in between are not known, the nearest parts that are known are children of
-        the outermost one. At most 1,000 operations on 32 levels are returned. What is left out is
-        counted. The operation itself is not.
+        Operations whose parents are not known are children of the outermost one. The tree has at
+        most about 1,000 operations on 32 levels. It counts what is left out, and always has the
+        operation itself.
 
         Args:
           agent_id: the agent that runs the operation.
@@ -271,64 +276,12 @@ class ClusterModel:
           The outermost operation, or None if the model does not have the operation.
 
         """
-        entry = self._find(agent_id, id)
+        entry = self._table.find(agent_id, id)
         if entry is None:
             return None
-        parts: defaultdict[str, list[Entry]] = defaultdict(list)
-        for agent in self._table.agents.values():
-            for each in agent.operations.values():
-                if each.parent is not None:
-                    parts[each.parent].append(each)
-        # From the operation up to the outermost one that is known.
-        path = {_key(entry): entry}
-        while len(path) < _DEPTH - 1 and entry.parent is not None and entry.parent not in path:
-            above = self._find(*_split(entry.parent))
-            if above is None:
-                break
-            entry = path[entry.parent] = above
-        root = _key(entry)
-        if entry.parent is not None and self._find(*_split(entry.parent)) is None:
-            root = entry.correlation_id or entry.parent
-            lost = {each for each in parts if self._find(*_split(each)) is None} - {root}
-            parts[root] += [
-                each for key in lost for each in parts[key] if each.correlation_id == root
-            ] or ([entry] if entry.parent != root else [])
-        return self._grow(root, parts, path)
-
-    def _grow(
-        self, root: str, parts: dict[str, list[Entry]], path: dict[str, Entry]
-    ) -> OperationNode:
-        # Level by level, so that what is left out is what is deepest.
-        level, seen = [root], {root}
-        children: dict[str, list[str]] = {}
-        omitted: dict[str, int] = {}
-        for depth in range(_DEPTH):
-            if not level:
-                break
-            below = []
-            for name in level:
-                found = [key for key in map(_key, parts.get(name, ())) if key not in seen]
-                found.sort(key=lambda key: key not in path)
-                room = 0 if depth == _DEPTH - 1 else max(0, _NODES - len(seen))
-                kept = (
-                    [key for key in found if key in path and room >= 0][:1]
-                    if not room
-                    else found[:room]
-                )
-                children[name], omitted[name] = kept, len(found) - len(kept)
-                seen.update(kept)
-                below += kept
-            level = below
-        nodes: dict[str, OperationNode] = {}
-        for name in reversed(children):
-            entry = self._find(*_split(name))
-            nodes[name] = OperationNode(
-                name=name,
-                operation=None if entry is None else self._view(entry),
-                children=tuple(nodes[key] for key in children[name] if key in nodes),
-                omitted=omitted[name],
-            )
-        return nodes[root]
+        agents = self._table.agents.values()
+        entries = (each for agent in agents for each in agent.operations.values())
+        return grow(entry, entries, lambda key: self._table.find(*_split(key)), self._view)
 
     # Inside.
 
@@ -337,10 +290,6 @@ class ClusterModel:
             self._table.survey()
             self._surveyed = self.version
         return self._table
-
-    def _find(self, agent_id: str, id: str) -> Entry | None:
-        agent = self._table.agents.get(agent_id)
-        return None if agent is None else agent.operations.get(id)
 
     def _has(self, agent: Agent, timing: Timing) -> int:
         if timing == "on_time":
@@ -359,23 +308,21 @@ class ClusterModel:
         if query.phase:
             chosen = [each for each in chosen if each.phase == query.phase]
         if query.outcome is not None:
-            state = "executing" if query.outcome == "live" else query.outcome
-            chosen = [
-                each
-                for each in chosen
-                if each.state == state or (state == "executing" and each.state == "waiting")
-            ]
+            states = ("executing", "waiting") if query.outcome == "live" else (query.outcome,)
+            chosen = [each for each in chosen if each.state in states]
         if query.timing is not None:
             wanted, silent = query.timing, self._ages.silent_before()
-            chosen = [each for each in chosen if timing(each, silent) == wanted]
+            chosen = [each for each in chosen if each.timing(silent) == wanted]
         if query.text:
             text = query.text.casefold()
+            agent_ids = {name for name in agents if text in name.casefold()}
+            types = {name for name in self._table.kinds if text in name.casefold()}
             chosen = [
                 each
                 for each in chosen
-                if text in each.id.casefold()
-                or text in each.agent_id.casefold()
-                or text in each.type.casefold()
+                if each.agent_id in agent_ids
+                or each.type in types
+                or text in each.id.casefold()
                 or text in each.notes.casefold()
             ]
         return chosen
@@ -389,7 +336,7 @@ class ClusterModel:
             phase=entry.phase,
             state=entry.state,
             live=entry.live,
-            timing=timing(entry, self._ages.silent_before()),
+            timing=entry.timing(self._ages.silent_before()),
             start_beat=entry.start,
             last_beat=entry.last,
             passed=entry.passed,
@@ -411,7 +358,7 @@ class ClusterModel:
             agent_id=agent.id,
             state=agent.state,
             healthy=None if agent.state == "unknown" else agent.state != "failed",
-            silent=self._table.is_silent(agent),
+            silent=agent.mute,
             notes=agent.notes,
             last_beat=agent.last,
             live=agent.live,
@@ -421,11 +368,21 @@ class ClusterModel:
         )
 
 
+def _troubles(agent: Agent) -> tuple[int, ...]:
+    return agent.silent, agent.late, agent.slow, agent.live
+
+
 def _keys(entries: list[Entry], sort: Sort) -> list[Any]:
     """Return the keys by which entries are sorted, the least one first."""
     match sort:
         case "used":
-            return [math.inf if (used := each.used) is None else -used for each in entries]
+            # As `Entry.used`, without a call for each.
+            return [
+                (each.due - each.estimated - each.last) / each.estimated
+                if each.estimated and (each.due <= each.last or not each.at_least)
+                else math.inf
+                for each in entries
+            ]
         case "left":
             return [each.due - each.last if each.estimated else math.inf for each in entries]
         case "age":
@@ -450,10 +407,6 @@ def _page(chosen: list[Any], keys: list[Any], query: Query, view: Any) -> Page[A
     else:
         ordered = sorted(numbers, key=keys.__getitem__, reverse=query.reverse)
     return Page(len(chosen), tuple(view(chosen[number]) for number in ordered[begin:end]))
-
-
-def _key(entry: Entry) -> str:
-    return f"{entry.agent_id}/{entry.id}"
 
 
 def _split(key: str) -> tuple[str, str]:

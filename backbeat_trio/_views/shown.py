@@ -22,6 +22,9 @@ Sort: TypeAlias = Literal["used", "left", "age", "agent", "type", "phase", "id"]
 BUCKETS: Final = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0, math.inf)
 """The upper bounds of the buckets in which `TypeView.used` counts, each one included."""
 
+OTHER_TYPES: Final = "\N{HORIZONTAL ELLIPSIS}"
+"""The type of operations whose types are too many to be told apart."""
+
 MAX_TEXT: Final = 200
 """The most characters that are shown of an id or of notes."""
 
@@ -288,7 +291,7 @@ class Query(Struct, frozen=True):
     """Which agents or operations to show, and in which order. An operation must pass all filters.
 
     Attributes:
-      text: a part of the agent's id, or of an operation's id, type or notes, in any case.
+      text: a part of the agent's id, or of an operation's id, type or notes. Case does not matter.
       agent: the id of the agent.
       type: the type of an operation.
       phase: the phase of an operation.
