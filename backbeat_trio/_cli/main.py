@@ -30,6 +30,7 @@ _COMMANDS: Final = {
     "demo": ("demo", "show_demo", "Show a small cluster at work."),
     "pulse": ("pulse", "run_pulse", "Run a metronome of a cluster."),
     "status": ("status", "show_status", "Show whether the cluster's beats arrive here."),
+    "watch": ("watch", "watch_cluster", "Watch the cluster on a full screen."),
     "claims": ("claims", "show_claims", "Show what agents report, a line each."),
     "tempo": ("tempo", "change_tempo", "Show the tempo of the cluster, or change it."),
     "pause": ("tempo", "pause_grid", "Pause the cluster: every budget waits."),

@@ -42,6 +42,8 @@ from .programs import parsed
         ["status", "--timeout", "9" * 400],
         ["status", "--wait", "nan"],
         ["status", "--cluster-id", "a b"],
+        ["watch", "--interval", "0"],
+        ["watch", "--wait", "-1"],
         ["claims", "a.b"],
         ["exec", "--beats", "-1", "true"],
         ["exec", "--beats", "1", "--signal", "NONE", "true"],
