@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import calls
 import trio
 import trio.testing
+import views
 from peers import AGENT_ID, END, MARK, NODE_ID, TYPE, Heard, Peer, open_peer, open_process
 from prometheus_client.exposition import choose_encoder
 from report import Figure, Outcome, Rounds, Target, percentile, run
@@ -70,6 +71,8 @@ TARGETS: Final = {
     "operation": Target("memory of a live operation", "≤", 1024, "bytes"),
     "budget": Target("memory of a budget beyond Trio's own scope", "≤", 400, "bytes"),
     "import": Target("import backbeat_trio / import trio, msgspec", "≤", 1.3, "x"),
+    "watch": Target("backbeat watch: 60 BPM, 10,000 operations, of a core", "≤", 25.0, "%"),
+    "watch_memory": Target("a view of 200,000 operations of 50,000 agents", "≤", 200.0, "MB"),
     "idle": Target("idle: 60 BPM, 1,000 live operations, of a core", "≤", 2.0, "%"),
 }
 
@@ -677,6 +680,14 @@ async def bench_idle(sizes: Sizes) -> Outcome:
     return [Figure("idle", 100 * median(shares), note)], {"share": shares}
 
 
+async def bench_watch(sizes: Sizes) -> Outcome:
+    return await views.bench_watch(min(sizes.operations, 10_000), max(sizes.seconds / 3, 1.0))
+
+
+async def bench_watch_memory(sizes: Sizes) -> Outcome:
+    return await views.bench_watch_memory(sizes.budgets // 2, 2 * sizes.budgets)
+
+
 BENCHMARKS: Final[dict[str, Callable[[Sizes], Awaitable[Outcome]]]] = {
     "scope": bench_scope,
     "headers": bench_headers,
@@ -690,6 +701,8 @@ BENCHMARKS: Final[dict[str, Callable[[Sizes], Awaitable[Outcome]]]] = {
     "metrics": bench_metrics,
     "memory": bench_memory,
     "import": bench_import,
+    "watch": bench_watch,
+    "watch_memory": bench_watch_memory,
     "idle": bench_idle,
 }
 
