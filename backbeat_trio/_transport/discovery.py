@@ -1,4 +1,4 @@
-"""The part of a service that says that it is there, and how it does: ``$SRV`` of ADR-32 of NATS."""
+"""Saying that a service is there, and finding services: ``$SRV`` of ADR-32 of NATS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Final, Literal, TypeAlias, final
 import msgspec
 import trio
 
-from .._errors import Logger, TransportClosed, TransportError
+from .._errors import Logger, NoResponders, TransportClosed, TransportError
 from .._wire import is_inbox
 from .adr32 import EndpointInfo, EndpointStats, Info, Ping, Stats, timestamp
 from .protocol import Transport
@@ -22,7 +22,13 @@ Verb: TypeAlias = Literal["PING", "INFO", "STATS"]
 VERBS: Final[tuple[Verb, ...]] = ("PING", "INFO", "STATS")
 # Bytes of chance in an instance's id.
 _ID_BYTES: Final = 11
-
+# Whoever asks for services waits this long for the first answer, and for the next one after each.
+# All together take so long at most. Times are in seconds.
+_FIRST: Final = 2.0
+_QUIET: Final = 0.3
+_LONGEST: Final = 10.0
+# How many instances are found at most.
+_INSTANCES: Final = 65_536
 
 # What is at the beginning of versions that are not semantic ones, too.
 _NUMBERS: Final = re.compile(r"\d+\.\d+\.\d+")
@@ -156,3 +162,35 @@ class Discovery:
                             transport.publish_nowait(
                                 message.reply, msgspec.json.encode(self.answer(verb))
                             )
+
+
+async def find_services(transport: Transport, name: str = "") -> list[Info]:
+    """Ask which services there are, and return an answer for each instance, sorted. A checkpoint.
+
+    It waits up to 2 s for the first answer, and ends 0.3 s after the last one, or after 10 s.
+    Answers that are not valid are left out.
+
+    Args:
+      transport: the transport, whose `run` is called elsewhere.
+      name: the name of the services to find; by default all.
+
+    Raises:
+      PermissionDenied: if the server's permissions refuse the question or its answers.
+      TransportBroken: if there is no connection.
+
+    """
+    found: dict[str, Info] = {}
+    wait = _FIRST
+    with contextlib.suppress(NoResponders):
+        async with transport.open_request(f"$SRV.INFO.{name}".rstrip("."), b"") as answers:
+            ends = trio.current_time() + _LONGEST
+            while len(found) < _INSTANCES:
+                with trio.move_on_at(min(trio.current_time() + wait, ends)) as waiting:
+                    answer = await anext(answers)
+                if waiting.cancelled_caught:
+                    break
+                wait = _QUIET
+                with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+                    info = msgspec.json.decode(answer.data, type=Info)
+                    found[info.id] = info
+    return sorted(found.values(), key=lambda info: (info.name, info.id))
