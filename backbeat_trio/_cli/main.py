@@ -31,6 +31,9 @@ _COMMANDS: Final = {
     "pulse": ("pulse", "run_pulse", "Run a metronome of a cluster."),
     "status": ("status", "show_status", "Show whether the cluster's beats arrive here."),
     "watch": ("watch", "watch_cluster", "Watch the cluster on a full screen."),
+    "ls": ("ls", "list_what", "List agents, operations, metronomes or services."),
+    "get": ("get", "get_one", "Show an agent, or one of its operations."),
+    "tree": ("get", "show_tree", "Draw an operation with all of its parts."),
     "claims": ("claims", "show_claims", "Show what agents report, a line each."),
     "tempo": ("tempo", "change_tempo", "Show the tempo of the cluster, or change it."),
     "pause": ("tempo", "pause_grid", "Pause the cluster: every budget waits."),
@@ -133,7 +136,8 @@ def _explain(error: click.ClickException) -> None:
         ctx = error.ctx or click.Context(cli, info_name=_PROGRAM)
         # One line, also on a narrow terminal.
         click.echo(" ".join(ctx.get_usage().split()), err=True)
-        text = error.format_message().rstrip(".")
+        # What it says of the choices of an argument is a line for each.
+        text = " ".join(error.format_message().split()).rstrip(".")
         message = f"{ctx.command_path}: {text}. Try '{ctx.command_path} --help'."
     click.echo(message, err=True)
 

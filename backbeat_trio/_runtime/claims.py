@@ -158,6 +158,8 @@ class StoredThenLive:
         self._subscription: AsyncIterator[Message] | None = None
         self._heard: list[Message] = []
         self._is_live = False
+        self.went_live: trio.Event = trio.Event()
+        """Set once all stored claims have been read, so that what comes after them is live."""
 
     def __aiter__(self) -> StoredThenLive:
         return self
@@ -217,6 +219,7 @@ class StoredThenLive:
             self._take_live(message)
         self._heard.clear()
         self._is_live = True
+        self.went_live.set()
 
     async def _take_waiting(self, subscription: AsyncIterator[Message]) -> None:
         # An iterator cannot be asked whether its next step would wait. So another task takes the

@@ -1,4 +1,4 @@
-"""Commands that run beside a test, and a cluster for them."""
+"""Commands that run beside a test or in it, and a cluster for them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import click
+import pytest
 import trio
 from helpers import CLEAN
 
+from backbeat_trio import BackbeatError
 from backbeat_trio._cli.main import cli
 from backbeat_trio.testing import NatsServer
 
@@ -21,6 +24,26 @@ def parsed(*arguments: str) -> click.Context:
     name, command, rest = cli.resolve_command(root, list(arguments))
     assert command is not None
     return command.make_context(name, rest, parent=root)
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+async def invoked(capsys: pytest.CaptureFixture[str], *arguments: str) -> Done:
+    """Run a command in this process, which takes a tenth of the time of a program."""
+    capsys.readouterr()
+    status, error = 1, ""
+    with trio.fail_after(60), cli.make_context("backbeat", list(arguments)) as ctx:
+        try:
+            status = await cli.invoke(ctx)
+        except* BackbeatError as group:
+            (failure,) = group.exceptions
+            error = f"backbeat: {failure}\n"
+    out, err = capsys.readouterr()
+    return Done(status, out, err + error)
 
 
 @asynccontextmanager
