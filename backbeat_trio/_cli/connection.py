@@ -63,7 +63,6 @@ class SettingOption(click.Option):
         return None
 
 
-@final
 class ConnectedCommand(click.Command):
     """A command whose help lists the options of the connection by themselves."""
 

@@ -34,6 +34,7 @@ _COMMANDS: Final = {
     "ls": ("ls", "list_what", "List agents, operations, metronomes or services."),
     "get": ("get", "get_one", "Show an agent, or one of its operations."),
     "tree": ("get", "show_tree", "Draw an operation with all of its parts."),
+    "check": ("check", "check_cluster", "Check the cluster, for monitoring systems."),
     "doctor": ("doctor", "diagnose", "Find out what is wrong, and how to mend it."),
     "claims": ("claims", "show_claims", "Show what agents report, a line each."),
     "tempo": ("tempo", "change_tempo", "Show the tempo of the cluster, or change it."),

@@ -48,6 +48,8 @@ async def test_values_are_completed(tmp_path: Path) -> None:
     assert await completions("bash", "status", "--context", "gr", env=env) == ["great", "grid"]
     assert "USR1" in await completions("bash", "exec", "--signal", "usr")
     assert await completions("bash", "help", "pa") == ["pause"]
+    assert await completions("bash", "ls", "me") == ["metronomes"]
+    assert await completions("bash", "check", "--warn", "la") == ["lateness=", "late="]
 
 
 @pytest.mark.parametrize("shell", SHELLS)
