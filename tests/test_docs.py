@@ -25,6 +25,8 @@ DOCS: Final = {path.name: path.read_text() for path in sorted((ROOT / "docs").gl
 AGENT: Final = blocks((ROOT / "README.md").read_text(), "python")[0]
 MESSAGES: Final = blocks(DOCS["design.md"] + DOCS["wire.md"], "json")
 COMPLETION, CANCELLING, CHANGES = blocks(DOCS["operating.md"], "sh")
+MESSAGES: Final = blocks(DOCS["design.md"], "json")
+LOOKING, CHECKING, EXAMINING, COMPLETION, CANCELLING, CHANGES = blocks(DOCS["operating.md"], "sh")
 
 
 def test_no_block_is_left_out() -> None:
@@ -275,6 +277,29 @@ async def test_the_command_that_cancels_an_operation() -> None:
                     await run("sh", "-ec", CANCELLING, env=env)
                     await trio.sleep(60)
     assert caught.value.reason == "the disk is full"
+
+
+async def test_the_commands_that_look_at_the_cluster(tmp_path: Path) -> None:
+    async with NatsServer(["-js"]) as server:
+        options: Any = {"nats_url": server.url, "cluster_id": "chorus-production"}
+        env = SCRIPTS | {"CHORUS_BACKBEAT_NATS_URL": server.url}
+        pulse = "backbeat pulse --bpm 600 2> log & pulse=$!"
+        async with (
+            open_session(agent_id="chorus-agent-42", serve_info=True, **options) as bb,
+            bb.operation("election", id="election-leader-2025", beats=100_000),
+        ):
+            # Without a second metronome the check ends with a warning.
+            check = "\n".join(f"{line} || test $? = 1" for line in CHECKING.splitlines())
+            lines = [
+                pulse,
+                "trap 'kill $pulse' EXIT",
+                "until grep -q leads log; do sleep 0.1; done",
+            ]
+            lines += ["set -e", LOOKING, check, EXAMINING, "cat backbeat.prom"]
+            output = await run("sh", "-c", "\n".join(lines), cwd=tmp_path, env=env)
+    assert "election-leader-2025" in output
+    assert "\n0 failed, " in output
+    assert 'backbeat_check_leader{cluster="chorus-production"} 1' in output
 
 
 async def test_the_command_of_the_guide_to_regions() -> None:
