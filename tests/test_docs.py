@@ -24,8 +24,6 @@ from backbeat_trio.testing import NatsServer, open_session
 DOCS: Final = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 AGENT: Final = blocks((ROOT / "README.md").read_text(), "python")[0]
 MESSAGES: Final = blocks(DOCS["design.md"] + DOCS["wire.md"], "json")
-COMPLETION, CANCELLING, CHANGES = blocks(DOCS["operating.md"], "sh")
-MESSAGES: Final = blocks(DOCS["design.md"], "json")
 LOOKING, CHECKING, EXAMINING, COMPLETION, CANCELLING, CHANGES = blocks(DOCS["operating.md"], "sh")
 
 
