@@ -35,6 +35,7 @@ ground up:
 `http`           HTTP requests that carry a caller's deadline
 `metrics`        metrics for Prometheus
 `tracing`        traces by OpenTelemetry
+`serving`        probes and metrics over HTTP
 `testing`        for tests of what uses this
 `_cli`           the command line
 ===============  ===========================================================

@@ -287,7 +287,9 @@ async def render(registry: Collector, accept: str | None = None) -> tuple[bytes,
         # The client named a version that is not a number.
         encode, content_type = choose_encoder("")
     limiter = trio.CapacityLimiter(1)
-    body = await trio.to_thread.run_sync(encode, _Gently(registry), limiter=limiter)
+    body = await trio.to_thread.run_sync(
+        encode, _Gently(registry), limiter=limiter, abandon_on_cancel=True
+    )
     return body, content_type
 
 

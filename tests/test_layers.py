@@ -32,6 +32,7 @@ ORDER = [
     "http",
     "metrics",
     "tracing",
+    "serving",
     "testing",
     "_cli",
     "__main__",
