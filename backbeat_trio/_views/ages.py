@@ -17,6 +17,8 @@ SILENT_BEATS: Final = 3
 
 # Less than this is no silence at a fast tempo either: messages take some time, and so do views.
 _SILENT_SECONDS: Final = 1.0
+# More than what sums of fractions of beats are wrong by.
+_ROUNDING: Final = 1e-6
 
 
 @final
@@ -63,6 +65,5 @@ class Ages:
         if grid is None or grid.paused or not grid.connected:
             return -math.inf
         patience = max(SILENT_BEATS * interval, _SILENT_SECONDS * grid.tempo_bpm / 60)
-        if self.elapsed - self._heard_since < patience:
-            return -math.inf
-        return self.elapsed - patience
+        before = self.elapsed - patience + _ROUNDING
+        return -math.inf if self._heard_since > before else before

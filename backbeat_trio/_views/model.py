@@ -57,6 +57,7 @@ from .ages import Ages
 from .entries import RANKS, Agent, Entry
 from .shown import (
     BUCKETS as BUCKETS,
+    MAX_TEXT as MAX_TEXT,
     OTHER_TYPES as OTHER_TYPES,
     AgentView as AgentView,
     GridView as GridView,
