@@ -15,7 +15,8 @@ import msgspec
 import trio
 
 from ._checks import check_integer, check_seconds
-from ._runtime.probes import ALIVE_WITHIN, LoopTicks, judge_alive, judge_ready
+from ._errors import Logger
+from ._runtime.probes import ALIVE_WITHIN, LoopTicks, Ready, judge_alive, judge_ready
 from ._session.session import Session
 
 # Who opens more connections than this loses the oldest one. An answer takes milliseconds, so that
@@ -44,7 +45,7 @@ class _Answer(NamedTuple):
     content_type: str = _TEXT
 
 
-_Metrics: TypeAlias = Callable[[str], Awaitable[tuple[bytes, str]]]
+Metrics: TypeAlias = Callable[[str], Awaitable[tuple[bytes, str]]]
 
 
 async def serve_health(
@@ -90,11 +91,44 @@ async def serve_health(
     """
     if not isinstance(bb, Session):
         raise TypeError(f"`bb` must be a session, not {bb!r}")
+    await serve_probes(
+        lambda: judge_ready(bb.health()),
+        host=host,
+        port=port,
+        alive_within=alive_within,
+        metrics=_find_metrics(bb),
+        logger=bb._runtime.logger,
+        task_status=task_status,
+    )
+
+
+async def serve_probes(
+    is_ready: Callable[[], Ready],
+    *,
+    host: str | None,
+    port: int,
+    alive_within: float = ALIVE_WITHIN,
+    metrics: Metrics | None = None,
+    logger: Logger,
+    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+) -> NoReturn:
+    """Answer as `serve_health` does, for something else than a session.
+
+    Args:
+      is_ready: returns the answer to a readiness probe.
+      host: as of `serve_health`.
+      port: as of `serve_health`.
+      alive_within: as of `serve_health`.
+      metrics: gets an ``Accept`` header, and returns metrics and their content type.
+      logger: where failures are logged.
+      task_status: as of `serve_health`.
+
+    """
     if check_integer("port", port, 0) > _MAX_PORT:
         raise ValueError(f"`port` must be at most {_MAX_PORT}, not {port}")
     if not check_seconds("alive_within", alive_within):
         raise ValueError("`alive_within` must be more than 0")
-    server = _Server(bb, alive_within)
+    server = _Server(is_ready, alive_within, metrics, logger)
     listeners = await trio.open_tcp_listeners(port, host=host)
     async with trio.open_nursery() as nursery:
         await nursery.start(server.ticks.run)
@@ -105,11 +139,18 @@ async def serve_health(
 
 @final
 class _Server:
-    def __init__(self, bb: Session, alive_within: float) -> None:
+    def __init__(
+        self,
+        is_ready: Callable[[], Ready],
+        alive_within: float,
+        metrics: Metrics | None,
+        logger: Logger,
+    ) -> None:
         self.ticks = LoopTicks()
-        self._bb = bb
+        self._is_ready = is_ready
         self._alive_within = alive_within
-        self._metrics = _find_metrics(bb)
+        self._metrics = metrics
+        self._logger = logger
         # In the order in which they were opened.
         self._connections: dict[trio.CancelScope, None] = {}
 
@@ -153,7 +194,7 @@ class _Server:
                 return await self._answer(request)
         except Exception as error:  # noqa: BLE001 - such as that of a collector; it ends nothing
             text = "".join(traceback.format_exception(error))
-        self._bb._runtime.logger.error("the request of %r failed:\n%s", request.target, text)
+        self._logger.error("the request of %r failed:\n%s", request.target, text)
         return _Answer(500, b"this failed, and the log says why\n")
 
     async def _answer(self, request: h11.Request) -> _Answer:
@@ -165,7 +206,7 @@ class _Server:
         if path == b"/healthz":
             return _judged(judge_alive(self.ticks.age, self._alive_within))
         if path == b"/readyz":
-            return _judged(judge_ready(self._bb.health()))
+            return _judged(self._is_ready())
         if self._metrics is None:
             return _Answer(404, _NO_METRICS)
         accept = b",".join(value for name, value in request.headers if name == b"accept")
@@ -176,7 +217,7 @@ def _judged(verdict: Any) -> _Answer:
     return _Answer(200 if verdict.ok else 503, msgspec.json.encode(verdict) + b"\n", _JSON)
 
 
-def _find_metrics(bb: Session) -> _Metrics | None:
+def _find_metrics(bb: Session) -> Metrics | None:
     if not bb.instruments:
         # Without importing it: prometheus-client may be missing, and takes some time.
         return None

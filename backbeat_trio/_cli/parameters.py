@@ -17,6 +17,7 @@ from .._grid.timeline import milli_bpm
 from .._runtime.operations import check_name
 from .._wire import MAX_INDEX, is_token
 
+_MAX_PORT: Final = 65_535
 _UNITS: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -69,6 +70,22 @@ def index(text: str) -> int:
       click.BadParameter: unless it is from 0 to 2**53.
     """
     return int(click.IntRange(0, MAX_INDEX)(text))
+
+
+def address(text: str) -> tuple[str, int]:
+    """Return the host and the port of ``HOST:PORT``, or of ``PORT`` on the loopback interface.
+
+    Raises:
+      click.BadParameter: unless it is an address.
+    """
+    host, colon, port = text.rpartition(":")
+    if (
+        not re.fullmatch(r"\d{1,5}", port, re.ASCII)
+        or int(port) > _MAX_PORT
+        or (colon and not host)
+    ):
+        raise click.BadParameter(f"{text!r} is no address such as 8080 or 0.0.0.0:8080")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
 
 def name(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -13,6 +14,7 @@ import trio
 from .._config import MAX_REPLICAS, PREFIX, BackbeatConfig
 from .._errors import BackbeatError, ConfigError, TransportBroken
 from .._metronome.metronome import Metronome
+from .._runtime.probes import judge_metronome
 from .._transport.store import RecordRefused
 from .._wire import (
     MAX_BEATS_PER_BAR,
@@ -23,7 +25,7 @@ from .._wire import (
     tempo_subject,
 )
 from .connection import ConnectedCommand, Connection, SettingOption, settings, takes_connection
-from .parameters import name, tempo
+from .parameters import address, name, tempo
 
 if TYPE_CHECKING:
     from .._transport.jetstream import KeyValueStore
@@ -67,6 +69,13 @@ _LIMITS: Final = (
     "or as many as it has servers; 1 on a lone server.",
 )
 @click.option("--id", "leader_id", type=name, metavar="NAME", help="Its name in logs and health.")
+@click.option(
+    "--probes",
+    type=address,
+    metavar="[HOST:]PORT",
+    help="Answer /healthz and /readyz over HTTP there; HOST is 127.0.0.1 by default. It needs the "
+    "extra 'health'.",
+)
 @takes_connection()
 async def run_pulse(
     connection: Connection,
@@ -74,6 +83,7 @@ async def run_pulse(
     beats_per_bar: int | None,
     replicas: int | None,
     leader_id: str | None,
+    probes: tuple[str, int] | None,
 ) -> int:
     """Run a metronome of a cluster, until it is terminated.
 
@@ -105,6 +115,8 @@ async def run_pulse(
             store=store,
             serve_info=config.serve_info,
         )
+        if probes is not None:
+            await _serve_probes(nursery, probes, metronome, transport, logger)
         nursery.start_soon(_tell_outages, transport, metronome, logger)
         nursery.start_soon(_tell_copies, store, replicas, config, logger)
         if config.store_claims:
@@ -116,6 +128,33 @@ async def run_pulse(
         except RecordRefused as error:
             raise BackbeatError(f"the record of the grid cannot be kept: {error}") from error
     return 0
+
+
+async def _serve_probes(
+    nursery: trio.Nursery,
+    address: tuple[str, int],
+    metronome: Metronome,
+    transport: NatsTransport,
+    logger: logging.Logger,
+) -> None:
+    try:
+        from ..serving import serve_probes
+    except ImportError as error:
+        raise BackbeatError(
+            f"--probes needs {error.name}: pip install 'backbeat-trio[health]'"
+        ) from error
+    host, port = address
+    serve = partial(
+        serve_probes,
+        partial(judge_metronome, metronome, transport),
+        host=host,
+        port=port,
+        logger=logger,
+    )
+    try:
+        await nursery.start(serve)
+    except OSError as error:
+        raise BackbeatError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 async def _tell_copies(

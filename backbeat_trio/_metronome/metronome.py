@@ -130,6 +130,7 @@ class Metronome:
         self._logger: Logger = logger or logging.getLogger("backbeat_trio")
         self._counts = MetronomeCounts()
         self._leader: Leader | None = None
+        self._standby: Standby | None = None
         # Whether it was logged that there is no record.
         self._is_recordless = False
         # The epoch of the present or the last term, and the highest one that a record has named.
@@ -153,6 +154,11 @@ class Metronome:
     def leads(self) -> bool:
         """Whether this metronome leads at present."""
         return self._leader is not None
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether this metronome follows another one that leads, and hears its beats."""
+        return self._standby is not None and self._standby.hears_leader
 
     @property
     def epoch(self) -> int:
@@ -273,7 +279,7 @@ class Metronome:
     ) -> tuple[Leader, AsyncIterator[Message]] | None:
         """Stand by until this metronome leads; return None if a record has become possible."""
         async with trio.open_nursery() as nursery:
-            standby = Standby(
+            self._standby = standby = Standby(
                 self._transport,
                 ledger,
                 cluster_id=self._cluster_id,
@@ -370,7 +376,7 @@ class Metronome:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> Term:
-        self._leader, self._epoch = leader, leader.epoch
+        self._leader, self._standby, self._epoch = leader, None, leader.epoch
         # Epochs with and without a record are counted independently.
         if leader.has_record:
             self._seen = max(self._seen, leader.epoch)

@@ -160,6 +160,11 @@ class Standby(ListenerObserver):
             self._presence.connection(local_ns(), connected=False)
             self._news.unpark_all()
 
+    @property
+    def hears_leader(self) -> bool:
+        """Whether it is locked to the grid, and not two frames in a row are missing."""
+        return self._follower.locked and not self._follower.in_holdover(local_ns())
+
     # What the listener calls.
 
     def on_stale(self, epoch: int) -> None:

@@ -12,6 +12,8 @@ from typing import Final, final
 import trio
 from msgspec import Struct
 
+from .._metronome.metronome import Metronome
+from .._transport.protocol import Transport
 from .health import Health
 
 ALIVE_WITHIN: Final = 10.0
@@ -83,6 +85,21 @@ def judge_ready(health: Health) -> Ready:
     else:
         reason = "no metronome is heard any more"
     return Ready(not reason, reason, health.connected, health.grid, health.last_frame_age)
+
+
+def judge_metronome(metronome: Metronome, transport: Transport) -> Ready:
+    """Return whether a metronome is ready: it has a connection, and leads or hears the leader.
+
+    A standby is ready as soon as it could take over. So a rolling update waits until the next
+    metronome has locked to the grid, before it ends the one after.
+    """
+    if not transport.connected:
+        reason = "there is no connection to the server"
+    elif metronome.leads or metronome.stands_by:
+        reason = ""
+    else:
+        reason = "it neither leads nor hears a leader"
+    return Ready(not reason, reason, transport.connected, "" if reason else "locked", None)
 
 
 @final

@@ -7,9 +7,10 @@ import re
 import signal
 from typing import Any
 
+import httpx
 import nats.js.errors
 import trio
-from helpers import backbeat, connected
+from helpers import backbeat, connected, free_ports
 from nats.aio.client import Client
 
 from backbeat_trio import BackbeatConfig
@@ -181,6 +182,35 @@ async def test_metronomes_with_jetstream_take_turns() -> None:
                 told = await line_with(two.stderr, "metronome leads")
                 assert "takes over from one: " in told
                 assert "leader=two" in told
+
+
+async def test_probes_say_whether_it_leads_or_could_take_over() -> None:
+    ports = free_ports(2)
+
+    async def ask(number: int, path: str) -> tuple[int, Any]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            answer = await client.get(f"http://127.0.0.1:{ports[number]}{path}")
+            return answer.status_code, answer.json()
+
+    first, second = (("--probes", f"127.0.0.1:{port}") for port in ports)
+    async with NatsServer(["-js"]) as server:
+        arguments = ("pulse", "-s", server.url, "--bpm", "600")
+        async with program(*arguments, *first) as one:
+            await line_with(one.stderr, "metronome leads")
+            async with program(*arguments, *second) as two:
+                await line_with(two.stderr, "locked to the grid")
+                for number in (0, 1):
+                    status, answer = await ask(number, "/readyz")
+                    assert (status, answer["ok"], answer["connected"]) == (200, True, True)
+                server.kill()
+                await line_with(two.stderr, "connection lost")
+                status, answer = await ask(1, "/readyz")
+                assert (status, answer["reason"]) == (503, "there is no connection to the server")
+                # A new process would not bring the server back.
+                assert (await ask(1, "/healthz"))[0] == 200
+                taken = await backbeat(*arguments, *second)
+    assert taken.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{ports[1]}: " in taken.stderr.decode()
 
 
 async def test_replicas_that_cannot_be() -> None:

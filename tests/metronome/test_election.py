@@ -155,6 +155,7 @@ def set_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_one_leads_and_the_others_follow(autojump_clock: Clock) -> None:
     async with cluster(5) as (made, pulses):
         assert [pulse.leads for pulse in pulses].count(True) == 1
+        assert all(pulse.metronome.stands_by != pulse.leads for pulse in pulses)
         assert made.indices() == [0, 1, 2, 3]
         assert all(pulse.metronome.statistics().takeovers == pulse.leads for pulse in pulses)
         with pytest.raises(backbeat.MetronomeUnavailable, match="does not lead"):
@@ -166,10 +167,12 @@ async def test_a_dead_leader_is_replaced_at_once_in_the_same_cluster_time(
 ) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         assert one.leads
+        assert two.metronome.stands_by
         begun = made.frames[0][0]
         one.scope.cancel()
         await trio.sleep(3)
         assert two.leads
+        assert not two.metronome.stands_by
         assert made.indices() == [0, 1, 2, 3, 4, 5, 6]
         lateness = [at - begun - frame.beat_index for at, frame in made.frames]
         assert 0.008 <= lateness[4] - lateness[3] < 0.012
