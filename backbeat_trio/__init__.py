@@ -101,6 +101,7 @@ if _typing.TYPE_CHECKING or not _starts_program:
     )
     from ._runtime.operations import Operation as Operation, Phase as Phase
     from ._session.lifecycle import session as session
+    from ._session.logs import BeatFilter as BeatFilter
     from ._session.run import run as run
     from ._session.session import (
         Session as Session,

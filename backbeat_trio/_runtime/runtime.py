@@ -8,7 +8,8 @@ the services, and closes the transport.
 
 from __future__ import annotations
 
-from typing import Final, final
+import math
+from typing import Any, Final, final
 
 import msgspec
 import trio
@@ -85,6 +86,7 @@ class Runtime(ListenerObserver):
         )
         self.claim_counts: ClaimCounts = ClaimCounts()
         self.call_counts: CallCounts = CallCounts()
+        self._last_index = self.clock.index()
         self.started: bool = False
         self.closing: bool = False
         self._last_health: Health | None = None
@@ -266,6 +268,7 @@ class Runtime(ListenerObserver):
                     beat.index,
                     beat.window_id,
                 )
+            self._last_index = beat.index
             self._emit_on_beat(beat.index, beat.skipped)
             if self.notices is not None:
                 self.notices.beat()
@@ -287,6 +290,21 @@ class Runtime(ListenerObserver):
         self.emit(health_claim(self.health(), config.agent_id, config.cluster_id, index, tempo))
 
     # Observation.
+
+    def stamp(self) -> dict[str, Any]:
+        """Return the attributes that log records of this moment have; see `BeatFilter`."""
+        beat, position = self._last_index, None
+        # The clock can be read in its own run only, and not in another thread.
+        if trio.lowlevel.in_trio_run() and not self.is_elsewhere:
+            position = self.clock.position()
+            beat = math.floor(position)
+            position = round(position, 3)
+        return {
+            "backbeat_beat": beat,
+            "backbeat_position": position,
+            "backbeat_cluster": self.config.cluster_id,
+            "backbeat_agent": self.config.agent_id,
+        }
 
     def health(self) -> Health:
         """Return how the session is doing, or how it was when it was left."""

@@ -29,6 +29,7 @@ from .._runtime.runtime import Runtime
 from .._runtime.services import ServiceGroup, sole
 from .._transport.memory import MemoryTransport, open_memory_bus
 from .._transport.protocol import Transport
+from .logs import SessionLogger, stamped
 from .session import Session, make_session, session_var
 
 
@@ -62,7 +63,8 @@ def session(
       config: the settings. None reads them from the environment by `BackbeatConfig.from_env`.
       transport: the connection to use instead of the one that ``nats_url`` names. The session runs
         it, and closes it.
-      logger: where the session logs; by default ``logging.getLogger("backbeat_trio")``.
+      logger: where the session logs; by default ``logging.getLogger("backbeat_trio")``. The records
+        of a `logging.Logger` have the attributes that `BeatFilter` describes.
       instruments: what observes the session, such as `backbeat_trio.metrics.SessionMetrics` and
         `backbeat_trio.tracing.Tracing`; see `Instrument`.
       **overrides: fields of `BackbeatConfig`, which take precedence over ``config`` and the
@@ -121,7 +123,12 @@ async def _open(
         config = config.__replace__(**overrides)
     failure: BaseException | None = None
     async with AsyncExitStack() as stack:
+        if logger is None:
+            logger = logging.getLogger("backbeat_trio")
+        logger = stamped(logger, config)
         runtime = await _make_runtime(config, transport, logger, instruments, stack)
+        if isinstance(logger, SessionLogger):
+            logger.runtime = runtime
         bb, told = make_session(runtime), runtime.instruments
         stack.callback(lambda: told.tell(told.session_closed))
         told.tell(told.session_opened, bb)
@@ -163,12 +170,10 @@ async def _open(
 async def _make_runtime(
     config: BackbeatConfig,
     transport: Transport | None,
-    logger: Logger | None,
+    logger: Logger,
     instruments: Iterable[Instrument],
     stack: AsyncExitStack,
 ) -> Runtime:
-    if logger is None:
-        logger = logging.getLogger("backbeat_trio")
     told = Instruments(instruments, Instrument, logger)
     if not config.enabled:
         if transport is not None:
