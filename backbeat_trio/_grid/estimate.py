@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import operator
+import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, final
@@ -45,6 +46,8 @@ _STAMP_NS: Final = 20_000.0
 _GOOD_NS: Final = 35_000.0
 _WANDERED_NS: Final = 40_000.0
 _GOOD_PART: Final = 1 / 128
+# How much the last burst counts at least in the mean of how irregular round trips are.
+_EXCESS_PART: Final = 1 / 16
 # How far off a burst may be, in addition to its own round trip and the estimate's deviation.
 _SLACK_NS: Final = 100_000.0
 
@@ -112,8 +115,9 @@ class Estimate:
 
     The best ping of each burst is a point. A line through the last points, by weighted least
     squares, gives the offset and the frequency. A point has less weight the longer its round trip
-    was and the older it is. The expected frequency enters as one more observation. Therefore the
-    first points hardly change the frequency: they are too close together to measure it.
+    was and the older it is, and all have less weight if round trips are irregular. The expected
+    frequency enters as one more observation. Therefore the first points hardly change the
+    frequency: they are too close together to measure it.
     """
 
     __slots__ = (
@@ -121,10 +125,12 @@ class Estimate:
         "_best_ns",
         "_carried",
         "_contradictions",
+        "_excess_ns",
         "_frequency",
         "_frequency_sd",
         "_mean_local",
         "_mean_offset",
+        "_pings",
         "_points",
         "_prior",
         "_prior_sd",
@@ -146,6 +152,10 @@ class Estimate:
         self._frequency = 0.0
         self._frequency_sd = _UNKNOWN
         self._weight = 0.0
+        # By how much pings take longer than the shortest of their burst, on average over the last
+        # bursts, and the number of pings so far.
+        self._excess_ns = 0.0
+        self._pings = 0
 
     @property
     def known(self) -> bool:
@@ -210,6 +220,7 @@ class Estimate:
                 return self._begin_with_contradictions(self._shift_ns(best))
         self._contradictions.clear()
         self._begun_anew = False
+        self._note_excess(burst, best)
         self._points.append(best)
         if self._carried and len(self._points) > _CARRIED_POINTS:
             # If the routes to the two leaders differ, this point would bias the offset for long.
@@ -217,6 +228,14 @@ class Estimate:
             self._carried = False
         self._fit()
         return Verdict.OVERRULED if self._drop_shortest() else Verdict.TAKEN
+
+    def _note_excess(self, burst: Sequence[Ping], best: Ping) -> None:
+        others = [p.delay_ns - best.delay_ns for p in burst if p is not best]
+        excess = [other for other in others if other >= 0]
+        if excess:
+            self._pings += len(excess) + 1
+            part = max((len(excess) + 1) / self._pings, _EXCESS_PART)
+            self._excess_ns += part * (statistics.fmean(excess) - self._excess_ns)
 
     def _drop_shortest(self) -> bool:
         # A clock that stood still during a ping makes its round trip look short. If no other point
@@ -337,6 +356,7 @@ class Estimate:
         self._carried = False
         self._contradictions.clear()
         self._shifts.clear()
+        self._excess_ns, self._pings = 0.0, 0
         if abs(ping.offset_ns - offset) <= half + ping.delay_ns / 2:
             cluster = local + offset
             self._points.append(Ping(local - half, cluster, cluster, local + half))
@@ -367,9 +387,12 @@ class Estimate:
         best = min(ping.delay_ns for ping in points)
         self._best_ns = best
         weights, xs, ys = [], [], []
+        # The shortest of all round trips is longer than the shortest possible one, the less so the
+        # more pings there were. If it takes so much more on one way, it is wrong by half of that.
+        gap = self._excess_ns / math.sqrt(max(1, self._pings)) / 2
         for ping in points:
             age = newest - ping.local_ns
-            deviation = _STAMP_NS + (ping.delay_ns - best) / 2 + _WANDER * age
+            deviation = _STAMP_NS + gap + (ping.delay_ns - best) / 2 + _WANDER * age
             weights.append(1 / (deviation * deviation))
             xs.append(-float(age))
             ys.append(float(ping.offset_ns - offset0))

@@ -115,7 +115,7 @@ class Agent:
         self.random = random.Random(seed)
         self.rate = 1 + ppm * 1e-6
         self.start_ns = start_ns
-        self.way_ns = 150_000
+        self.way_ns = self.jitter_ns = 150_000
         self.now = 0
         self.estimate = Estimate()
         self.steering = Steering()
@@ -125,7 +125,7 @@ class Agent:
         return round(true_ns * self.rate) + self.start_ns
 
     def ping(self, lie_ns: int = 0) -> Ping:
-        there, back = (self.way_ns + self.random.expovariate(1 / 150_000) for _ in range(2))
+        there, back = (self.way_ns + self.random.expovariate(1 / self.jitter_ns) for _ in range(2))
         sent, came = self.now, self.now + there
         self.now = round(came + 100_000 + back)
         return Ping(
@@ -170,6 +170,28 @@ def test_clocks_with_different_rates_agree_to_a_fifth_of_a_millisecond(ppm: int)
     agent.run(10)
     assert p99(agent.run(200)) <= 200_000
     assert agent.estimate.frequency / PARTS == pytest.approx(-ppm * 1e-6, abs=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("way", "jitter", "gap"),
+    [(300_000, 150_000, BEAT), (2 * 10**8, 4_000_000, SECOND), (4 * 10**7, 2_000_000, BEAT)],
+)
+def test_an_estimate_knows_how_exact_its_rate_is(way: int, jitter: int, gap: int) -> None:
+    ratios: list[list[float]] = []
+    for seed in range(100):
+        chance = random.Random(seed)
+        agent = Agent(ppm=chance.uniform(-400, 400), seed=seed)
+        agent.way_ns, agent.jitter_ns = way // 2, jitter
+        ratios.append([])
+        for number in range(10):
+            agent.burst(4 if number else 16)
+            off = agent.estimate.frequency / PARTS - (1 / agent.rate - 1)
+            ratios[-1].append(off / agent.estimate._frequency_sd)
+            agent.now += gap
+    for number in range(1, 10):
+        # In standard deviations, which may be smaller than claimed, but not larger.
+        spread = math.sqrt(sum(ratio[number] ** 2 for ratio in ratios) / len(ratios))
+        assert 0.2 <= spread <= 1
 
 
 @pytest.mark.parametrize("ppm", [-200, 200])
