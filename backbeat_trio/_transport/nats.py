@@ -25,7 +25,9 @@ from .._errors import ConfigError, NoResponders, PermissionDenied, TransportBrok
 from .._wire import beat_subject, recall_subject, status_subject, sync_subject, tempo_subject
 from .base import BaseTransport, Mailbox, State
 from .headers import encode_headers
-from .nats_client import INBOX, Client, Departure, Incoming, Publish, Subscribe, Unsubscribe
+from .nats_client import Client
+from .nats_incoming import INBOX, Arrival
+from .nats_outgoing import Departure, Publish, Subscribe, Unsubscribe
 from .protocol import Answers, Message, Reply
 
 # The first retry comes soon, because a restarted server is back within 20 ms. Later ones come less
@@ -111,11 +113,11 @@ class _Answers(Departure):
         self.subject = subject
         self.reply: str = reply
         self._refusal: PermissionDenied | None = None
-        self._answers: list[tuple[Incoming, int]] = []
+        self._answers: list[tuple[Arrival, int]] = []
         # Requests are many, and a `trio.lowlevel.ParkingLot` costs more than one task needs.
         self._waiting: list[trio.lowlevel.Task] = []
 
-    def take(self, item: Incoming, behind_ns: int) -> None:
+    def take(self, item: Arrival, behind_ns: int) -> None:
         """Queue an answer; ``behind_ns`` is added to its time stamps to get local time."""
         self._answers.append((item, behind_ns))
         self.wake()
@@ -223,7 +225,7 @@ class NatsTransport(BaseTransport):
                 if self._state.value is State.CLOSED:
                     # A task has closed the transport since the connection was made.
                     return
-                nursery.start_soon(client.push)
+                nursery.start_soon(client.outgoing.push)
                 self._use(client)
                 connected = trio.current_time()
                 await client.lost.wait()
@@ -240,7 +242,7 @@ class NatsTransport(BaseTransport):
         self.max_payload = client.max_payload
         self.generation += 1
         for number, mailbox in self._mailboxes.items():
-            client.send(Subscribe(number, mailbox.subject, mailbox.queue))
+            client.outgoing.send(Subscribe(number, mailbox.subject, mailbox.queue))
         self._note_up()
         self._attempted.set()
         self._state.value = State.UP
@@ -300,7 +302,7 @@ class NatsTransport(BaseTransport):
         """See `Transport.publish_nowait`."""
         block = encode_headers(headers) if headers else b""
         self._check_message(subject, data, reply, block)
-        self._present().send(Publish(subject, data, reply, block, None))
+        self._present().outgoing.send(Publish(subject, data, reply, block, None))
 
     async def publish(
         self,
@@ -315,11 +317,11 @@ class NatsTransport(BaseTransport):
         block = encode_headers(headers) if headers else b""
         self._check_message(subject, data, reply, block)
         client = self._current()
-        await client.wait_room()
+        await client.outgoing.wait_room()
         self._check_open()
         if client.lost.is_set():
             raise TransportBroken(str(client.error))
-        client.send(Publish(subject, data, reply, block, None))
+        client.outgoing.send(Publish(subject, data, reply, block, None))
 
     async def flush(self) -> None:
         """See `Transport.flush`."""
@@ -370,7 +372,9 @@ class NatsTransport(BaseTransport):
         reply = f"{client.inbox}.{token}"
         answers = self._requests[token] = _Answers(client, subject, reply, self._check_open)
         # If it is the only one, nothing is gained by waiting for others.
-        client.send(Publish(subject, data, reply, block, answers), at_once=len(self._requests) == 1)
+        client.outgoing.send(
+            Publish(subject, data, reply, block, answers), at_once=len(self._requests) == 1
+        )
         return token, answers
 
     def _forget(self, token: str) -> None:
@@ -404,15 +408,15 @@ class NatsTransport(BaseTransport):
 
     def _subscribe(self, number: int, mailbox: Mailbox) -> None:
         if self._client is not None:
-            self._client.send(Subscribe(number, mailbox.subject, mailbox.queue))
+            self._client.outgoing.send(Subscribe(number, mailbox.subject, mailbox.queue))
 
     def _unsubscribe(self, number: int, mailbox: Mailbox, *, keep: bool) -> None:
         if self._client is not None:
-            self._client.send(Unsubscribe(number, keep))
+            self._client.outgoing.send(Unsubscribe(number, keep))
 
     # For the client.
 
-    def dispatch(self, item: Incoming, behind_ns: int) -> None:
+    def dispatch(self, item: Arrival, behind_ns: int) -> None:
         """Pass on a message; ``behind_ns`` is added to its time stamps to get local time."""
         if item.number == INBOX:
             self._received += 1

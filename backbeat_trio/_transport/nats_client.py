@@ -2,14 +2,11 @@
 
 nats-py needs asyncio. So a client runs in a thread of its own, which anyio's blocking portal makes.
 Once its connection is lost, it is never used again. If it hangs, for example in a half-open socket
-with full buffers, it is abandoned. Only this module, `nats_wire`, `nats_loop` and `jetstream`
-(whose functions run in that thread) use nats-py and asyncio, and only this one uses anyio.
+with full buffers, it is abandoned. Only this module, `nats_outgoing`, `nats_wire`, `nats_loop` and
+`jetstream` (whose functions run in that thread) use nats-py or asyncio, and only this one uses
+anyio.
 
-Messages are passed on in both directions without waiting. To the thread they go through a deque,
-with one wake-up for all that is in it; from the thread through another deque, with one
-`run_sync_soon` for all messages that arrived together. The wake-up itself writes messages while the
-socket takes them. The thread notes when a message arrived or was sent. These times are passed on as
-ages, because the clocks of the two threads differ.
+Messages are passed on in both directions without waiting; see `nats_outgoing` and `nats_incoming`.
 """
 
 from __future__ import annotations
@@ -17,12 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any, Final, NamedTuple, Protocol, TypeVar, final
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar, final
 
 import nats.aio.client
 import nats.errors
@@ -32,10 +28,10 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from .._config import Server
 from .._errors import AuthenticationFailed, BackbeatError, TLSFailed, TransportBroken
-from .._time.local import local_ns
-from .headers import decode_headers
+from .nats_incoming import INBOX, Arrival, Incoming
 from .nats_loop import THREAD, ConnectionLoop
-from .nats_wire import Wire, encode_publish
+from .nats_outgoing import Call, Flush, Outcome, Outgoing
+from .nats_wire import Wire
 
 # The server is sent a ping this often. A connection is given up when the answer is late by the
 # patience, or by this many times the patience while a queue explains that it is late.
@@ -48,93 +44,12 @@ _TRICKLE: Final = 16 * 1024
 _OVERHEAD: Final = 32
 # More bytes than can be sent to a peer that reads nothing: the kernels of both sides hold fewer.
 _SOCKET_BUFFERS: Final = 16 * 1024 * 1024
-# Publishers wait from so many bytes on their way to the thread until there are only so many.
-_HIGH_WATER: Final = 2 * 1024 * 1024
-_LOW_WATER: Final = 1024 * 1024
-# How much may be on its way from the thread; more messages are dropped.
-_INCOMING_MESSAGES: Final = 65_536
-_INCOMING_BYTES: Final = 64 * 1024 * 1024
-# How many messages are passed on before other tasks get a turn.
-_AT_ONCE: Final = 1024
 # How long closing a client may take, in seconds, before it is abandoned.
 _CLOSE_PATIENCE: Final = 1.0
-# How much is joined into one piece of memory and written at once, in bytes of payload.
-_PIECE: Final = 64 * 1024
 # Errors after which nats-py gives the connection up.
 _LOSSES: Final = (nats.errors.UnexpectedEOF, nats.errors.StaleConnectionError, OSError)
 
-INBOX: Final = 0
-
-
 T = TypeVar("T")
-
-
-class Departure:
-    """When a message passed the socket."""
-
-    __slots__ = ("stamp",)
-
-    def __init__(self) -> None:
-        self.stamp = 0
-        """By the clock of the thread; 0 until then."""
-
-
-class Publish(NamedTuple):
-    subject: str
-    data: bytes
-    reply: str
-    block: bytes
-    """The encoded headers."""
-    departure: Departure | None
-    """Where the instant is kept at which it is written."""
-
-
-class Subscribe(NamedTuple):
-    number: int
-    subject: str
-    queue: str
-
-
-class Unsubscribe(NamedTuple):
-    number: int
-    keep: bool
-    """Whether what still arrives is passed on."""
-
-
-class Flush(NamedTuple):
-    number: int
-
-
-class Call(NamedTuple):
-    function: Callable[[nats.aio.client.Client], Awaitable[Any]]
-    outcome: Outcome
-
-
-class Outcome:
-    """The result of a call, on Trio's side."""
-
-    def __init__(self) -> None:
-        self.event = trio.Event()
-        self.value: Any = None
-        self.error: Exception | None = None
-
-    def settle(self, value: Any, error: Exception | None) -> None:
-        """Keep what the call returned or raised."""
-        self.value, self.error = value, error
-        self.event.set()
-
-
-class Incoming(NamedTuple):
-    number: int
-    """The subscription that it came for; `INBOX` for answers to requests."""
-    subject: str
-    data: bytes
-    reply: str
-    stamp: int
-    status: str
-    headers: dict[str, str] | None
-    size: int
-    """Of the payload and the headers, in bytes."""
 
 
 class Owner(Protocol):
@@ -145,7 +60,7 @@ class Owner(Protocol):
     @property
     def limiter(self) -> trio.CapacityLimiter: ...
     def client_lost(self, client: Client, /) -> None: ...
-    def dispatch(self, item: Incoming, behind_ns: int, /) -> None: ...
+    def dispatch(self, item: Arrival, behind_ns: int, /) -> None: ...
     def count_dropped(self, messages: int, /) -> None: ...
     def client_complained(self, client: Client, error: str, /) -> None: ...
 
@@ -166,27 +81,13 @@ class Client:
         self.inbox = ""
         self.no_answers: TransportBroken | None = None
         """Why no answer can arrive, if permissions refuse the subscription to the inbox."""
-        self.room = trio.Event()
-        self.waiting = False
+        self.outgoing = Outgoing(self.fail, self._to_trio)
+        self._incoming = Incoming(owner.dispatch, owner.count_dropped, self._to_trio)
         self._options = options
         self._token = trio.lowlevel.current_trio_token()
-        self._outgoing: deque[Publish | Subscribe | Unsubscribe | Flush | Call] = deque()
         self._calls: set[Outcome] = set()
-        self._queued = self._written = 0
-        self._woken = False
-        self._incoming: deque[Incoming] = deque()
-        # Each thread changes only one of the two, so no sum is changed by two threads.
-        self._taken_bytes = self._passed_bytes = 0
-        self._dropped = self._dropped_reported = 0
-        self._told = False
         self._flushes: dict[int, trio.Event] = {}
-        self._pusher: trio.lowlevel.Task | None = None
-        self._wire: Wire | None = None
-        self._idle = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake: asyncio.Event | None = None
-        self._ended: asyncio.Event | None = None
-        self._stopping = False
         self._up = False
         self._hung = False
         self._portal_cm: AbstractContextManager[BlockingPortal] | None = None
@@ -236,43 +137,18 @@ class Client:
             self.error = error
         self.outcome.set()
         self.lost.set()
-        self._wake_pusher()
-        self.room.set()
+        self.outgoing.lose()
         for event in self._flushes.values():
             event.set()
         for outcome in self._calls:
             outcome.event.set()
         self.owner.client_lost(self)
 
-    @property
-    def backlog(self) -> int:
-        """How many bytes have been passed to the thread, and not been written yet."""
-        return self._queued - self._written
-
-    def send(
-        self, item: Publish | Subscribe | Unsubscribe | Flush | Call, *, at_once: bool = False
-    ) -> None:
-        """Hand an item to the thread.
-
-        Args:
-          item: the item.
-          at_once: whether the thread is woken without waiting for what other tasks may hand over.
-
-        """
-        if isinstance(item, Publish):
-            self._queued += len(item.data) + len(item.block)
-        self._outgoing.append(item)
-        if at_once and not self._woken:
-            self._woken = True
-            self._push()
-        else:
-            self._wake_thread()
-
     async def flush(self, number: int) -> None:
         """Wait until the server has received everything that was passed to the thread before."""
         event = self._flushes[number] = trio.Event()
         try:
-            self.send(Flush(number))
+            self.outgoing.send(Flush(number))
             await event.wait()
         finally:
             del self._flushes[number]
@@ -287,7 +163,7 @@ class Client:
         outcome = Outcome()
         self._calls.add(outcome)
         try:
-            self.send(Call(function, outcome))
+            self.outgoing.send(Call(function, outcome))
             await outcome.event.wait()
         finally:
             self._calls.discard(outcome)
@@ -298,78 +174,6 @@ class Client:
         value: T = outcome.value
         return value
 
-    async def push(self) -> None:
-        """Wake the thread for what is handed over, until the connection is gone.
-
-        It does so once all tasks have run that Trio runs in the same turn. The thread takes the GIL
-        when it wakes: if it woke for the first message, the tasks that are about to send others
-        would wait for it, each for each.
-        """
-        task = trio.lowlevel.current_task()
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._pusher = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        try:
-            while not self.lost.is_set():
-                self._pusher = task
-                await trio.lowlevel.wait_task_rescheduled(abort)
-                self._push()
-        finally:
-            # Whatever was handed over since is pushed by this, and what follows at once.
-            self._push()
-
-    def _wake_thread(self) -> None:
-        if self._woken or self._loop is None:
-            return
-        self._woken = True
-        if not self._wake_pusher():
-            self._push()
-
-    def _wake_pusher(self) -> bool:
-        pusher, self._pusher = self._pusher, None
-        if pusher is not None:
-            trio.lowlevel.reschedule(pusher)
-        return pusher is not None
-
-    def _push(self) -> None:
-        if self._loop is None:
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._on_wake)
-        except RuntimeError:
-            # The loop has ended by itself, or it belongs to the process that this is a fork of.
-            self.fail(TransportBroken("the connection's thread has ended"))
-
-    def _drain_incoming(self) -> None:
-        incoming, owner = self._incoming, self.owner
-        # First: what is appended from now on tells of itself.
-        self._told = False
-        behind = _behind_ns()
-        dropped = self._dropped
-        owner.count_dropped(dropped - self._dropped_reported)
-        self._dropped_reported = dropped
-        for _ in range(min(len(incoming), _AT_ONCE)):
-            item = incoming.popleft()
-            self._passed_bytes += item.size
-            owner.dispatch(item, behind)
-        if incoming:
-            self._tell()
-
-    async def wait_room(self) -> None:
-        """Wait while too much is on its way to the thread."""
-        while self.backlog > _HIGH_WATER and not self.lost.is_set():
-            if self.room.is_set():
-                self.room = trio.Event()
-            self.waiting = True
-            # The thread may have caught up before it saw the flag.
-            if self.backlog > _LOW_WATER:
-                await self.room.wait()
-
-    def _made_room(self) -> None:
-        self.room.set()
-
     # The thread's side.
 
     def _to_trio(self, function: Callable[..., object], *args: Any) -> None:
@@ -377,16 +181,11 @@ class Client:
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(function, *args)
 
-    def _tell(self) -> None:
-        # Each call writes to a socket pair, so that one for a batch is much cheaper than one for
-        # each message.
-        self._told = True
-        self._to_trio(self._drain_incoming)
-
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._wake, self._ended = asyncio.Event(), asyncio.Event()
-        self._wire = client = Wire(lambda: self._check_tls(client), self._take, self._taken)
+        incoming, outgoing = self._incoming, self.outgoing
+        client = Wire(lambda: self._check_tls(client), incoming.take, incoming.tell)
+        outgoing.start(client)
         error: Exception = TransportBroken(f"the connection to {self.server.url} was lost")
         try:
             await client.connect(
@@ -405,7 +204,8 @@ class Client:
             await client.subscribe_as(INBOX, f"{self.inbox}.*", "")
             self._to_trio(self._on_connected, client.max_payload)
             self._keep(self._watch(client))
-            pump, ended = self._keep(self._pump(client)), self._keep(self._ended.wait())
+            pump = self._keep(outgoing.pump(client, partial(self._start, client)))
+            ended = self._keep(outgoing.ended.wait())
             await asyncio.wait({pump, ended}, return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
                 pump.result()
@@ -505,25 +305,18 @@ class Client:
             self._to_trio(self.owner.client_complained, self, text)
 
     async def _on_lost(self) -> None:
-        self._end()
+        self.outgoing.end()
 
     def _on_ended(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled():
             # Otherwise asyncio logs that the exception was never retrieved.
             task.exception()
-        self._end()
-
-    def _end(self) -> None:
-        self._stopping = True
-        if self._ended is not None:
-            self._ended.set()
+        self.outgoing.end()
 
     def _stop(self) -> None:
         # First write what has been passed to the thread, unless that takes too long.
-        self._stopping = True
-        if self._loop is not None and self._wake is not None and self._ended is not None:
-            self._wake.set()
-            self._loop.call_later(_CLOSE_PATIENCE / 2, self._ended.set)
+        self.outgoing.stop()
+        asyncio.get_running_loop().call_later(_CLOSE_PATIENCE / 2, self.outgoing.ended.set)
 
     def _on_connected(self, max_payload: int) -> None:
         self.max_payload = max_payload
@@ -547,90 +340,18 @@ class Client:
                 await asyncio.wait({pong}, timeout=_PING_EVERY / 2)
             if not pong.done() or pong.exception() is not None:
                 self._hung = True
-                self._end()
+                self.outgoing.end()
                 return
 
     def _progress(self, client: nats.aio.client.Client) -> tuple[int, int]:
         taken = client.stats["in_bytes"] + _OVERHEAD * client.stats["in_msgs"]
-        return taken // _TRICKLE, self._written // _SOCKET_BUFFERS
+        return taken // _TRICKLE, self.outgoing.written // _SOCKET_BUFFERS
 
-    def _on_wake(self) -> None:
-        assert self._wake is not None
-        if self._idle:
-            # First: what is handed over from now on wakes the thread again.
-            self._woken = False
-            self._write_piece()
-            if not self._outgoing and not self._stopping:
-                return
-        self._wake.set()
-
-    def _write_piece(self) -> bool:
-        # Write messages at once, and return whether there were any and the socket takes them.
-        wire, outgoing = self._wire, self._outgoing
-        if wire is None or not wire.is_ready:
-            return False
-        parts: list[bytes] = []
-        departures: list[Departure] = []
-        size = 0
-        while outgoing and size < _PIECE:
-            item = outgoing[0]
-            if not isinstance(item, Publish):
-                break
-            outgoing.popleft()
-            if item.departure is not None:
-                departures.append(item.departure)
-            size += len(item.data) + len(item.block)
-            parts.append(encode_publish(item.subject, item.reply, item.block, item.data))
-        if not parts:
-            return False
-        data = b"".join(parts)
-        stamp = time.perf_counter_ns()
-        for departure in departures:
-            departure.stamp = stamp
-        wire.write_now(data)
-        self._count_written(size)
-        return True
-
-    def _count_written(self, size: int) -> None:
-        self._written += size
-        if self.waiting and self.backlog < _LOW_WATER:
-            self.waiting = False
-            self._to_trio(self._made_room)
-
-    async def _pump(self, wire: Wire) -> None:
-        assert self._wake is not None
-        assert self._ended is not None
-        while True:
-            while self._outgoing and not self._ended.is_set():
-                if self._write_piece():
-                    # So that what arrives gets its turn.
-                    await asyncio.sleep(0)
-                    continue
-                item = self._outgoing.popleft()
-                if isinstance(item, Publish):
-                    if item.departure is not None:
-                        item.departure.stamp = time.perf_counter_ns()
-                    await wire.write(
-                        encode_publish(item.subject, item.reply, item.block, item.data)
-                    )
-                    self._count_written(len(item.data) + len(item.block))
-                elif isinstance(item, Flush):
-                    self._keep(self._flush(wire, item.number))
-                elif isinstance(item, Call):
-                    self._keep(self._call(wire, item))
-                elif isinstance(item, Subscribe):
-                    await wire.subscribe_as(item.number, item.subject, item.queue)
-                else:
-                    await wire.unsubscribe_as(item.number, keep=item.keep)
-            if self._stopping:
-                return
-            self._woken = False
-            # Something that was passed on before the flag was cleared has not woken this task.
-            if not self._outgoing:
-                self._idle = True
-                await self._wake.wait()
-                self._idle = False
-            self._wake.clear()
+    def _start(self, client: nats.aio.client.Client, item: Flush | Call) -> None:
+        if isinstance(item, Flush):
+            self._keep(self._flush(client, item.number))
+        else:
+            self._keep(self._call(client, item))
 
     async def _flush(self, client: nats.aio.client.Client, number: int) -> None:
         with contextlib.suppress(nats.errors.Error):
@@ -651,58 +372,6 @@ class Client:
         event = self._flushes.get(number)
         if event is not None and not self.lost.is_set():
             event.set()
-
-    def _take(
-        self, number: int, subject: bytes, reply: bytes, data: bytes, block: bytes | None
-    ) -> None:
-        stamp = time.perf_counter_ns()
-        incoming = self._incoming
-        if (
-            len(incoming) >= _INCOMING_MESSAGES
-            or self._taken_bytes - self._passed_bytes > _INCOMING_BYTES
-        ):
-            self._dropped += 1
-            return
-        status, headers, size = "", None, len(data)
-        if block:
-            status, headers = decode_headers(block)
-            size += len(block)
-        self._taken_bytes += size
-        incoming.append(
-            Incoming(
-                number,
-                # Whatever these are, they must not end the task that reads.
-                subject.decode(errors="replace"),
-                data,
-                reply.decode(errors="replace"),
-                stamp,
-                status,
-                headers,
-                size,
-            )
-        )
-
-    def _taken(self) -> None:
-        # Once for all messages that arrived together. Trio's thread would take the GIL for the
-        # first of them, and hold up the parsing of the others.
-        if self._incoming and not self._told:
-            self._tell()
-
-
-def _behind_ns() -> int:
-    # Return what to add to a time of the other thread's clock to get local time. If this thread is
-    # interrupted between reading the two clocks, the result is wrong by as much. So the best of a
-    # few results counts, as with pings.
-    best, behind = 1 << 62, 0
-    for _ in range(3):
-        before = time.perf_counter_ns()
-        local = local_ns()
-        after = time.perf_counter_ns()
-        if after - before < best:
-            best, behind = after - before, local - (before + after) // 2
-        if best < 20_000:
-            break
-    return behind
 
 
 def _leave(portal_cm: AbstractContextManager[BlockingPortal]) -> None:

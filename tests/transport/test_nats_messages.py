@@ -17,7 +17,7 @@ from plain import BEATS, dump, flood, frame, plain_client
 
 from backbeat_trio import TransportBroken
 from backbeat_trio._time.local import local_ns
-from backbeat_trio._transport import nats as _nats, nats_client as _nats_client
+from backbeat_trio._transport import nats as _nats, nats_incoming as _nats_incoming
 from backbeat_trio.testing import AGENT_ID, CLUSTER_ID, NatsServer, open_recorder, open_session
 
 guarded = helpers.guarded(120)
@@ -302,7 +302,7 @@ async def test_stamps_of_a_thread_that_was_preempted(monkeypatch: pytest.MonkeyP
         transport.open_subscription("a") as messages,
     ):
         await transport.wait_connected()
-        monkeypatch.setattr(_nats_client, "local_ns", interrupted)
+        monkeypatch.setattr(_nats_incoming, "local_ns", interrupted)
         for _ in range(20):
             before = local_ns()
             await transport.publish("a", b"")

@@ -27,7 +27,7 @@ from backbeat_trio import (
     TransportClosed,
 )
 from backbeat_trio._time.local import local_ns
-from backbeat_trio._transport import nats_client
+from backbeat_trio._transport import nats_outgoing
 from backbeat_trio._transport.headers import decode_headers, find_header
 from backbeat_trio._transport.memory import open_memory_bus
 from backbeat_trio._transport.nats import NatsTransport
@@ -529,14 +529,14 @@ async def test_many_requests_side_by_side_share_their_wake_ups(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     woken = 0
-    wake = nats_client.Client._push
+    wake = nats_outgoing.Outgoing._push
 
-    def count(client: nats_client.Client) -> None:
+    def count(outgoing: nats_outgoing.Outgoing) -> None:
         nonlocal woken
         woken += 1
-        wake(client)
+        wake(outgoing)
 
-    monkeypatch.setattr(nats_client.Client, "_push", count)
+    monkeypatch.setattr(nats_outgoing.Outgoing, "_push", count)
     async with NatsServer() as server:
         config = BackbeatConfig(nats_url=server.url, agent_id="conformance")
         async with running(NatsTransport(config)) as transport, answering(transport, "echo"):
