@@ -289,7 +289,7 @@ class NatsTransport(BaseTransport):
         return self._client
 
     def _unsent_bytes(self) -> int:
-        return 0 if self._client is None else self._client.backlog
+        return 0 if self._client is None else self._client.outgoing.backlog
 
     def publish_nowait(
         self,
