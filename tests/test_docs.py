@@ -52,6 +52,9 @@ def test_no_block_is_left_out() -> None:
         # Run by `tests/session/test_web_server.py`.
         ("web.md", "python"),
         ("web.md", "sh"),
+        # Run by `tests/test_observability_guide.py`.
+        ("observability.md", "python"),
+        ("observability.md", "yaml"),
     }
     # Run by `tests/cli/test_completion.py`.
     assert "_BACKBEAT_COMPLETE" in COMPLETION
