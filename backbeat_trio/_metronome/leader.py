@@ -609,8 +609,10 @@ class Leader:
             if self._ledger is None:
                 return timeline, first.beat0
             await self._commit(timeline, (first.t0_ns - now - _MARGIN_NS) / 1e9)
-            # The commit took time, and the change must still be announced before it takes effect.
-            if first.t0_ns - self.cluster_ns() >= LEAD_NS // 2:
+            # The commit took time, and the change must still be announced before it takes effect. A
+            # paused grid is announced at once.
+            announced = self.sent + 1 < first.beat0 or not present.milli_bpm
+            if announced and first.t0_ns - self.cluster_ns() >= LEAD_NS // 2:
                 return timeline, first.beat0
             # Overwrite the change in the record with the present timeline.
             self._look.value = True

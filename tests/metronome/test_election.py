@@ -990,6 +990,32 @@ async def test_a_change_whose_commit_comes_back_late_is_postponed(autojump_clock
         assert bb.tempo_bpm == 120
 
 
+async def test_a_change_that_no_frame_would_announce_is_postponed(autojump_clock: Clock) -> None:
+    async with cluster(1) as (made, _), open_session(made.bus) as bb:
+        write, stalls = made.store.write, [1.5]
+
+        async def stall(data: bytes, revision: int) -> int:
+            written = await write(data, revision)
+            if stalls and b":0}" in data:
+                await trio.sleep(stalls.pop())
+            return written
+
+        made.store.write = stall  # type: ignore[method-assign]
+        # The pause could take effect three beats later, but the answer of the store comes after the
+        # last frame before that.
+        asked = bb.current_beat() + 2
+        await bb.sleep_until(asked + 0.9)
+        beat = await bb.pause()
+        assert not stalls
+        assert beat == asked + 5
+        tempos = {}
+        async for heard in bb.beats():
+            tempos[heard.index] = heard.tempo_bpm
+            if heard.index >= beat:
+                break
+        assert tempos == {asked + 3: 60, asked + 4: 60, beat: 0}
+
+
 async def test_a_paused_grid_can_resume_after_a_takeover_near_the_pause(
     autojump_clock: Clock,
 ) -> None:
