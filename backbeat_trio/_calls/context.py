@@ -89,25 +89,10 @@ class Calls:
 
     def inject(self, headers: MutableMapping[str, str]) -> None:
         """Write the headers of a message; see `Session.inject`."""
-        part = _part.get()
-        deadline = soft = None
-        if self.runtime.config.enabled:
-            instruments = self.runtime.instruments
-            if instruments.inject and not _has_trace(headers):
-                instruments.tell(instruments.inject, headers)
-            bounds = self.deadlines.bounds()
-            position = self.deadlines.position()
-            beat = self._nearest(bounds, position)
-            if beat != math.inf:
-                here = self.incarnation
-                deadline = Deadline(here, max(0.0, beat), beat - position)
-                if bounds.soft < beat:
-                    soft = Deadline(here, max(0.0, bounds.soft), bounds.soft - position)
-            elif bounds.soft != math.inf:
-                soft = Deadline(self.incarnation, max(0.0, bounds.soft), bounds.soft - position)
-            written = write(Carried(deadline, soft, *part))
-        else:
-            written = {}
+        instruments = self.runtime.instruments
+        if self.runtime.config.enabled and instruments.inject and not _has_trace(headers):
+            instruments.tell(instruments.inject, headers)
+        written = self.written()
         if headers:
             for name in [name for name in headers if name.lower() in _BOUND]:
                 del headers[name]
@@ -115,6 +100,23 @@ class Calls:
                 # The application traces itself, and its span is the nearer one.
                 del written[TRACEPARENT]
         headers.update(written)
+
+    def written(self) -> dict[str, str]:
+        """Return the headers of a message that has no others."""
+        if not self.runtime.config.enabled:
+            return {}
+        deadline = soft = None
+        bounds, position = self.deadlines.bounds(), self.deadlines.position()
+        beat, edge = bounds.beat, bounds.soft
+        if bounds.seconds != math.inf:
+            beat = self._nearest(bounds, position)
+        if beat != math.inf or edge != math.inf:
+            here = self.incarnation
+            if beat != math.inf:
+                deadline = Deadline(here, max(0.0, beat), beat - position)
+            if edge < beat:
+                soft = Deadline(here, max(0.0, edge), edge - position)
+        return write(Carried(deadline, soft, *_part.get()))
 
     def _nearest(self, bounds: Bounds, position: float) -> float:
         # The nearest deadline as a position, with those in seconds at the present tempo.
@@ -261,7 +263,6 @@ class Extracted:
         "_keys",
         "_scope",
         "_seen",
-        "_shield",
     )
 
     _former: _Part
@@ -272,16 +273,10 @@ class Extracted:
     _keys: tuple[float, float]
 
     def __init__(
-        self,
-        calls: Calls,
-        carried: Carried,
-        seen: Mapping[str, str] | None = None,
-        *,
-        shield: bool = False,
+        self, calls: Calls, carried: Carried, seen: Mapping[str, str] | None = None
     ) -> None:
         self._calls = calls
         self._carried = carried
-        self._shield = shield
         # The headers that instruments see; None if they do not hear of this block.
         self._seen = seen
         # They are made when they are needed, as moves to another grid are rare.
@@ -296,11 +291,11 @@ class Extracted:
         if hasattr(self, "_scope"):
             raise RuntimeError("each block of `extract` can be entered once")
         if deadline is None:
-            scope = deadlines.scope_at(math.inf, self._shield)
+            scope = deadlines.scope_at(math.inf)
         elif deadline.incarnation == here:
-            scope = deadlines.scope_at(deadline.beat, self._shield)
+            scope = deadlines.scope_at(deadline.beat)
         else:
-            scope = deadlines.scope_after(deadline.left, self._shield)
+            scope = deadlines.scope_after(deadline.left)
         edge = None
         if soft is not None:
             if soft.incarnation == here:

@@ -34,7 +34,10 @@ TRACEPARENT: Final = "traceparent"
 MAX_LEFT: Final = 1e9
 """A deadline that is more beats ahead than this is absurd, and counts as none."""
 
-_KNOWN: Final = {name.lower(): name for name in (DEADLINE, SOFT_DEADLINE, OPERATION, TRACEPARENT)}
+_NAMES: Final = (DEADLINE, SOFT_DEADLINE, OPERATION, TRACEPARENT)
+_KNOWN: Final[dict[str | bytes, str]] = {
+    spelling: name for name in _NAMES for spelling in (name, name.lower())
+}
 # The most characters of the value of each header. No sender writes more.
 _MAX_VALUE: Final = {DEADLINE: 512, SOFT_DEADLINE: 512, OPERATION: 32_768, TRACEPARENT: 512}
 _MAX_INCARNATION: Final = 128
@@ -124,7 +127,8 @@ def parse(headers: Headers) -> tuple[Carried, list[Problem]]:
     # None is a header that is there with different values.
     found: dict[str, str | None] = {}
     for name, value in headers.items() if isinstance(headers, Mapping) else headers:
-        known = _KNOWN.get((name if isinstance(name, str) else _text(name)).lower())
+        # Most senders write them as this package does.
+        known = _KNOWN.get(name) or _KNOWN.get(_text(name).lower())
         if known is None:
             continue
         if known not in found and isinstance(value, str):
@@ -256,6 +260,8 @@ def _traceparent(value: str) -> str:
     return value
 
 
+# Most messages are from the same grid.
+@lru_cache(maxsize=64)
 def _unescaped(part: str, longest: int) -> str:
     text = part.strip()
     if "%" in text or not text.isascii():
@@ -276,19 +282,17 @@ def _unescaped(part: str, longest: int) -> str:
 def _write(headers: dict[str, str], name: str, deadline: Deadline) -> None:
     beat, left = deadline.beat, deadline.left
     if beat <= MAX_INDEX and left <= MAX_LEFT:
-        headers[name] = (
-            f"{_escaped(deadline.incarnation)}; {_beat(beat)}; {left if left > 0 else 0.0:.3f}"
-        )
+        headers[name] = f"{_instant(deadline.incarnation, beat)}{left if left > 0 else 0.0:.3f}"
 
 
-# Messages that are sent within one deadline name the same beat.
+# Messages that are sent within one deadline name the same beat of the same grid.
 @lru_cache(maxsize=1024)
-def _beat(beat: float) -> str:
+def _instant(incarnation: str, beat: float) -> str:
     text = f"{beat:.3f}"
     if float(text) != beat and beat > 0.001:
         # Positions are at most 2**53, so only one near 0 would have an exponent.
-        return repr(beat)
-    return text
+        text = repr(beat)
+    return f"{_escaped(incarnation)}; {text}; "
 
 
 @lru_cache(maxsize=1024)

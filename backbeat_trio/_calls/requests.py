@@ -64,15 +64,9 @@ async def request(
     """Send a request, and return its answer; see `Session.request`."""
     if not isinstance(payload, (bytes, bytearray, memoryview)):
         raise TypeError(f"`payload` must be bytes, not {type(payload).__name__}")
-    if beats is None:
-        return await _request(calls, subject, bytes(payload), headers)
-    with calls.deadlines.scope_after(check_beats("beats", beats), fail=True):
-        return await _request(calls, subject, bytes(payload), headers)
-
-
-async def _request(
-    calls: Calls, subject: str, payload: bytes, headers: Mapping[str, str] | None
-) -> Response:
+    if beats is not None:
+        with calls.deadlines.scope_after(check_beats("beats", beats), fail=True):
+            return await request(calls, subject, payload, beats=None, headers=headers)
     # A request whose budget is spent is not sent.
     await trio.lowlevel.checkpoint_if_cancelled()
     runtime = calls.runtime
@@ -92,12 +86,15 @@ async def _send(
     calls: Calls,
     transport: Transport,
     subject: str,
-    payload: bytes,
+    payload: bytes | bytearray | memoryview,
     headers: Mapping[str, str] | None,
 ) -> Response:
     counts = calls.runtime.call_counts
-    sent = dict(headers) if headers else {}
-    calls.inject(sent)
+    if headers or calls.runtime.instruments.inject:
+        sent = dict(headers or {})
+        calls.inject(sent)
+    else:
+        sent = calls.written()
 
     def abandoned(reply: str, error: BaseException) -> None:
         counts.requests_abandoned += 1
@@ -112,7 +109,7 @@ async def _send(
     counts.requests += 1
     try:
         reply = await transport.request(
-            subject, payload, timeout=math.inf, headers=sent, abandoned=abandoned
+            subject, bytes(payload), timeout=math.inf, headers=sent, abandoned=abandoned
         )
     except TransportClosed:
         raise SessionClosed("the session has been closed") from None

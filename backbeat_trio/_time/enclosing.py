@@ -40,9 +40,9 @@ def find_enclosing(known: Mapping[CancelScope, T]) -> tuple[float, list[T]]:
             value = known.get(scope)
             if value is not None:
                 found.append(value)
-            elif scope.deadline < nearest:
-                nearest = scope.deadline
-            status = None if scope.shield else status._parent
+            elif scope._deadline < nearest:
+                nearest = scope._deadline
+            status = None if scope._shield else status._parent
     except AttributeError:
         return probe_enclosing(known)
     return nearest, found

@@ -555,7 +555,8 @@ class Deadlines(BeatHeap):
         beat = soft = first = math.inf
         for key, _, scope in entries:
             if key < first:
-                first, beat = key, scope.deadline
+                first, position = key, scope._position
+                beat = key + self.shift if position is None else position
             if scope._soft is not None:
                 soft = min(soft, scope._soft.position)
         return Bounds(beat, soft, seconds)

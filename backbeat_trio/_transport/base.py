@@ -41,6 +41,11 @@ class State(enum.Enum):
     CLOSED = enum.auto()
 
 
+# Python looks members of an enum up in a slow way.
+_UP: Final = State.UP
+_CLOSED: Final = State.CLOSED
+
+
 @final
 class Mailbox:
     """The bounded queue of one subscription; see `Subscription`.
@@ -267,14 +272,14 @@ class BaseTransport(abc.ABC):
         self.noted.unpark_all()
 
     def _check_open(self) -> None:
-        if self._state.value is State.CLOSED:
+        if self._state.value is _CLOSED:
             raise TransportClosed("the transport has been closed")
 
     def _check_message(
         self, subject: str, data: bytes, reply: str = "", block: bytes = b""
     ) -> None:
         state = self._state.value
-        if state is State.CLOSED:
+        if state is _CLOSED:
             self._check_open()
         check_subject(subject)
         # Replies of a connection are all different, so the cache would not help.
@@ -283,7 +288,7 @@ class BaseTransport(abc.ABC):
         size = len(data) + len(block)
         if size > self.max_payload:
             raise ValueError(f"a message of {size} bytes is over the {self.max_payload} allowed")
-        if state is not State.UP:
+        if state is not _UP:
             self._check_connected()
 
     def _check_connected(self) -> None:

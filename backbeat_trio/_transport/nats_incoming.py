@@ -10,7 +10,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple, final
+from typing import Final, final
+
+from msgspec import Struct
 
 from .._time.local import local_ns
 from .headers import decode_headers
@@ -24,7 +26,9 @@ _AT_ONCE: Final = 1024
 INBOX: Final = 0
 
 
-class Arrival(NamedTuple):
+class Arrival(Struct, frozen=True):
+    # Messages are many, and no tuple is made as quickly.
+
     number: int
     """The subscription that it came for; `INBOX` for answers to requests."""
     subject: str
