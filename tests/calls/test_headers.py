@@ -17,6 +17,7 @@ from backbeat_trio._calls.headers import (
     resolve,
     write,
 )
+from backbeat_trio._transport.headers import decode_headers
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ALL = Carried(
@@ -153,6 +154,15 @@ def test_two_different_values_count_as_none(headers: Any) -> None:
     assert carried == Carried()
     assert [problem.kind for problem in problems] == ["garbled"]
     assert "more than once" in problems[0].text
+
+
+@pytest.mark.parametrize("name", list(WRITTEN))
+def test_two_lines_of_a_message_with_different_values_count_as_none(name: str) -> None:
+    for other in (name, name.upper()):
+        lines = f"NATS/1.0\r\n{name}: {WRITTEN[name]}\r\n{other}: {WRITTEN[name][:-1]}2\r\n\r\n"
+        carried, problems = parse(decode_headers(lines.encode())[1])
+        assert carried == Carried()
+        assert [problem.kind for problem in problems] == ["garbled"]
 
 
 @pytest.mark.parametrize(

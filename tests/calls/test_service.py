@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import math
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
@@ -11,10 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import trio
 import trio.testing
-from helpers import Lines, guarded, until
+from helpers import CLEAN, Lines, guarded, until
 
 from backbeat_trio import (
     BackbeatError,
+    BeatBudgetExceeded,
     NoResponders,
     PermissionDenied,
     Request,
@@ -25,7 +28,7 @@ from backbeat_trio import (
     SessionClosed,
     current_session,
 )
-from backbeat_trio.testing import NatsServer, open_session
+from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 
 Clock = trio.testing.MockClock
 Handler = Callable[[Request], Awaitable[bytes]]
@@ -588,6 +591,59 @@ async def test_handler_that_swallows_its_cancellation(autojump_clock: Clock) -> 
         assert len(pair.log.lines_with("although it was cancelled")) == 2
 
 
+async def test_handler_that_blocks_the_loop(autojump_clock: Clock) -> None:
+    async def handle(request: Request) -> bytes:
+        # Time passes, and no other task runs.
+        autojump_clock.jump(float(request.data))
+        return request.data
+
+    async with open_pair(handle) as pair, trio.open_nursery() as nursery:
+        answers: list[bytes] = []
+
+        async def ask(data: bytes) -> None:
+            answers.append((await pair.caller.request(SUBJECT, data)).data)
+
+        nursery.start_soon(ask, b"0.5")
+        with pytest.raises(BeatBudgetExceeded):
+            await pair.caller.request(SUBJECT, b"7", beats=2)
+        # The answer would have been too late.
+        await until(lambda: pair.server.statistics().calls_expired == 1)
+        nursery.start_soon(ask, b"0")
+        await until(lambda: sorted(answers) == [b"0", b"0.5"])
+        counts = pair.server.statistics()
+        assert (counts.live_calls, counts.calls_failed, counts.calls_unanswered) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("headers", "left", "garbled", "absurd"),
+    [
+        ({"Backbeat-Deadline": "{here}; nan; 4"}, None, 1, 0),
+        ({"Backbeat-Deadline": "{here}; 12; -4"}, None, 1, 0),
+        ({"Backbeat-Deadline": "{here}; 1e300; 4"}, None, 0, 1),
+        ({"Backbeat-Deadline": "elsewhere; 12; 1e300"}, None, 0, 1),
+        ({"Backbeat-Deadline": "a; 1; 9", "backbeat-deadline": "a; 1; 8"}, None, 1, 0),
+        ({"BACKBEAT-DEADLINE": "elsewhere; 12; 4"}, 4, 0, 0),
+        ({"backbeat-deadline": "elsewhere; 999999; 0.5"}, 0.5, 0, 0),
+    ],
+)
+async def test_what_a_handler_has_of_headers_that_are_not_ours(
+    autojump_clock: Clock, headers: dict[str, str], left: float | None, garbled: int, absurd: int
+) -> None:
+    found: list[float] = []
+
+    async def handle(request: Request) -> bytes:
+        found.append(current_session().remaining().beats)
+        return b"ok"
+
+    async with open_pair(handle) as pair:
+        here = pair.server._calls.incarnation
+        sent = {name: value.format(here=here) for name, value in headers.items()}
+        assert await raw_request(pair.caller, sent) == {}
+        assert found == [math.inf if left is None else pytest.approx(left)]
+        counts = pair.server.statistics()
+        assert (counts.headers_garbled, counts.headers_absurd) == (garbled, absurd)
+
+
 async def test_exception_in_answer_to_a_cancellation(autojump_clock: Clock) -> None:
     async def handle(request: Request) -> bytes:
         async def fail() -> None:
@@ -927,6 +983,47 @@ async def test_over_a_real_server() -> None:
         assert answer == Response(b"x", {})
         with pytest.raises(NoResponders):
             await pair.caller.request("nobody", b"x")
+
+
+@guarded(120)
+async def test_handler_that_blocks_the_loop_of_its_process() -> None:
+    program = f"""
+import sys, time, trio, backbeat_trio
+
+async def handle(request):
+    time.sleep(float(request.data))
+    return b"awake"
+
+async def main():
+    async with (
+        backbeat_trio.session(nats_url=sys.argv[1], cluster_id={CLUSTER_ID!r}) as bb,
+        bb.open_service("pages", version="1.0.0") as service,
+    ):
+        await service.serve({SUBJECT!r}, handle)
+
+trio.run(main)
+"""
+    async with NatsServer() as server, open_session(nats_url=server.url, tempo_bpm=600.0) as bb:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-c", program, server.url], env=CLEAN, stderr=subprocess.DEVNULL
+        )
+        try:
+            while True:
+                with suppress(NoResponders):
+                    assert (await bb.request(SUBJECT, b"0")).data == b"awake"
+                    break
+                await trio.sleep(0.05)
+            # The caller does not wait for the handler, which nothing can cancel.
+            with pytest.raises(BeatBudgetExceeded):
+                await bb.request(SUBJECT, b"4", beats=1)
+            assert bb.statistics().late_replies == 0
+            # Its late answer is counted as such, and others are served again.
+            assert (await bb.request(SUBJECT, b"0")).data == b"awake"
+            assert bb.statistics().late_replies == 1
+            assert process.poll() is None
+        finally:
+            process.kill()
+            await process.wait()
 
 
 @guarded(120)
