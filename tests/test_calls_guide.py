@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from blocks import ROOT, blocks
 from helpers import guarded
 from hypercorn.config import Config
 from hypercorn.trio import serve
 
-from backbeat_trio import BeatBudgetExceeded, Session, session
+from backbeat_trio import BeatBudgetExceeded, ServiceError, Session, session
+from backbeat_trio._calls import endpoint, requests
+from backbeat_trio._runtime.health import CallCounts
 
-MESSAGES, APP, CLIENT, PLAN, SOFT, RETRY = blocks((ROOT / "docs/calls.md").read_text(), "python")
+MESSAGES, PAGES, APP, CLIENT, PLAN, SOFT, RETRY = blocks(
+    (ROOT / "docs/calls.md").read_text(), "python"
+)
 
 
 def names(*code: str) -> dict[str, Any]:
@@ -42,6 +47,44 @@ async def test_messages(backbeat_session: Session, capsys: pytest.CaptureFixture
     await guide["work"](bb, receiver, do)
     assert ended == [("short", 3), ("long", 10)]
     assert capsys.readouterr().out == "the caller has given up\n"
+
+
+async def test_requests_and_services(backbeat_session: Session) -> None:
+    bb, guide = backbeat_session, names(PAGES)
+    ended: list[float] = []
+
+    async def fetch(address: bytes) -> bytes:
+        try:
+            await bb.sleep(100 if address == b"slow" else 3)
+        finally:
+            ended.append(bb.current_position())
+        return b"<html>" + address
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guide["serve_pages"], bb, fetch)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await guide["page"](bb, b"quick") == b"<html>quick"
+        with pytest.raises(BeatBudgetExceeded):
+            await guide["page"](bb, b"slow")
+        with pytest.raises(ServiceError, match="names no page") as info:
+            await guide["page"](bb, b"")
+        assert info.value.code == 400
+        with pytest.raises(ServiceError, match=r"at least 0\.5") as info:
+            await bb.request("pages.fetch", b"quick", beats=0.4)
+        assert info.value.code == 408
+        nursery.cancel_scope.cancel()
+    assert ended == [3, 13]
+
+
+def test_the_codes_of_services_are_all_in_tables() -> None:
+    codes = {endpoint.CANCELLED, endpoint.CRASHED, endpoint.UNAVAILABLE, endpoint.TOO_LARGE}
+    codes |= {requests.SPENT, requests.OUT_OF_TIME}
+    services, _, http = (ROOT / "docs/calls.md").read_text().partition("## HTTP")
+    assert http
+    for text in (services, (ROOT / "README.md").read_text()):
+        assert {int(code) for code in re.findall(r"^\| (\d{3}) \|", text, re.MULTILINE)} == codes
+    counters = set(re.findall(r"`(calls_\w+)`", services))
+    assert counters <= set(CallCounts.__struct_fields__)
 
 
 @guarded(60)
