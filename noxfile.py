@@ -78,7 +78,7 @@ def types(session: nox.Session) -> None:
 @nox.session(python=DEFAULT)
 def docs(session: nox.Session) -> None:
     """Build the site from `docs/`, the docstrings and the help of the commands, into `site/`."""
-    session.install(".[http,server,testing]", *group("docs"))
+    session.install(".[health,http,metrics,otel,server,testing]", *group("docs"))
     session.run(
         "sphinx-build", "--fail-on-warning", "--keep-going", "docs", "site", *session.posargs
     )
