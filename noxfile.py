@@ -87,12 +87,13 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=DEFAULT)
 def bench(session: nox.Session) -> None:
-    """Measure speed, memory and skew, and print them beside their targets.
+    """Measure speed, memory, skew and views, and print them beside their targets.
 
-    Arguments are for one of the two: ``nox -s bench -- skew.py --quick``.
+    Arguments are for one of the three: ``nox -s bench -- skew.py --quick``.
     """
     session.install(".[server,testing]", *group("bench"))
-    programs = [session.posargs] if session.posargs else [["bench.py"], ["skew.py"]]
+    all_programs = [["bench.py"], ["skew.py"], ["models.py"]]
+    programs = [session.posargs] if session.posargs else all_programs
     for program, *arguments in programs:
         session.run("python", os.path.join("benchmarks", program), *arguments)
 

@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import bench
+import models
 import msgspec
 import picture
 import pytest
@@ -98,13 +100,14 @@ def test_every_command_of_the_readme_exists() -> None:
         assert done.returncode == 0, (command, done.stderr)
 
 
-async def test_the_benchmark_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("benchmark", [bench, models])
+async def test_the_benchmark_runs(benchmark: Any, tmp_path: Path) -> None:
     # That it measures everything and says so; the figures of a loaded machine mean nothing.
     target = tmp_path / "bench.json"
-    program = str(ROOT / "benchmarks" / "bench.py")
+    program = str(Path(benchmark.__file__))
     # It has a module beside it.
     safe = {"PYTHONSAFEPATH": ""}
     await run(sys.executable, program, "--quick", "--json", str(target), env=safe)
     rows = msgspec.json.decode(target.read_bytes())["figures"]
-    assert len(rows) == len(bench.TARGETS)
+    assert len(rows) == len(benchmark.TARGETS)
     assert all(row["measured"] > 0 for row in rows)

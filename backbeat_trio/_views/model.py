@@ -47,14 +47,13 @@ bounds, and `OperationView.at_least` says so.
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, final
 
 from .._wire import StatusClaim
 from .ages import Ages
-from .entries import RANKS, Agent, Entry
+from .entries import Agent, Entry
+from .pages import choose, keys_of, make_page
 from .shown import (
     BUCKETS as BUCKETS,
     MAX_TEXT as MAX_TEXT,
@@ -210,12 +209,22 @@ class ClusterModel:
                 (-(agent.state == "failed"), -agent.mute, *(-each for each in _troubles(agent)))
                 for agent in chosen
             ]
-        return _page(chosen, keys, query, self._view_agent)
+        return make_page(chosen, keys, query, self._view_agent)
 
     def operations(self, query: Query = Query()) -> Page[OperationView]:  # noqa: B008 - as above
         """Return a page of the operations that pass the filters of a query."""
-        chosen = self._choose(query)
-        return _page(chosen, _keys(chosen, query.sort), query, self._view)
+        table = self._table
+        agents: Iterable[Agent | None] = table.agents.values()
+        if query.agent:
+            agents = [table.agents.get(query.agent)]
+        chosen = choose(
+            [each for agent in agents if agent for each in agent.operations.values()],
+            query,
+            agent_ids=table.agents,
+            types=table.kinds,
+            silent_before=self._ages.silent_before(),
+        )
+        return make_page(chosen, keys_of(chosen, query.sort), query, self._view)
 
     def operation(self, agent_id: str, id: str) -> OperationView | None:
         """Return an operation, or None if the model does not have it.
@@ -297,37 +306,6 @@ class ClusterModel:
             return agent.live - agent.slow - agent.late - agent.silent
         return agent.slow if timing == "slow" else agent.late
 
-    def _choose(self, query: Query) -> list[Entry]:
-        agents = self._table.agents
-        if query.agent:
-            agent = agents.get(query.agent)
-            chosen = [] if agent is None else list(agent.operations.values())
-        else:
-            chosen = [each for agent in agents.values() for each in agent.operations.values()]
-        if query.type:
-            chosen = [each for each in chosen if each.type == query.type]
-        if query.phase:
-            chosen = [each for each in chosen if each.phase == query.phase]
-        if query.outcome is not None:
-            states = ("executing", "waiting") if query.outcome == "live" else (query.outcome,)
-            chosen = [each for each in chosen if each.state in states]
-        if query.timing is not None:
-            wanted, silent = query.timing, self._ages.silent_before()
-            chosen = [each for each in chosen if each.timing(silent) == wanted]
-        if query.text:
-            text = query.text.casefold()
-            agent_ids = {name for name in agents if text in name.casefold()}
-            types = {name for name in self._table.kinds if text in name.casefold()}
-            chosen = [
-                each
-                for each in chosen
-                if each.agent_id in agent_ids
-                or each.type in types
-                or text in each.id.casefold()
-                or text in each.notes.casefold()
-            ]
-        return chosen
-
     def _view(self, entry: Entry) -> OperationView:
         history = entry.history
         return OperationView(
@@ -371,43 +349,6 @@ class ClusterModel:
 
 def _troubles(agent: Agent) -> tuple[int, ...]:
     return agent.silent, agent.late, agent.slow, agent.live
-
-
-def _keys(entries: list[Entry], sort: Sort) -> list[Any]:
-    """Return the keys by which entries are sorted, the least one first."""
-    match sort:
-        case "used":
-            # As `Entry.used`, without a call for each.
-            return [
-                (each.due - each.estimated - each.last) / each.estimated
-                if each.estimated and (each.due <= each.last or not each.at_least)
-                else math.inf
-                for each in entries
-            ]
-        case "left":
-            return [each.due - each.last if each.estimated else math.inf for each in entries]
-        case "age":
-            return [each.due - each.estimated - each.last for each in entries]
-        case "phase":
-            return [RANKS.get(each.phase, len(RANKS)) for each in entries]
-        case "agent":
-            return [each.agent_id for each in entries]
-        case "type":
-            return [each.type for each in entries]
-        case _:
-            return [each.id for each in entries]
-
-
-def _page(chosen: list[Any], keys: list[Any], query: Query, view: Any) -> Page[Any]:
-    begin = max(0, query.offset)
-    end = begin + max(0, query.limit)
-    numbers = range(len(chosen))
-    if 8 * end < len(chosen):
-        select = heapq.nlargest if query.reverse else heapq.nsmallest
-        ordered = select(end, numbers, key=keys.__getitem__)
-    else:
-        ordered = sorted(numbers, key=keys.__getitem__, reverse=query.reverse)
-    return Page(len(chosen), tuple(view(chosen[number]) for number in ordered[begin:end]))
 
 
 def _split(key: str) -> tuple[str, str]:
