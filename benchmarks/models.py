@@ -187,7 +187,7 @@ async def measure_apart(name: str, count: int, agents: int) -> Outcome:
     """Measure memory in a process of its own."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        f"import views; views.measure_memory({count}, {agents})"
+        f"import models; models.measure_memory({count}, {agents})"
     )
     done = await trio.run_process([sys.executable, "-c", code], capture_stdout=True)
     grown, whole = map(float, done.stdout.split())
