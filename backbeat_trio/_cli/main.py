@@ -41,6 +41,7 @@ _COMMANDS: Final = {
     "pause": ("tempo", "pause_grid", "Pause the cluster: every budget waits."),
     "resume": ("tempo", "resume_grid", "End a pause."),
     "cancel": ("cancel", "cancel_operation", "Cancel an operation of an agent."),
+    "dashboard": ("dashboard", "run_dashboard", "Show the cluster in a browser."),
     "exec": ("exec", "exec_command", "Run a program with a budget of beats."),
 }
 
@@ -162,7 +163,12 @@ def _run(command: Coroutine[Any, Any, int], name: str) -> int:
     try:
         # `exec` takes the signals itself, to pass them on. SIGTERM cancels any other command, so
         # that claims are sent, and programs that were started are stopped.
-        return trio.run(main) if name == "exec" else run_until_terminated(main)
+        if name == "exec":
+            return trio.run(main)
+        # The web server of `dashboard` logs and drops what is raised in the task of a request. If
+        # that were Ctrl-C, the program would not end.
+        restrict = name == "dashboard"
+        return run_until_terminated(main, restrict_keyboard_interrupt_to_checkpoints=restrict)
     except SystemExit:
         return SIGNALLED + signal.SIGTERM
     except BaseException as raised:
