@@ -89,11 +89,11 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure speed, memory, skew and views, and print them beside their targets.
 
-    Arguments are for one of the three: ``nox -s bench -- skew.py --quick``.
+    Arguments are for one of the programs: ``nox -s bench -- skew.py --quick``.
     """
-    session.install(".[server,testing]", *group("bench"))
-    all_programs = [["bench.py"], ["skew.py"], ["models.py"]]
-    programs = [session.posargs] if session.posargs else all_programs
+    session.install(".[server,testing,dashboard]", *group("bench"))
+    benchmarks = ["bench.py", "skew.py", "models.py", "dashboard.py"]
+    programs = [session.posargs] if session.posargs else [[each] for each in benchmarks]
     for program, *arguments in programs:
         session.run("python", os.path.join("benchmarks", program), *arguments)
 
