@@ -19,6 +19,7 @@ For those who change the package: folders are layers, and imports point downward
 ground up:
 
 ===============  ===========================================================
+`_version`       the version of this package
 `_errors`        errors, and what a logger must have
 `_wire`          the wire contract: messages, subjects and codecs
 `_checks`        checks of arguments
@@ -46,6 +47,8 @@ import sys as _sys
 import threading as _threading
 import typing as _typing
 from importlib import reload as _reload
+
+from ._version import __version__ as __version__
 
 # The program `backbeat` imports this module before it runs any of its own lines. Until then Ctrl-C
 # ends it without a traceback. In any other program Ctrl-C stays a `KeyboardInterrupt`. `backbeat`
@@ -130,6 +133,3 @@ if not _typing.TYPE_CHECKING and _starts_program:
         if name not in names:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return names[name]
-
-
-__version__ = "0.1.0"

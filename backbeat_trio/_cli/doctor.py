@@ -18,8 +18,9 @@ from .._runtime.health import Health
 from .._session.lifecycle import session
 from .._session.session import Session
 from .._transport.adr32 import Info
-from .._transport.discovery import find_services, own_version
+from .._transport.discovery import find_services
 from .._transport.nats import NatsTransport
+from .._version import __version__
 from .._views.shown import clean
 from .._wire import SyncReply, SyncRequest, decode_sync_reply, encode, sync_subject
 from .connection import ConnectedCommand, Connection, settings, takes_connection
@@ -286,7 +287,7 @@ async def _try_versions(transport: NatsTransport, config: BackbeatConfig, say: S
         text = "this user may not find services; an operator may"
         say(Finding("cluster", "versions", "not tried", text))
         return
-    own = own_version()
+    own = __version__
     versions = {_version_of(info) for info in found if _is_ours(info, config)}
     others = sorted(clean(version, 50) for version in versions if version != own)
     if not others:

@@ -15,7 +15,7 @@ import click
 from click.exceptions import Exit
 from click.shell_completion import CompletionItem, shell_complete
 
-from .. import __version__
+from .._version import __version__
 
 _PROGRAM: Final = "backbeat"
 _COMPLETE: Final = "_BACKBEAT_COMPLETE"

@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from .._errors import Logger, NoResponders, TransportClosed, TransportError
+from .._version import __version__
 from .._wire import is_inbox
 from .adr32 import EndpointInfo, EndpointStats, Info, Ping, Stats, timestamp
 from .protocol import Transport
@@ -34,23 +35,14 @@ _INSTANCES: Final = 65_536
 _NUMBERS: Final = re.compile(r"\d+\.\d+\.\d+")
 
 
-def own_version() -> str:
-    """Return the version of this package."""
-    # Imported on use: the package imports this module.
-    from .. import __version__
-
-    return __version__
-
-
 def discover_own(name: str, description: str, metadata: Callable[[], dict[str, str]]) -> Discovery:
     """Return how a part of this package, such as an agent, can be found as a service."""
-    version = own_version()
-    numbers = _NUMBERS.match(version)
+    numbers = _NUMBERS.match(__version__)
     return Discovery(
         name,
         "0.0.0" if numbers is None else numbers[0],
         description,
-        lambda: metadata() | {"version": version},
+        lambda: metadata() | {"version": __version__},
     )
 
 

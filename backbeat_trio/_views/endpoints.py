@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.requests import Request
 
-from .. import __version__
+from .._version import __version__
 from .._wire import Index, Name
 from .access import COOKIE
 from .snapshot import SeriesPoint
