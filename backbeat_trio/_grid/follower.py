@@ -49,8 +49,9 @@ _STALLED_NS: Final = 1_000_000_000
 # If the error of the last pings may exceed their round trip by more than this, because they were
 # long ago, the arrival of frames is a better measure of cluster time.
 _PINGS_WORSE_NS: Final = 10_000_000
-# How long a frame waits for an answer to pings, at least. A leader publishes its first frame before
-# its subscriptions have reached the server, which says until then that nobody answers.
+# A frame is believed without an answer only if a burst that began so much later has none. A leader
+# publishes its first frame before its subscriptions have reached the server, which says until then
+# that nobody answers. If the way is long, the first ping is not waited for long enough.
 _UNANSWERED_NS: Final = 500_000_000
 # How many bursts in a row must contradict a change that only frames announced.
 _CONTRADICTED: Final = 3
@@ -363,7 +364,14 @@ class Follower:
         return STEADY_PINGS if self.locked else JOINING_PINGS
 
     def is_enough(self, answers: Sequence[Answer]) -> bool:
-        """Tell whether to end a burst after these answers, because the leader asks for a pause."""
+        """Tell whether to end a burst after these answers.
+
+        The leader may have asked for a pause. An agent that joins from far away locks after a
+        second, with fewer pings than there could be.
+        """
+        first, last = answers[0][0], answers[-1][0]
+        if not self.locked and last.answered_ns - first.sent_ns >= _JOINING_NS:
+            return True
         if not answers[-1][1].wait_ns:
             return False
         return self.locked or len(answers) >= STEADY_PINGS
@@ -419,7 +427,14 @@ class Follower:
     def _jittered(self, pause_ns: int) -> int:
         return pause_ns + round(_JITTER * self._chance() * pause_ns)
 
-    def answer(self, answers: Sequence[Answer], asked: Heard | None, now_ns: int) -> bool:
+    def answer(
+        self,
+        answers: Sequence[Answer],
+        asked: Heard | None,
+        now_ns: int,
+        *,
+        begun_ns: int | None = None,
+    ) -> bool:
         """Process the answers to a burst, and plan the next one (see `next_burst_ns`).
 
         Args:
@@ -427,6 +442,7 @@ class Follower:
           asked: the `question` at the beginning of the burst. A question that arrived later is not
             decided by these answers, because the leader may have died after the last of them.
           now_ns: now, in local time.
+          begun_ns: when the burst began, in local time; None for now.
 
         Returns:
           False if another burst is needed soon, because the answers contradict the estimate, or
@@ -435,11 +451,13 @@ class Follower:
         """
         best = best_ping([ping for ping, _ in answers])
         expected = best is None or not self._estimate.known or self._estimate.expects(best)
-        well = self._take(answers, asked, now_ns)
+        well = self._take(answers, asked, now_ns, now_ns if begun_ns is None else begun_ns)
         self._plan(answers, now_ns, well=well, expected=expected)
         return well
 
-    def _take(self, answers: Sequence[Answer], asked: Heard | None, now_ns: int) -> bool:
+    def _take(
+        self, answers: Sequence[Answer], asked: Heard | None, now_ns: int, begun_ns: int
+    ) -> bool:
         rank = max((_rank(reply) for _, reply in answers), default=(False, -1))
         if any(_rank(reply) != rank for _, reply in answers):
             self._observer.on_odd(f"pings were answered in several epochs; the last is {rank[1]}")
@@ -448,7 +466,7 @@ class Follower:
         best = best_ping(burst)
         self._answered = best is not None
         if best is None:
-            return self._decide_unanswered(now_ns)
+            return self._decide_unanswered(now_ns, begun_ns)
         # Only the newest answer of a burst is sure to know the newest change.
         reply = answers[-1][1]
         if self.locked and self._is_outranked(reply) and not self.in_holdover(now_ns):
@@ -522,12 +540,12 @@ class Follower:
         self._behind = 0
         return True
 
-    def _decide_unanswered(self, now_ns: int) -> bool:
+    def _decide_unanswered(self, now_ns: int, begun_ns: int) -> bool:
         # The leader may publish frames and not answer pings. Then the frames measure the time, less
         # exactly. A new leader's frames are believed once the leader before it is silent.
         if self.question is None or (self.locked and not self.in_holdover(now_ns)):
             return True
-        if now_ns - self._asking_ns < _UNANSWERED_NS:
+        if begun_ns - self._asking_ns < _UNANSWERED_NS:
             return False
         heard, self.question = self.question, None
         frame, timeline, received_ns = heard

@@ -123,6 +123,8 @@ class BeatListener(FollowerObserver):
         self._observer = observer or ListenerObserver()
         self._patience = _PING_TIMEOUT
         self._waiting = trio.CancelScope()
+        # The epoch of the frame that the present burst asks about; None if it asks about none.
+        self._asked_epoch: int | None = None
         self.way_ns: int = 0
         """The round trip of the last answer, in nanoseconds."""
         self._standbys: tuple[int, int] | None = None
@@ -170,10 +172,11 @@ class BeatListener(FollowerObserver):
                         self.follower.hurry(local_ns())
                 if self.follower.hear(frame, timeline, message.received_ns, local_ns()):
                     self._ask.value = True
-                    # The leader whose answer is awaited may be gone. Then do not wait much longer,
-                    # so that the new leader is asked.
-                    soon = trio.current_time() + self._least_patience
-                    self._waiting.deadline = min(self._waiting.deadline, soon)
+                    if frame.epoch != self._asked_epoch:
+                        # The leader whose answer is awaited may be gone. Then do not wait much
+                        # longer, so that the new leader is asked.
+                        soon = trio.current_time() + self._least_patience
+                        self._waiting.deadline = min(self._waiting.deadline, soon)
                 # The frame may have brought the next burst forward.
                 self._pause.deadline = seconds_of(self.follower.next_burst_ns)
 
@@ -183,9 +186,10 @@ class BeatListener(FollowerObserver):
         while True:
             await self._transport.wait_connected()
             self._ask.value = False
-            begun, asked = trio.current_time(), follower.question
+            begun, begun_ns, asked = trio.current_time(), local_ns(), follower.question
+            self._asked_epoch = None if asked is None else asked.frame.epoch
             answers = await self._burst(follower.pings)
-            follower.answer(answers, asked, local_ns())
+            follower.answer(answers, asked, local_ns(), begun_ns=begun_ns)
             if asked is None and follower.question is not None and not (answers or follower.locked):
                 # The first frame came during the burst, so its leader may answer pings now.
                 continue

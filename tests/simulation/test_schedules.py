@@ -107,6 +107,23 @@ def test_agents_may_be_apart_at_the_instant_at_which_the_tempo_changes() -> None
     assert not broken(msgspec.structs.replace(schedule, seconds=seconds))
 
 
+@pytest.mark.parametrize("at", [0.1, 0.5])
+def test_an_agent_far_away_locks_by_pings_within_seconds(at: float) -> None:
+    # Its round trip to the leader takes 0.76 s, in which two frames come. If it were locked by
+    # these alone, it would be 0.38 s behind until pings are answered.
+    nodes = (
+        faults.Node("pulse-0", up_ms=123.0, down_ms=116.0),
+        faults.Node("agent-0", at=at, up_ms=270.0, down_ms=252.0),
+    )
+    schedule = msgspec.structs.replace(make(seconds=8.0), bpm=182.0, nodes=nodes)
+    trace = clusters.run(schedule, keep=True).trace
+    locked = next(n for n, line in enumerate(trace) if "locked to the grid" in line)
+    assert float(trace[locked].split()[0]) < 9
+    beats = [float(line.split()[0]) for line in trace[locked:] if "agent-0: beat" in line]
+    pauses = [after - before for before, after in itertools.pairwise(beats)]
+    assert all(abs(pause - 60 / 182) < 0.005 for pause in pauses)
+
+
 def test_agents_that_cannot_hear_the_leader_have_time_to_come_back_into_line_afterwards() -> None:
     # The leader's clock jumps while the agent is cut off. When the agent is back, the leader hears
     # no pings. Frames alone move nobody so far.
