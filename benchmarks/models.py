@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
 
 
 FULL: Final = Sizes(7, 10_000, 200_000, 200)
-QUICK: Final = Sizes(2, 1_000, 20_000, 20)
+QUICK: Final = Sizes(2, 1_000, 10_000, 20)
 
 
 def make_claims(count: int, agents: int, beat: int, phase: str) -> Iterator[list[StatusClaim]]:

@@ -145,9 +145,7 @@ class ClusterModel:
         """
         self._ages.set_grid(grid, now)
         self.grid = grid
-        self._table.locate(
-            grid.cluster_id, grid.position, grid.tempo_bpm, local=grid.grid == "local"
-        )
+        self._table.locate(grid.cluster_id, grid.position, grid.tempo_bpm)
         elapsed, bar = self._ages.elapsed, grid.beats_per_bar
         self._table.expire(elapsed - self._keep_bars * bar)
         # All are looked at for this, so not each time.

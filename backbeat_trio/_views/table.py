@@ -85,20 +85,19 @@ class Table:
 
     # The grid.
 
-    def locate(self, cluster_id: str, position: float, tempo_bpm: float, *, local: bool) -> None:
+    def locate(self, cluster_id: str, position: float, tempo_bpm: float) -> None:
         """Report where this process is on the grid.
 
         Args:
           cluster_id: the cluster whose claims count.
           position: the position.
           tempo_bpm: the tempo; 0.0 in a pause.
-          local: whether the grid is this process's own, which says nothing of others' beats.
 
         """
         self._wanted = (cluster_id, UNSET)
         # In a pause, claims of the time before it may still be on their way.
         self._pace = pace = tempo_bpm / 60 or self._pace
-        self._future = math.inf if local else position + max(_AHEAD_BEATS, _AHEAD * pace)
+        self._future = position + max(_AHEAD_BEATS, _AHEAD * pace)
         self._slack = max(_AHEAD_BEATS, _DELAY * pace)
 
     # Claims.

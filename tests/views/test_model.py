@@ -234,16 +234,19 @@ def test_another_incarnation_makes_nothing_late_or_silent(first: str, to: float)
     assert (seen.passed, seen.last_beat - seen.history[0].beat) == (16, 16)
 
 
-def test_a_budget_that_is_out_stays_as_late_as_it_was_on_another_grid() -> None:
+@pytest.mark.parametrize("to", [20, 90_000])
+def test_a_budget_that_is_out_stays_as_late_as_it_was_on_another_grid(to: int) -> None:
     watched = Watched(position=500.0)
     for number in range(10):
         watched.take(claim(500 + number, start=500))
         watched.go(1)
     assert (watched.seen().timing, watched.seen().passed) == ("late", 9)
-    watched.position = 90_000.0
+    watched.position = to
     watched.look()
-    watched.take(claim(90_000, start=90_000 - 10))
-    assert (watched.seen().timing, watched.seen().passed) == ("late", 10)
+    watched.take(claim(to, start=to - 10))
+    seen = watched.seen()
+    assert (seen.timing, seen.passed, seen.start_beat) == ("late", 10, to - 10)
+    assert seen.history[0].beat == to - 10
 
 
 def test_claims_that_were_late_are_not_taken_for_another_grid() -> None:
@@ -267,13 +270,6 @@ def test_a_new_process_on_a_grid_that_began_again_is_not_out_of_order() -> None:
     # Within the new grid, order counts.
     watched.take(claim(19, start=10))
     assert watched.seen().last_beat == 20
-
-
-def test_a_local_grid_says_nothing_of_the_beats_of_others() -> None:
-    watched = Watched(position=5.0)
-    watched.look(grid="local")
-    watched.take(claim(90_005, start=90_003), claim(90_004, start=90_003))
-    assert (watched.seen().last_beat, watched.seen().timing) == (90_005, "on_time")
 
 
 def test_a_pause_makes_nothing_silent() -> None:
@@ -333,6 +329,13 @@ def test_an_agent_is_silent_once_three_claims_are_missing() -> None:
     watched.go(50)
     assert not silent("rare")
     watched.go(6)
+    assert silent("rare")
+    # What lies between two grids is no interval.
+    watched.position = 90_000.0
+    watched.look()
+    watched.take(health(90_000, agent="rare"))
+    assert not silent("rare")
+    watched.go(60)
     assert silent("rare")
     assert watched.model.totals().agents_silent == 3
 
@@ -451,7 +454,9 @@ def test_hostile_text_takes_no_more_memory_than_allowed(text: str) -> None:
     tracemalloc.stop()
     # The rest does not grow with the bounds: what is kept once, and the counts of types.
     assert kept < 900 * count + 12_000_000
-    assert watched.model.totals().live > 0
+    totals = watched.model.totals()
+    assert totals.live > 0
+    assert (totals.live < count) == (number == count)
     assert msgspec.json.encode(watched.model.operations(Query(limit=50)))
 
 

@@ -335,3 +335,46 @@ def test_a_page_is_a_part_of_what_passes_all_filters(
         map(key, wanted), reverse=query.reverse
     )
     assert page.items == everything.items[query.offset : query.offset + query.limit]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=st.lists(
+        st.lists(st.tuples(claims(), st.sampled_from("abcd"), st.sampled_from("stuvwxyz")))
+        | st.sampled_from((1.0, 4.0, 20.0, 1000.0)),
+        max_size=20,
+    )
+)
+def test_counts_agree_with_lists_whatever_is_left_out(steps: list[Any]) -> None:
+    watched = Watched(max_agents=3, max_operations=6, keep_bars=KEEP)
+    model = watched.model
+    for step in steps:
+        if isinstance(step, float):
+            watched.go(step)
+        else:
+            for each, agent, id in step:
+                watched.take(msgspec.structs.replace(each, agent_id=agent, task_id=id))
+        totals, agents, types = model.totals(), model.agents(), model.types()
+        views = model.operations(Query(limit=100)).items
+        assert agents.total == totals.agents <= 3
+        assert len(views) <= totals.live + totals.done + totals.failed <= 6
+        live = [each for each in views if each.live]
+        assert len(live) == totals.live
+        for timing in ("on_time", "slow", "late", "silent"):
+            assert getattr(totals, timing) == sum(each.timing == timing for each in live)
+        for agent in agents.items:
+            own = [each for each in live if each.agent_id == agent.agent_id]
+            assert agent.live == len(own)
+            assert agent.late == sum(each.timing == "late" for each in own)
+            assert agent.slow == sum(each.timing == "slow" for each in own)
+            assert agent.silent_operations == sum(each.timing == "silent" for each in own)
+        assert {each.agent_id for each in views} <= {each.agent_id for each in agents.items}
+        assert sum(each.live for each in types) == totals.live
+        assert sum(each.done for each in types) == totals.done
+        assert sum(each.failed for each in types) == totals.failed
+        assert all(each.live + each.done + each.failed for each in types)
+    # Nothing is left of it in the end.
+    watched.go(10_000)
+    watched.go(10_000)
+    assert model._table._count == model._table._size == 0
+    assert model.agents().total == 0
