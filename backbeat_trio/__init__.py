@@ -65,7 +65,11 @@ if _starts_program:
 
 if _typing.TYPE_CHECKING or not _starts_program:
     from ._calls.endpoint import Request as Request
-    from ._calls.instrument import Call as Call, Instrument as Instrument
+    from ._calls.instrument import (
+        Call as Call,
+        Instrument as Instrument,
+        Observed as Observed,
+    )
     from ._calls.remaining import Remaining as Remaining
     from ._calls.requests import Response as Response
     from ._calls.service import Service as Service

@@ -20,13 +20,13 @@ from backbeat_trio import (
     Call,
     Instrument,
     NoResponders,
+    Observed,
     Operation,
     Phase,
     Request,
     ServiceError,
     Session,
 )
-from backbeat_trio._calls.instrument import Observed
 from backbeat_trio._runtime.instruments import EVENTS
 from backbeat_trio._time.beats import Beat
 from backbeat_trio._time.scopes import BeatScope
