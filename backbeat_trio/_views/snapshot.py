@@ -192,9 +192,7 @@ def take_snapshot(model: ClusterModel, series: Series, query: SnapshotQuery) -> 
       query: which operations and agents.
 
     """
-    agents = Query(
-        text=query.agents_text, limit=query.agents_limit, offset=query.agents_offset, sort="agent"
-    )
+    agents = Query(text=query.agents_text, limit=query.agents_limit, offset=query.agents_offset)
     return Snapshot(
         model.version,
         model.grid,
