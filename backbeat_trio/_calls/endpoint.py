@@ -331,6 +331,9 @@ class Endpoint:
             elif call.is_free:
                 call.scope = scope
                 await self._handle(call, scope)
+            elif (refusal := self._refusal(call)) is not None:
+                # Time may have passed since it was started, too.
+                self._refuse(call, *refusal)
             else:
                 await self._handle_within(call)
         except BaseException as error:

@@ -5,6 +5,7 @@ By default there are few of them; ``--faults`` has as many as it takes to find w
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import signal
@@ -29,6 +30,8 @@ from backbeat_trio import (
     current_session,
 )
 from backbeat_trio._calls.headers import parse
+from backbeat_trio._transport.nats import NatsTransport
+from backbeat_trio._transport.nats_incoming import INBOX, Arrival
 from backbeat_trio.testing import CLUSTER_ID, NatsServer, open_session
 
 Clock = trio.testing.MockClock
@@ -37,11 +40,63 @@ CALLERS = 64
 # By how much a handler may outlive its caller's budget: in beats, and in seconds.
 LATE_BEATS = 1 / 20
 LATE_SECONDS = 0.005
+# How often the watch looks, in seconds.
+LOOK = 0.005
+# How late Trio wakes a task on a machine that has nothing else to do, in seconds.
+WAKE_UP = 0.003
+# For how long an answer may be there before its caller has it, in seconds.
+HANDED_OVER = 0.02
 
 
 @pytest.fixture
 def thorough(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--faults"))
+
+
+class Watch:
+    """A task that looks on: when Trio's loop ran, and where the grid was then.
+
+    If the machine is busy with something else, the loop does not run for a while, and the session
+    may find that its clock was off. Neither is lateness of a handler.
+    """
+
+    def __init__(self, bb: Session) -> None:
+        self._bb = bb
+        # When it woke up before, when it woke up next, and the position that it saw then.
+        self._looks: list[tuple[float, float, float]] = []
+        self._woken = math.inf
+
+    async def run(self) -> None:
+        """Look on, until cancelled."""
+        self._woken = trio.current_time()
+        while True:
+            await trio.sleep(LOOK)
+            now = trio.current_time()
+            self._looks.append((self._woken, now, self._bb.current_position()))
+            self._woken = now
+
+    def ran(self, time: float) -> float:
+        """Return for how many of the seconds since then the loop ran as it should.
+
+        Where the watch overslept, none of its sleep counts.
+        """
+        now = trio.current_time()
+        ran = now - time
+        for before, woken, _ in itertools.chain([(self._woken, now, 0.0)], reversed(self._looks)):
+            if woken <= time:
+                break
+            if woken - before > LOOK + WAKE_UP:
+                ran -= woken - max(before, time)
+        return ran
+
+    def ran_beyond(self, beat: float) -> float:
+        """Return for how many seconds the loop has run since it was seen beyond a beat."""
+        seen = math.inf
+        for _, woken, position in reversed(self._looks):
+            if position < beat:
+                break
+            seen = woken
+        return self.ran(seen) if seen != math.inf else 0.0
 
 
 class Record:
@@ -56,16 +111,19 @@ class Record:
         self.outlived = -math.inf
         """By how many beats the handler outlived the deadline, less what is allowed."""
         self.finished_in_time = False
+        self.arrived = math.inf
+        """When the answer was at the caller's socket, over a real server."""
+        self.unread = 0.0
+        """For how many seconds it had been there when the request ended without it."""
 
 
 class Load:
     """Random requests, from a seed."""
 
     def __init__(
-        self, caller: Session, server: Session, number: int, seed: int, slack: float
+        self, caller: Session, server: Session, number: int, seed: int, *, is_real: bool
     ) -> None:
-        # By how many beats before its deadline an answer must be given to arrive in time.
-        self._slack = slack
+        self.watch = Watch(server) if is_real else None
         self.caller, self.server = caller, server
         self.chance = random.Random(seed)
         self.records = [self._draw() for _ in range(number)]
@@ -88,13 +146,16 @@ class Load:
         deadline = parse(request.headers)[0].deadline
         try:
             await bb.sleep(record.work)
-            if deadline is None or bb.current_position() < deadline.beat - self._slack:
+            if deadline is None or bb.current_position() < deadline.beat:
                 record.finished_in_time = True
             return request.data
         finally:
             if deadline is not None:
-                allowed = LATE_BEATS + LATE_SECONDS * bb.tempo_bpm / 60
-                record.outlived = bb.current_position() - deadline.beat - allowed
+                rate = bb.tempo_bpm / 60
+                beats = bb.current_position() - deadline.beat
+                if self.watch is not None:
+                    beats = min(beats, self.watch.ran_beyond(deadline.beat) * rate)
+                record.outlived = beats - LATE_BEATS - LATE_SECONDS * rate
 
     async def call(self) -> None:
         for number in self._left:
@@ -109,6 +170,8 @@ class Load:
                     record.outcome = "answered"
                 except BeatBudgetExceeded:
                     record.outcome = "exceeded"
+                    if self.watch is not None and record.arrived != math.inf:
+                        record.unread = self.watch.ran(record.arrived)
                 except ServiceError as error:
                     record.outcome = f"{error.code}"
             if scope.cancelled_caught:
@@ -143,7 +206,7 @@ class Load:
 
     async def settle(self) -> None:
         await until(lambda: not self.server.statistics().live_calls)
-        if self._slack:
+        if self.watch is not None:
             # Each call has an answer, which arrives sooner or later. Answers to pings may be late,
             # too.
             def answers() -> int:
@@ -158,10 +221,13 @@ class Load:
 
     def check(self) -> None:
         assert self.changes == 4
+        # Over a real server, an answer may be given in time and arrive too late.
         lost = [
             record
             for record in self.records
-            if record.finished_in_time and record.outcome not in ("answered", "given up")
+            if record.finished_in_time
+            and record.outcome not in ("answered", "given up")
+            and (self.watch is None or record.unread > HANDED_OVER)
         ]
         assert not lost, [vars(record) for record in lost]
         outcomes = Counter(record.outcome for record in self.records)
@@ -182,14 +248,14 @@ async def give_up(scope: trio.CancelScope, seconds: float) -> None:
 
 @asynccontextmanager
 async def open_load(
-    url: str, number: int, seed: int, *, slack: float = 0.0
+    url: str, number: int, seed: int, *, is_real: bool = False
 ) -> AsyncGenerator[Load, None]:
     async with (
         open_session(nats_url=url, agent_id="caller", tempo_bpm=600.0) as caller,
         open_session(nats_url=url, agent_id="server", tempo_bpm=600.0) as server,
     ):
         await until(lambda: caller.health().grid == server.health().grid == "locked")
-        yield Load(caller, server, number, seed, slack)
+        yield Load(caller, server, number, seed, is_real=is_real)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -203,19 +269,33 @@ async def test_random_requests_in_virtual_time(
 
 
 @guarded(500)
-async def test_random_requests_over_a_real_server(thorough: bool) -> None:
+async def test_random_requests_over_a_real_server(
+    thorough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records: list[Record] = []
+    dispatch = NatsTransport.dispatch
+
+    def look(transport: NatsTransport, item: Arrival, behind_ns: int) -> None:
+        if records and item.number == INBOX and item.data.isdigit():
+            records[int(item.data)].arrived = (item.stamp + behind_ns) / 1e9
+        dispatch(transport, item, behind_ns)
+
+    monkeypatch.setattr(NatsTransport, "dispatch", look)
     async with (
         NatsServer() as server,
         leading_at(server.url, tempo_bpm=600.0),
-        # The way of an answer takes long on a machine that others use, too.
-        open_load(server.url, 10_000 if thorough else 1500, 1, slack=2.0) as load,
+        open_load(server.url, 10_000 if thorough else 1500, 1, is_real=True) as load,
+        trio.open_nursery() as nursery,
     ):
+        records += load.records
+        assert load.watch is not None
+        nursery.start_soon(load.watch.run)
         await load.run()
         load.check()
         print(f"the latest handler: {load.latest:+.3f} beats beside what is allowed")
-        if thorough:
-            # By default the tests share the machine with others.
-            assert load.latest <= 0
+        # By default the tests share the machine with others.
+        assert load.latest <= (0 if thorough else 5)
+        nursery.cancel_scope.cancel()
 
 
 # A caller that is gone.

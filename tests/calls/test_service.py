@@ -353,6 +353,39 @@ async def raw_request(bb: Session, headers: dict[str, str], data: bytes = b"") -
     return reply.headers or {}
 
 
+@pytest.mark.parametrize(("jump", "code", "min_beats"), [(5, "504", 0), (1, "", 1.5)])
+async def test_budget_that_is_too_small_once_the_task_has_its_turn(
+    autojump_clock: Clock, jump: float, code: str, min_beats: float
+) -> None:
+    begun: list[bytes] = []
+
+    async def handle(request: Request) -> bytes:
+        begun.append(request.data)
+        # No other task runs meanwhile, and both have arrived.
+        autojump_clock.jump(jump)
+        return b""
+
+    async with open_pair(handle, min_beats=min_beats) as pair:
+        headers: dict[str, str] = {}
+        with pair.caller.move_on_after(2):
+            pair.caller.inject(headers)
+        codes: list[str] = []
+
+        async def ask() -> None:
+            answer = await raw_request(pair.caller, headers)
+            codes.append(answer.get("Nats-Service-Error-Code", ""))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+        assert sorted(codes) == sorted(["408", code])
+        assert len(begun) == 1
+        counts = pair.server.statistics()
+        assert (counts.calls_refused, counts.calls_expired) == (1, int(code == "504"))
+        assert counts.headers_expired == int(code == "504")
+        assert counts.live_calls == 0
+
+
 async def test_request_with_less_than_the_handler_needs_is_refused(
     autojump_clock: Clock,
 ) -> None:
