@@ -1,4 +1,4 @@
-"""The picture of the demonstration in README: ``docs/demo.svg``.
+"""Pictures of what a terminal shows, and that of the demonstration in README: ``docs/demo.svg``.
 
 ``python tests/helpers/picture.py`` makes it anew, after a change of what ``backbeat demo`` shows.
 """
@@ -66,10 +66,17 @@ def watch(*command: str) -> str:
     return _CONTROL.sub("", _REDRAWN.split(b"".join(chunks).decode())[-1])
 
 
-def draw(shown: str, title: str) -> str:
+def draw(shown: Text, title: str, columns: int = COLUMNS) -> str:
     """Return an SVG of what a terminal shows."""
-    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
-    console.print(Text.from_ansi(f"$ {title}\n{shown.rstrip()}"))
+    console = Console(
+        record=True,
+        width=columns,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        _environ={},
+    )
+    console.print(shown)
     return _FONTS.sub("", console.export_svg(title=title, unique_id="demo"))
 
 
@@ -96,7 +103,7 @@ def outline(picture: str) -> list[str]:
 def make_picture() -> str:
     """Run the demonstration, and return the picture of it."""
     shown = watch(sys.executable, "-m", "backbeat_trio", "demo")
-    return draw(shown, "backbeat demo")
+    return draw(Text.from_ansi(f"$ backbeat demo\n{shown.rstrip()}"), "backbeat demo")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import picture
 from msgspec import UNSET
 from rich.cells import cell_len
 from rich.text import Text
@@ -20,6 +21,7 @@ from backbeat_trio._views.terminal import Painter
 from backbeat_trio._views.watch import draw
 from backbeat_trio._wire import HEALTH_TASK_ID
 
+PICTURE = picture.ROOT / "docs" / "watch.svg"
 BEGIN = 12336
 HOSTILE = (
     "[red]x[/] \x1b[2J\x1b]0;t\x07\u202egnp\u0007 \N{CJK UNIFIED IDEOGRAPH-4E2D}\u200b"
@@ -179,6 +181,12 @@ def shown(
     assert len(screen.lines) == size[1]
     assert all(cell_len(line.plain) <= size[0] for line in screen.lines)
     return screen.lines
+
+
+def make_picture() -> str:
+    """Return an SVG of the whole screen of `scene`, with which the guide begins."""
+    lines = shown(*scene(), (120, 18))
+    return picture.draw(Text("\n").join(lines), "backbeat watch", 120)
 
 
 def plain(source: Source, browser: Browser, *size: int, **more: Any) -> str:
@@ -513,3 +521,12 @@ def test_pieces_of_a_line() -> None:
     assert [bar(share, 4, ASCII) for share in (0, 0.5, 1, 7.5)] == ["....", "##..", "####", "####"]
     assert [track(share, 4, ASCII) for share in (0, 0.5, 0.999)] == ["O---", "--O-", "---O"]
     assert sparkline([0, None, 1, 2], 2.0, UNICODE) == "▁ ▅█"
+
+
+def test_the_picture_in_the_guide_is_current() -> None:
+    # `python tests/views/test_watch.py` makes it anew.
+    assert picture.lines(PICTURE.read_text()) == picture.lines(make_picture())
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(make_picture())
