@@ -288,6 +288,7 @@ KEYS: dict[str, Any] = {
 @settings(max_examples=100, deadline=None)
 @given(
     taken=st.lists(claims(), min_size=5, max_size=60),
+    quiet=st.sampled_from((0, 2)),
     query=st.builds(
         Query,
         text=st.sampled_from(("", "", "A", "search: CONN", "nothing")),
@@ -303,16 +304,19 @@ KEYS: dict[str, Any] = {
     ),
 )
 def test_a_page_is_a_part_of_what_passes_all_filters(
-    taken: list[StatusClaim], query: Query
+    taken: list[StatusClaim], quiet: int, query: Query
 ) -> None:
     slow, watched = Slow(), Watched()
     for number, each in enumerate(taken):
         made = msgspec.structs.replace(each, task_id=f"{each.task_id}{number // 2}")
         slow.take(made)
         watched.take(made)
-        if number % 9 == 0:
+        if number % 3 == 0:
             slow.go(1, paused=False, connected=True)
             watched.go(1)
+    # What came before is silent then, and what came last is not.
+    slow.go(quiet, paused=False, connected=True)
+    watched.go(quiet)
     wanted = [
         each
         for each in slow.views()
