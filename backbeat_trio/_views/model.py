@@ -53,7 +53,7 @@ from typing import Any, Final, final
 from .._wire import StatusClaim
 from .ages import Ages
 from .entries import Agent, Entry
-from .pages import choose, keys_of, make_page
+from .pages import choose, keys_of, make_page, mentions
 from .shown import (
     BUCKETS as BUCKETS,
     MAX_TEXT as MAX_TEXT,
@@ -192,7 +192,7 @@ class ClusterModel:
             found = [agent for agent in found if agent.id == query.agent]
         if query.text:
             text = query.text.casefold()
-            found = [agent for agent in found if text in agent.id.casefold()]
+            found = [agent for agent in found if mentions(agent, text)]
         if query.timing == "silent":
             found = [agent for agent in found if agent.silent or agent.mute]
         elif query.timing is not None:
@@ -218,7 +218,7 @@ class ClusterModel:
         chosen = choose(
             [each for agent in agents if agent for each in agent.operations.values()],
             query,
-            agent_ids=table.agents,
+            agents=table.agents.values(),
             types=table.kinds,
             silent_before=self._ages.silent_before(),
         )

@@ -9,23 +9,23 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from .entries import RANKS, Entry
+from .entries import RANKS, Agent, Entry
 from .shown import Page, Query, Sort, Timing
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 # From this part of a list on, sorting all of it is as quick as finding the first ones.
-_SHARE = 8
+_SHARE: Final = 8
 
 
 def choose(
     entries: list[Entry],
     query: Query,
     *,
-    agent_ids: Collection[str],
+    agents: Collection[Agent],
     types: Collection[str],
     silent_before: float,
 ) -> list[Entry]:
@@ -34,7 +34,7 @@ def choose(
     Args:
       entries: operations.
       query: the query.
-      agent_ids: all agents.
+      agents: all agents.
       types: all types.
       silent_before: as of `Ages.silent_before`.
 
@@ -50,17 +50,22 @@ def choose(
         entries = _timed(entries, query.timing, silent_before)
     if query.text:
         text = query.text.casefold()
-        hit_agents = {name for name in agent_ids if text in name.casefold()}
-        hit_types = {name for name in types if text in name.casefold()}
-        is_other = hit_agents or hit_types
+        of_agents = {agent.id for agent in agents if mentions(agent, text)}
+        of_types = {name for name in types if text in name.casefold()}
+        is_wide = of_agents or of_types
         entries = [
             each
             for each in entries
             if text in each.id.casefold()
-            or (is_other and (each.agent_id in hit_agents or each.type in hit_types))
-            or text in each.notes.casefold()
+            or (is_wide and (each.agent_id in of_agents or each.type in of_types))
+            or (each.state == "failed" and text in each.notes.casefold())
         ]
     return entries
+
+
+def mentions(agent: Agent, text: str) -> bool:
+    """Tell whether a text, without capitals, is in the id or the notes of an agent."""
+    return text in agent.id.casefold() or text in agent.notes.casefold()
 
 
 def _timed(entries: list[Entry], wanted: Timing, silent_before: float) -> list[Entry]:

@@ -291,7 +291,8 @@ class Query(Struct, frozen=True):
     """Which agents or operations to show, and in which order. An operation must pass all filters.
 
     Attributes:
-      text: a part of the agent's id, or of an operation's id, type or notes. Case does not matter.
+      text: a part of the id or the notes of an agent, of the id or the type of an operation, or of
+        the notes of one that has failed. Case does not matter.
       agent: the id of the agent.
       type: the type of an operation.
       phase: the phase of an operation.

@@ -133,7 +133,7 @@ class Table:
                     and claim.state == entry.state == "executing"
                     and (claim.phase == entry.phase or claim.phase is UNSET)
                     and (claim.peers == entry.peers or claim.peers is UNSET)
-                    and claim.estimated_beats in (entry.estimated, UNSET)
+                    and (claim.estimated_beats == entry.estimated or claim.estimated_beats is UNSET)
                     and claim.soft is entry.soft
                     and (wanted is None or claim.cluster_id in wanted)
                 ):

@@ -54,7 +54,7 @@ def test_timing_is_that_of_the_table(
     assert (seen.outcome, seen.timing) == (outcome, timing)
     assert seen.passed == int(passed)
     for wanted in ("on_time", "slow", "late", "silent"):
-        page = watched.model.operations(Query(timing=wanted))  # type: ignore[arg-type]
+        page = watched.model.operations(Query(timing=wanted))
         assert page.items == ((seen,) if wanted == timing else ())
 
 
@@ -362,6 +362,27 @@ def test_agents_show_their_health_and_their_operations() -> None:
     assert watched.model.totals().agents_unhealthy == 1
     names = watched.model.agents(Query(sort="agent", reverse=True, limit=2, offset=1))
     assert (names.total, [each.agent_id for each in names.items]) == (3, ["b", "a"])
+
+
+def test_text_is_looked_for_where_an_operator_reads_it() -> None:
+    def found(text: str) -> tuple[list[str], list[str]]:
+        query = Query(text=text, sort="id")
+        operations = watched.model.operations(query).items
+        return [each.agent_id for each in watched.model.agents(query).items], [
+            each.id for each in operations
+        ]
+
+    watched = Watched()
+    watched.take(msgspec.structs.replace(health(100), notes="CHORUS P2P healthy: node=12D3KooW"))
+    reason = "P2P operation failed: Connection lost (type: search)"
+    watched.take(claim(100, id="ok"), claim(100, id="bad", state="failed", notes=reason))
+    watched.take(claim(100, agent="zed", id="OTHER", operation_type="Pubsub"))
+    assert found("12d3") == (["a"], ["bad", "ok"])
+    assert found("connection LOST") == ([], ["bad"])
+    assert found("other") == found("pubSUB") == ([], ["OTHER"])
+    assert found("zed") == (["zed"], ["OTHER"])
+    # The notes of the others say nothing that has no filter of its own.
+    assert found("peers: 2") == ([], [])
 
 
 # Bounds.
