@@ -325,6 +325,13 @@ async def test_handler_ends_at_its_callers_deadline(autojump_clock: Clock) -> No
         assert ended == [begin + 2.5]
         counts = pair.server.statistics()
         assert counts.calls_expired + counts.calls_cancelled == 1
+        # A caller that is gone does not say that it waits no longer.
+        headers: dict[str, str] = {}
+        begin = pair.caller.current_position()
+        with pair.caller.move_on_after(1.25):
+            pair.caller.inject(headers)
+        assert (await raw_request(pair.caller, headers))["Nats-Service-Error-Code"] == "504"
+        assert ended[1:] == [begin + 1.25]
 
 
 async def test_request_whose_budget_is_spent_is_refused_before_any_work(
