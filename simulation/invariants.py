@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 TOLERANCE_NS: Final = 5 * MS
 # What a way may differ by from its way back, so that agents never step by a quarter of a beat.
 SMALL_ASYMMETRY_MS: Final = 40.0
-# What a frame may take so that it tells of a change before that takes effect, 250 ms later.
-FAR_MS: Final = 200.0
+# What a frame may take so that it tells of a change before that takes effect. A leader announces a
+# change 250 ms before that, but only 200 ms if the store was slow. Ways are irregular, and an agent
+# whose way differs from its way back is ahead by up to half of that.
+FAR_MS: Final = 150.0
 # How long a grid must be gone on a working connection before another one begins, with a margin for
 # who would have answered.
 ABSENT_NS: Final = 1_500 * MS

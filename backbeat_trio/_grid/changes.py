@@ -9,7 +9,7 @@ from .._wire import MAX_INDEX, MAX_NS, MIN_MILLI_BPM
 from .timeline import PAUSED_BEAT_NS, Timeline
 
 # A change takes effect only after this many beats and this time, so that everybody hears of it.
-_LEAD_BEATS: Final = 2
+LEAD_BEATS: Final = 2
 LEAD_NS: Final = 250_000_000
 # How long a client waits for the answer to its request; the leader waits 2 s for the record.
 ASKED_NS: Final = 2_500_000_000
@@ -29,6 +29,7 @@ def propose(
     beats_per_bar: int,
     epoch: int,
     after_seq: int = -1,
+    spare_ns: int = 0,
 ) -> Timeline:
     """Return the timeline with a change added.
 
@@ -48,6 +49,8 @@ def propose(
       beats_per_bar: the length of a bar, in beats.
       epoch: the term of leadership in which the change is made.
       after_seq: the new segments get numbers greater than this.
+      spare_ns: by how much later than usual the change may take effect at the earliest, in
+        nanoseconds; a pause does not end later.
 
     Raises:
       TempoRefused: if ``at_beat`` is past, too soon or too far ahead; if the grid is paused, or
@@ -58,7 +61,8 @@ def propose(
     present = timeline.segments[0]
     if not present.milli_bpm:
         return _resume(timeline, cluster_ns, milli, former, epoch=epoch, after_seq=after_seq)
-    earliest = max(timeline.after(cluster_ns) + _LEAD_BEATS, timeline.after(cluster_ns + LEAD_NS))
+    spared = cluster_ns + spare_ns
+    earliest = max(timeline.after(spared) + LEAD_BEATS, timeline.after(spared + LEAD_NS))
     index = timeline.index_at(cluster_ns)
     if milli is None:
         stops = [s.beat0 for s in timeline.segments if not s.milli_bpm]

@@ -19,7 +19,7 @@ from trio_util import AsyncBool
 
 from .._checks import check_integer
 from .._errors import Logger, MetronomeUnavailable, TempoRefused, TransportBroken
-from .._grid.changes import ASKED_NS, LEAD_NS, propose
+from .._grid.changes import ASKED_NS, LEAD_BEATS, LEAD_NS, propose
 from .._grid.estimate import PingRate
 from .._grid.namesakes import Namesakes
 from .._grid.steering import Steering
@@ -33,6 +33,7 @@ from .._wire import (
     Probe,
     RecallReply,
     Record,
+    Segment,
     SyncReply,
     SyncRequest,
     TempoReply,
@@ -67,6 +68,10 @@ _STANDBY_NS: Final = 150_000_000_000
 _STANDBYS: Final = 256
 # The commit of a change is given up this long before the change would take effect.
 _MARGIN_NS: Final = 50_000_000
+# How long before it takes effect a frame must announce a change, unless beats are so short that
+# this is not possible, and by how much less because edges are rounded.
+_ANNOUNCED_NS: Final = 200_000_000
+_ROUNDING_NS: Final = 1_000_000
 
 
 _Answering: TypeAlias = Callable[[Message], Awaitable[msgspec.Struct | None]]
@@ -586,6 +591,7 @@ class Leader:
         self, bpm: float | None, at_beat: int | None, over: int
     ) -> tuple[Timeline, int]:
         milli = bpm if not bpm else milli_bpm("tempo_bpm", bpm)
+        took = 0
         for _ in range(_CHANGE_TRIES):
             now, known = self.cluster_ns(), {*self.timeline.segments}
             timeline = propose(
@@ -597,6 +603,7 @@ class Leader:
                 former=self.milli_bpm,
                 beats_per_bar=self.beats_per_bar,
                 epoch=self.epoch,
+                spare_ns=took,
             )
             first = next(segment for segment in timeline.segments if segment not in known)
             present = timeline.segments[0]
@@ -609,16 +616,28 @@ class Leader:
             if self._ledger is None:
                 return timeline, first.beat0
             await self._commit(timeline, (first.t0_ns - now - _MARGIN_NS) / 1e9)
-            # The commit took time, and the change must still be announced before it takes effect. A
-            # paused grid is announced at once.
-            announced = self.sent + 1 < first.beat0 or not present.milli_bpm
-            if announced and first.t0_ns - self.cluster_ns() >= LEAD_NS // 2:
+            if self._is_announced_in_time(first):
                 return timeline, first.beat0
+            # Allow for as much time in the next attempt.
+            took = self.cluster_ns() - now
             # Overwrite the change in the record with the present timeline.
             self._look.value = True
             if at_beat is not None:
                 break
         raise TempoRefused("the change was committed too late for its beat")
+
+    def _is_announced_in_time(self, change: Segment) -> bool:
+        # The commit took time, and a frame must still announce the change before it takes effect.
+        now = self.cluster_ns()
+        milli = self.timeline.segment_at(now).milli_bpm
+        if not milli:
+            # The resumption of a paused grid is announced at once.
+            return change.t0_ns - now >= LEAD_NS // 2
+        index, beat = max(self.sent + 1, self.timeline.index_at(now)), beat_ns(milli)
+        # A change is announced by so much at the latest if the commit takes no time.
+        usual = max(LEAD_BEATS * beat, LEAD_NS - beat) - _ROUNDING_NS
+        ahead = change.t0_ns - self.timeline.time_of(index)
+        return index < change.beat0 and ahead >= min(_ANNOUNCED_NS, usual)
 
     async def _commit(self, timeline: Timeline, seconds: float) -> None:
         try:
