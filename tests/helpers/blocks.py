@@ -25,7 +25,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 async def run(*command: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
     """Run a program to its end, and return what it printed; it must succeed."""
-    with trio.fail_after(120):
+    with trio.fail_after(300):
         done = await trio.run_process(
             list(command),
             capture_stdout=True,
