@@ -82,7 +82,7 @@ class Client:
         self.no_answers: TransportBroken | None = None
         """Why no answer can arrive, if permissions refuse the subscription to the inbox."""
         self.outgoing = Outgoing(self.fail, self._to_trio)
-        self._incoming = Incoming(owner.dispatch, owner.count_dropped, self._to_trio)
+        self.incoming = Incoming(owner.dispatch, owner.count_dropped, self._to_trio)
         self._options = options
         self._token = trio.lowlevel.current_trio_token()
         self._calls: set[Outcome] = set()
@@ -183,7 +183,7 @@ class Client:
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        incoming, outgoing = self._incoming, self.outgoing
+        incoming, outgoing = self.incoming, self.outgoing
         client = Wire(lambda: self._check_tls(client), incoming.take, incoming.tell)
         outgoing.start(client)
         error: Exception = TransportBroken(f"the connection to {self.server.url} was lost")

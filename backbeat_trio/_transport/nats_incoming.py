@@ -70,10 +70,19 @@ class Incoming:
 
     # Trio's side.
 
-    def _drain(self) -> None:
+    @property
+    def waiting(self) -> int:
+        """How many messages have arrived that were not passed on yet."""
+        return len(self._arrivals)
+
+    def drain(self) -> None:
+        """Pass on what has arrived, without waiting for Trio's loop to do it."""
         arrivals, dispatch = self._arrivals, self._dispatch
         # First: what is appended from now on tells of itself.
         self._told = False
+        if not arrivals:
+            # Each request that is cancelled asks, and there may be thousands.
+            return
         behind = _behind_ns()
         dropped = self._dropped
         self._count_dropped(dropped - self._dropped_reported)
@@ -129,7 +138,7 @@ class Incoming:
         # Each call writes to a socket pair, so that one for a batch is much cheaper than one for
         # each message.
         self._told = True
-        self._to_trio(self._drain)
+        self._to_trio(self.drain)
 
 
 def _behind_ns() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -388,3 +389,29 @@ async def test_answer_after_the_deadline_over_a_real_server() -> None:
                 await bb.request("a")
             await reply_with(messages, transport)
             await until(lambda: bb.statistics().late_replies == 1)
+
+
+@guarded(120)
+async def test_answer_that_arrived_before_the_deadline_is_not_lost_in_a_busy_loop() -> None:
+    async with NatsServer() as server, open_session(nats_url=server.url) as bb:
+        transport: Any = bb._runtime.transport
+        async with transport.open_subscription("a") as messages, trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+
+            async def answer() -> None:
+                (message,) = await messages.batch()
+                scope.deadline = trio.current_time() + 0.05
+                client = transport._client
+                transport.publish_nowait(message.reply, b"in time")
+                client.outgoing._push()
+                # No other task runs until the answer is there and the deadline has passed.
+                while not client.incoming.waiting or trio.current_time() < scope.deadline:
+                    time.sleep(0.001)
+
+            nursery.start_soon(answer)
+            with scope:
+                assert (await bb.request("a")).data == b"in time"
+            assert not scope.cancelled_caught
+            assert bb.statistics().late_replies == 0
+            assert bb.statistics().requests_abandoned == 0
+            assert not transport._requests
