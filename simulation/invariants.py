@@ -214,6 +214,9 @@ class Watch:
         # By how much the wall clock was wrong by which the record was written last, and that by
         # which the record of the grid of the last frame was written last.
         self._written_wall_ns = self._known_wall_ns = 0
+        # The grid of the record, and the grid of the record before that grid's first one.
+        self._recorded: Segment | None = None
+        self._recorded_before: Segment | None = None
         self._wiped = any(isinstance(f, ServerRestart) and f.wiped for f in schedule.faults)
         self._walls_agree = not any(isinstance(f, WallJump) for f in schedule.faults) and all(
             abs(node.wall_s) < WALL_S / 2 for node in schedule.nodes
@@ -300,6 +303,8 @@ class Watch:
         if record.epoch > self._epoch:
             self.epochs_changed_ns = self._written_ns = now
         self._epoch = record.epoch
+        if self._recorded is None or self.lines.of(self._recorded) != line:
+            self._recorded, self._recorded_before = line, self._recorded
         self._written_wall_ns = process.machine.wall_ns
         if self.line is not None and line == self.lines.of(self.line):
             self._known_wall_ns = self._written_wall_ns
@@ -379,6 +384,9 @@ class Watch:
         if link.troubles or link.changed_ns > now - ABSENT_NS or link.way_ns > FAST_WAY_NS:
             return
         if abs(process.machine.wall_ns - self._known_wall_ns) > BELIEVED_NS:
+            return
+        before = self._recorded_before
+        if before is not None and self.lines.of(before) != self.lines.of(line):
             return
         for agent in agents:
             if agent.locked and self._was_well(agent.process, now):
