@@ -302,6 +302,18 @@ class Standby(ListenerObserver):
 
     async def _recall(self) -> None:
         """Send a recall, and collect the answers of the processes that know the grid."""
+        begun = local_ns()
+        waited = 0
+        try:
+            waited = await self._collect_memories()
+        finally:
+            # While this process was late, or the record was read, nobody could answer.
+            lost = local_ns() - begun - waited
+            if lost > LATE_NS:
+                self._presence.lost_time(local_ns(), lost)
+
+    async def _collect_memories(self) -> int:
+        # Returns how long answers were certainly awaited, in nanoseconds.
         if self._ledger is not None:
             # This also shows that the connection works.
             await self._ledger.read()
@@ -313,8 +325,9 @@ class Standby(ListenerObserver):
             if memory.ping.answered_ns >= since
         }
         request = encode(RecallRequest(self._cluster_id, self._leader_id))
-        way = _WAYS * self._way_ns / 1e9
-        self._recalling = trio.move_on_after(max(_RECALL_WAIT, way))
+        limit = max(_RECALL_WAIT, _WAYS * self._way_ns / 1e9)
+        sent = local_ns()
+        self._recalling = trio.move_on_after(limit)
         async with self._transport.open_request(
             recall_subject(self._cluster_id), request
         ) as replies:
@@ -324,6 +337,9 @@ class Standby(ListenerObserver):
                     # The other answers should arrive soon after this one.
                     soon = trio.current_time() + max(_RECALL_MORE, _WAYS * self._way_ns / 1e9)
                     scope.deadline = min(scope.deadline, soon)
+        waited = local_ns() - sent
+        # A process that was late may have slept all the while, or its clock may have jumped.
+        return waited if waited <= round(limit * 1e9) + LATE_NS else 0
 
     def _hear_memory(self, answer: Reply) -> None:
         try:

@@ -194,6 +194,16 @@ def test_the_process_own_lateness_excuses_a_leader_for_one_lease_at_most() -> No
     assert presence.decide(17 * SECOND + LEASE).action is Action.PROBE
 
 
+def test_time_that_this_process_lost_does_not_count_as_waiting_for_answers() -> None:
+    presence = recalling()
+    begun = 100 * MS
+    # The clock jumps while the answers are on their way.
+    now = begun + 4600 * MS
+    presence.lost_time(now, 4500 * MS)
+    assert presence.decide(now + 890 * MS).action is not Action.BEGIN
+    assert presence.decide(now + 1000 * MS).action is Action.BEGIN
+
+
 def test_every_waiting_time_grows_with_the_round_trip() -> None:
     presence = Presence(0)
     presence.measured(600 * MS)

@@ -143,7 +143,9 @@ def test_agents_that_cannot_hear_the_leader_have_time_to_come_back_into_line_aft
 # Each of these broke a rule once, and is the only one known for its cause.
 
 
-@pytest.mark.parametrize("seed", [167, 2144, 2193, 2214, 2457, 2652, 20103, 20192, 20237])
+@pytest.mark.parametrize(
+    "seed", [167, 2144, 2193, 2214, 2457, 2652, 20103, 20192, 20237, 31596, 34374]
+)
 def test_schedules_that_broke_a_rule_once(seed: int) -> None:
     assert not clusters.run(faults.draw(seed)).violations
 
