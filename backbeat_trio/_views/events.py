@@ -242,7 +242,8 @@ async def _send_out(feed: Feed, event: bytes) -> None:
         await trio.lowlevel.checkpoint()
     chunk, number = _chunk(event), feed.number
     for count, client in enumerate(tuple(feed.direct), 1):
-        if client.idle:
+        # A client that was behind may have taken this state itself meanwhile.
+        if client.idle and (event is _COMMENT or client.number != number):
             client.send_now(chunk, number)
         if count % _WAKE == 0:
             await trio.lowlevel.checkpoint()

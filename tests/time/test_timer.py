@@ -154,8 +154,9 @@ async def test_an_alarm_is_never_early() -> None:
                 before = turns.waits
                 await alarm.sleep_until(instant)
                 assert trio.current_time() >= instant
-                # A loop that woke too early would have waited once more.
-                assert turns.waits == before + 1
+                # A loop that woke too early would have waited once more. One that was held up by
+                # another program until after the instant has not waited.
+                assert turns.waits <= before + 1
 
 
 @linux

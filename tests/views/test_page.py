@@ -171,8 +171,14 @@ def test_filters_combine_and_can_be_shared(sight: Sight, browser: Browser) -> No
     assert "?" not in page.url
     page.click("#operations th >> text=Operation")
     expect(page.locator("#operations th").first).to_have_attribute("aria-sort", "ascending")
-    names = page.locator("#operations tbody th a").all_inner_texts()
-    assert names == sorted(names)
+    # The rows follow with the next state.
+    page.wait_for_function(
+        """() => {
+            const links = document.querySelectorAll("#operations tbody th a");
+            const names = Array.from(links, (link) => link.textContent);
+            return names.length > 1 && names.every((name, at) => !at || names[at - 1] <= name);
+        }"""
+    )
     page.click("#agents-title")
     page.keyboard.press("n")
     expect(page.locator("#operations-pages")).to_contain_text("26\N{EN DASH}")
