@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import trio
@@ -13,7 +14,6 @@ from msgspec import Struct
 from .._checks import check_beats
 from .._errors import ServiceError, SessionClosed, TransportBroken, TransportClosed, TransportError
 from .._transport.headers import find_header
-from .._transport.protocol import Transport
 from .._wire import cancel_subject
 from .context import Calls
 from .instrument import make_call, observing
@@ -34,6 +34,7 @@ _MAX_TEXT: Final = 500
 # The code of an error reply that names none that can be read.
 _UNKNOWN: Final = 500
 _CODE_DIGITS: Final = 9
+_UNOBSERVED: Final = nullcontext()
 # How near the end of a caller's own budget is if a service that shares it says that it is over.
 _NEAR_BEATS: Final = 1 / 20
 _NEAR_SECONDS: Final = 0.02
@@ -74,27 +75,11 @@ async def request(
     transport = runtime.transport
     if transport is None:
         raise TransportBroken("the session is disabled, so it has no connection")
-    instruments = runtime.instruments
-    if not (instruments.call_started or instruments.call_finished):
-        return await _send(calls, transport, subject, payload, headers)
-    call = make_call("client", "nats", "request", subject, calls.remaining().beats)
-    with observing(instruments, call):
-        return await _send(calls, transport, subject, payload, headers)
-
-
-async def _send(
-    calls: Calls,
-    transport: Transport,
-    subject: str,
-    payload: bytes | bytearray | memoryview,
-    headers: Mapping[str, str] | None,
-) -> Response:
-    counts = calls.runtime.call_counts
-    if headers or calls.runtime.instruments.inject:
-        sent = dict(headers or {})
-        calls.inject(sent)
-    else:
-        sent = calls.written()
+    counts, instruments = runtime.call_counts, runtime.instruments
+    observed: AbstractContextManager[object] = _UNOBSERVED
+    if instruments.call_started or instruments.call_finished:
+        call = make_call("client", "nats", "request", subject, calls.remaining().beats)
+        observed = observing(instruments, call)
 
     def abandoned(reply: str, error: BaseException) -> None:
         counts.requests_abandoned += 1
@@ -106,20 +91,27 @@ async def _send(
                 headers={REQUEST: reply, REASON: text_for_header(_reason_of(error))},
             )
 
-    counts.requests += 1
-    try:
-        reply = await transport.request(
-            subject, bytes(payload), timeout=math.inf, headers=sent, abandoned=abandoned
-        )
-    except TransportClosed:
-        raise SessionClosed("the session has been closed") from None
-    received = reply.headers or {}
-    error = _error_of(received) if received else None
-    if error is None:
-        return Response(reply.data, received)
-    if error.code in (SPENT, OUT_OF_TIME):
-        await _wait_for_own_deadline(calls)
-    raise error
+    # In one coroutine, as each one between a task and what it waits for costs time.
+    with observed:
+        if headers or instruments.inject:
+            sent = dict(headers or {})
+            calls.inject(sent)
+        else:
+            sent = calls.written()
+        counts.requests += 1
+        try:
+            reply = await transport.request(
+                subject, bytes(payload), timeout=math.inf, headers=sent, abandoned=abandoned
+            )
+        except TransportClosed:
+            raise SessionClosed("the session has been closed") from None
+        received = reply.headers or {}
+        error = _error_of(received) if received else None
+        if error is None:
+            return Response(reply.data, received)
+        if error.code in (SPENT, OUT_OF_TIME):
+            await _wait_for_own_deadline(calls)
+        raise error
 
 
 def _error_of(headers: Mapping[str, str]) -> ServiceError | None:
