@@ -5,8 +5,8 @@ asks it what to do next. If the decision is to lead, the record's compare-and-se
 which metronome gets the lead.
 
 Every waiting time grows with the measured round trip. If this process itself was late, the leader
-is given as much more time, but at most one lease, and answers to a recall are awaited for as much
-longer. The first row that applies gives the decision:
+is given as much more time, but at most one lease, and answers to probes and to a recall are awaited
+for as much longer. The first row that applies gives the decision:
 
 ==================================================  =========  ===================================
 what is known                                       decision   reason
@@ -167,10 +167,13 @@ class Presence:
     def lost_time(self, now_ns: int, lost_ns: int) -> None:
         """Report that this process itself was late by ``lost_ns``.
 
-        The leader is given as much more time, at most one lease. Answers to a recall are awaited
-        for as much longer.
+        The leader is given as much more time for its frame, at most one lease. Answers to probes
+        and to a recall are awaited for as much longer.
         """
-        self._excused_ns = max(self._excused_ns, now_ns + min(lost_ns, self._lease_ns))
+        if self._probing_ns is None:
+            self._excused_ns = max(self._excused_ns, now_ns + min(lost_ns, self._lease_ns))
+        else:
+            self._probing_ns = min(now_ns, self._probing_ns + lost_ns)
         if self._recalling_ns is not None:
             self._recalling_ns = min(now_ns, self._recalling_ns + lost_ns)
 

@@ -277,7 +277,10 @@ class Metronome:
     async def _stand_by(
         self, ledger: Ledger | None, former: Term | None, stack: AsyncExitStack
     ) -> tuple[Leader, AsyncIterator[Message]] | None:
-        """Stand by until this metronome leads; return None if a record has become possible."""
+        """Stand by until this metronome leads; return None to begin to stand by again.
+
+        That is so if a record has become possible, or the grid must be joined anew.
+        """
         async with trio.open_nursery() as nursery:
             self._standby = standby = Standby(
                 self._transport,
@@ -294,9 +297,13 @@ class Metronome:
             await nursery.start(standby.follow)
             if ledger is None and self._ledger is not None:
                 nursery.start_soon(self._until_record, self._ledger, nursery.cancel_scope)
-            term, probes = await standby.wait_for_turn(
+            won = await standby.wait_for_turn(
                 stack, self._first_term(0, nonce=secrets.token_hex(8))
             )
+            if won is None:
+                nursery.cancel_scope.cancel()
+                return None
+            term, probes = won
             leader = self._make_leader(term, ledger)
             # The frame may be overdue, so publish it before anything else is awaited.
             leader.strike()

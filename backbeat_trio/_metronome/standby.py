@@ -65,6 +65,8 @@ _WAYS: Final = 3
 _MEMORY_NS: Final = 10_000_000_000
 # By how much the wall clocks of two machines may differ.
 _WALL_NS: Final = 2_000_000_000
+# By how much the cluster times of two processes may differ, beyond what each knows to be uncertain.
+_BEHIND_NS: Final = 50_000_000
 
 
 @final
@@ -139,6 +141,7 @@ class Standby(ListenerObserver):
         self._way_ns = 0
         self._memories: dict[str, Memory] = {}
         self._recalling = trio.CancelScope()
+        self._must_join_anew = False
 
     async def follow(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -190,17 +193,18 @@ class Standby(ListenerObserver):
 
     async def wait_for_turn(
         self, stack: AsyncExitStack, fresh: Term
-    ) -> tuple[Term, AsyncIterator[Message]]:
-        """Stand by until this metronome has the lead.
+    ) -> tuple[Term, AsyncIterator[Message]] | None:
+        """Stand by until this metronome has the lead, or must join the grid anew.
 
         Args:
           stack: the subscription to the probes of the term is entered into it.
           fresh: the term with which a new grid begins, if there is none to continue.
 
         Returns:
-          The term, and the subscription to its probes.
+          The term, and the subscription to its probes; None if the clock of this machine stopped
+          for some time, so that this metronome does not know the cluster time any more.
         """
-        while True:
+        while not self._must_join_anew:
             self._look_around()
             decision = self._presence.decide(local_ns())
             try:
@@ -222,6 +226,7 @@ class Standby(ListenerObserver):
                 await trio.sleep(_RETRY)
             else:
                 self._troubled = False
+        return None
 
     def _look_around(self) -> None:
         follower, grid, presence = self._follower, self._clock.grid, self._presence
@@ -275,11 +280,10 @@ class Standby(ListenerObserver):
         begun = trio.current_time()
         self._probed = epoch
         self._counts.probes += 1
+        patience = max(self._patience, _WAYS * self._way_ns / 1e9)
         try:
             answer = await self._transport.request(
-                lead_subject(self._cluster_id, epoch),
-                self._make_probe(epoch),
-                timeout=max(self._patience, _WAYS * self._way_ns / 1e9),
+                lead_subject(self._cluster_id, epoch), self._make_probe(epoch), timeout=patience
             )
             # Any other answer, such as that of a stream with these subjects, is not a leader's.
             decode_probe(answer.data)
@@ -290,6 +294,10 @@ class Standby(ListenerObserver):
             self._check_connected()
             # The round trip may be longer than the time limit.
             self._patience = min(2 * self._patience, _PROBE_MAX)
+            lost = local_ns() - round((begun + patience) * 1e9)
+            if lost > LATE_NS:
+                # This process was late, so it is not the leader who was silent for so long.
+                self._presence.lost_time(local_ns(), lost)
         else:
             self._note_way(answer)
             self._presence.led(local_ns())
@@ -418,9 +426,16 @@ class Standby(ListenerObserver):
         return epoch if self._ledger is not None else max(epoch, time.time_ns() // 1_000_000)
 
     def _make_term(self, decision: Decision, record: Record | None, fresh: Term) -> Term | None:
-        """Return the term with which to take the lead; None if the answers must be asked again."""
+        """Return the term with which to take the lead; None if more must be found out first."""
         if self._follower.locked:
-            return self._continue_followed(record, fresh)
+            followed = self._continue_followed(record, fresh)
+            if not _is_behind(followed, record):
+                return followed
+            self._logger.warning(
+                "joins the grid anew: the record is of a later time, so this clock stopped"
+            )
+            self._must_join_anew = True
+            return None
         if decision.action is Action.BEGIN:
             return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
         agreement = agree(
@@ -444,7 +459,7 @@ class Standby(ListenerObserver):
             epoch = self._next_epoch(record)
             former = replace(self._former, epoch=epoch, nonce=fresh.nonce)
             term = self._join_record(former, record, epoch)
-            if term is not None or record is None:
+            if record is None or (term is not None and not _is_behind(term, record)):
                 return term or former
         return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
 
@@ -518,8 +533,13 @@ class Standby(ListenerObserver):
         return replace(
             known,
             timeline=timeline,
-            # Another leader may have published frames that were not heard here. Do not repeat them.
-            sent=max(known.sent, min(record.high_water, timeline.index_at(now) + bar)),
+            # Another leader may have published frames that were not heard here. Do not repeat them,
+            # and publish none of a beat before the first segment that is left.
+            sent=max(
+                known.sent,
+                timeline.segments[0].beat0 - 1,
+                min(record.high_water, timeline.index_at(now) + bar),
+            ),
             milli_bpm=timeline.segments[0].milli_bpm or record.milli_bpm,
             incarnation=record.incarnation,
             announced_seq=max(known.announced_seq, announced_seq),
@@ -559,6 +579,14 @@ class Standby(ListenerObserver):
             beats_per_bar=bar,
             milli_bpm=milli or record.milli_bpm,
         )
+
+
+def _is_behind(term: Term, record: Record | None) -> bool:
+    """Tell whether a term's cluster time is before that at which the record was written."""
+    if record is None or record.written_ns is None or record.incarnation != term.incarnation:
+        return False
+    latest_ns = term.steering.cluster_at(local_ns()) + term.uncertainty_ns + _BEHIND_NS
+    return latest_ns < record.written_ns
 
 
 def _expected_ns(record: Record) -> int | None:

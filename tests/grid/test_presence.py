@@ -194,6 +194,18 @@ def test_the_process_own_lateness_excuses_a_leader_for_one_lease_at_most() -> No
     assert presence.decide(17 * SECOND + LEASE).action is Action.PROBE
 
 
+def test_time_that_this_process_lost_does_not_count_as_the_silence_of_its_leader() -> None:
+    presence = following()
+    begun = 11 * SECOND
+    assert presence.decide(begun).action is Action.PROBE
+    # The process is suspended while the answer to its probe is on the way.
+    now = begun + 7 * SECOND
+    presence.lost_time(now, now - begun)
+    assert presence.decide(now).action is Action.PROBE
+    assert presence.decide(now + LEASE - MS).action is Action.PROBE
+    assert presence.decide(now + LEASE).reason == "it is silent"
+
+
 def test_time_that_this_process_lost_does_not_count_as_waiting_for_answers() -> None:
     presence = recalling()
     begun = 100 * MS

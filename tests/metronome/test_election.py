@@ -185,17 +185,23 @@ async def test_a_dead_leader_is_replaced_at_once_in_the_same_cluster_time(
         assert record.leader_id == bb.health().leader_id == "pulse-1"
 
 
-async def test_a_standby_whose_clock_is_still_corrected_takes_over_in_the_measured_time(
-    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    standbys: list[Standby] = []
+@pytest.fixture
+def standbys(monkeypatch: pytest.MonkeyPatch) -> list[Standby]:
+    """Whoever has begun to stand by."""
+    noted: list[Standby] = []
     follow = Standby.follow
 
-    async def noted(standby: Standby, *, task_status: trio.TaskStatus[None]) -> None:
-        standbys.append(standby)
+    async def note(standby: Standby, *, task_status: trio.TaskStatus[None]) -> None:
+        noted.append(standby)
         await follow(standby, task_status=task_status)
 
-    monkeypatch.setattr(Standby, "follow", noted)
+    monkeypatch.setattr(Standby, "follow", note)
+    return noted
+
+
+async def test_a_standby_whose_clock_is_still_corrected_takes_over_in_the_measured_time(
+    autojump_clock: Clock, standbys: list[Standby]
+) -> None:
     # A beat lasts 15 s, so an error of 2 s is slewed, which takes 25 s.
     async with cluster(2, bpm=4.0) as (made, (one, two)):
         assert one.leads
@@ -216,6 +222,34 @@ async def test_a_standby_whose_clock_is_still_corrected_takes_over_in_the_measur
         begun = made.frames[0][0]
         lateness = [at - begun - 15 * frame.beat_index for at, frame in made.frames]
         assert lateness == pytest.approx([0, 0, 0], abs=0.02)
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+async def test_a_standby_whose_clock_stopped_does_not_take_over_in_the_past(
+    autojump_clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    standbys: list[Standby],
+    remembered: bool,
+) -> None:
+    set_wall_clock(monkeypatch)
+    async with (
+        cluster(2, bpm=240) as (made, (one, two)),
+        open_session(made.bus, answer_recalls=remembered) as bb,
+    ):
+        begun = made.frames[0][0]
+        # The leader is heard by nobody any more, and still writes the record.
+        one.transport.publish_nowait = lambda *_, **__: None  # type: ignore[method-assign]
+        # To a machine that is suspended, it looks as if no time had passed.
+        grid, now = standbys[-1]._clock.grid, local_ns()
+        grid.steering.step(grid.steering.target_at(now) - 5 * 10**9, at_ns=now)
+        await made.wait_until(two.leads_now)
+        await trio.sleep(2)
+        indices = made.indices()
+        assert indices == sorted(set(indices))
+        assert bb.current_beat() - indices[-1] in (0, 1)
+        assert bb.statistics().locks == (1 if remembered else 2)
+        if remembered:
+            assert made.frames[-1][0] == pytest.approx(begun + indices[-1] / 4, abs=0.001)
 
 
 async def test_a_lost_frame_makes_a_standby_probe_and_nothing_else(autojump_clock: Clock) -> None:
