@@ -197,13 +197,12 @@ def resolve(deadline: Deadline, incarnation: str, position: float) -> float:
 
 def normalized(headers: Headers) -> dict[str, str]:
     """Return all headers of a message, with names in lower case and repeated values joined."""
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for name, value in headers.items() if isinstance(headers, Mapping) else headers:
-        known = _text(name).lower()
+        values = found.setdefault(_text(name).lower(), [])
         for one in (value,) if isinstance(value, (str, bytes)) else value:
-            text = _text(one).strip()
-            found[known] = f"{found[known]}, {text}" if known in found else text
-    return found
+            values.append(_text(one).strip())
+    return {name: ", ".join(values) for name, values in found.items() if values}
 
 
 def _text(value: str | bytes) -> str:

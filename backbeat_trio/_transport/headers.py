@@ -64,14 +64,20 @@ def decode_headers(block: bytes) -> tuple[str, dict[str, str]]:
     """
     first, *lines = block.decode(errors="replace").split("\r\n")
     headers: dict[str, str] = {}
+    # They are joined at the end, as a hostile message may have a hundred thousand of one name.
+    repeated: dict[str, list[str]] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon:
             continue
         name, value = name.strip(), value.strip()
         before = headers.setdefault(name, value)
-        if before != value:
-            headers[name] = f"{before}, {value}"
+        if name in repeated:
+            repeated[name].append(value)
+        elif before != value:
+            repeated[name] = [before, value]
+    for name, values in repeated.items():
+        headers[name] = ", ".join(values)
     words = first[len(_FIRST) :].split(maxsplit=1)
     return words[0] if words else "", headers
 
