@@ -171,13 +171,14 @@ class Service:
         notices: Subscription,
         task_status: trio.TaskStatus[None],
     ) -> None:
+        if self._closed.is_set():
+            # The block was left while the subscriptions were being made.
+            raise SessionClosed("the service has been closed")
         listening = trio.CancelScope(shield=True)
         receiving = self._endpoints[endpoint] = trio.CancelScope()
         self._nursery.start_soon(_listen, endpoint, notices, listening)
         try:
             with receiving:
-                if self._closed.is_set():
-                    receiving.cancel()
                 task_status.started()
                 await endpoint.receive(messages)
         finally:

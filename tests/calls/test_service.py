@@ -18,6 +18,7 @@ from helpers import CLEAN, Lines, guarded, until
 from backbeat_trio import (
     BackbeatError,
     BeatBudgetExceeded,
+    MemoryTransport,
     NoResponders,
     PermissionDenied,
     Request,
@@ -857,6 +858,37 @@ async def test_leaving_the_service_ends_endpoints_that_others_run(autojump_clock
             await service.serve(SUBJECT, echo)
         with pytest.raises(NoResponders):
             await server.request(SUBJECT)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "outcome"), [(0.5, SessionClosed), (1.5, SessionClosed), (9, None)]
+)
+async def test_endpoint_that_is_starting_while_the_service_is_left(
+    seconds: float,
+    outcome: type[Exception] | None,
+    autojump_clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def answer_slowly(_: MemoryTransport) -> None:
+        await trio.sleep(1)
+
+    outcomes: list[type[Exception] | None] = []
+
+    async def serve(service: Service) -> None:
+        try:
+            await service.serve(SUBJECT, echo)
+        except Exception as error:
+            outcomes.append(type(error))
+        else:
+            outcomes.append(None)
+
+    async with open_pair() as pair, trio.open_nursery() as nursery:
+        # The server confirms each of the endpoint's two subscriptions after a second.
+        monkeypatch.setattr(MemoryTransport, "flush", answer_slowly)
+        async with pair.server.open_service("pages", version="1.0.0") as service:
+            nursery.start_soon(serve, service)
+            await trio.sleep(seconds)
+    assert outcomes == [outcome]
 
 
 async def test_exception_of_the_block_leaves_as_itself(autojump_clock: Clock) -> None:
