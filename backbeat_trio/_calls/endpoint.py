@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, TypeAlias, final
 
-import msgspec
 import trio
 from msgspec import Struct
 
@@ -73,15 +72,29 @@ Handler: TypeAlias = Callable[[Request], Awaitable[bytes]]
 class _Call:
     """One request, from its arrival to its answer."""
 
-    __slots__ = ("carried", "is_free", "message", "observed", "position", "scope", "why")
+    __slots__ = (
+        "carried",
+        "incarnation",
+        "is_free",
+        "message",
+        "observed",
+        "position",
+        "scope",
+        "shift",
+        "why",
+    )
 
-    def __init__(self, message: Message, carried: Carried, position: float) -> None:
+    # The grid when it arrived, where that was then, and `BeatHeap.shift`. They are there if it
+    # carries a deadline or a soft edge.
+    incarnation: str
+    position: float
+    shift: float
+
+    def __init__(self, message: Message, carried: Carried) -> None:
         self.is_free = carried == _NOTHING
         """Whether its caller is bound by nothing, and it is a part of nothing."""
         self.message = message
         self.carried = carried
-        self.position = position
-        """Where the grid was when it arrived."""
         self.scope: BeatScope | trio.CancelScope | None = None
         self.why: tuple[int, str] | None = None
         """The code and the reason with which something else than its deadline cancelled it."""
@@ -193,11 +206,13 @@ class Endpoint:
     def _arrive(self, message: Message) -> None:
         self._requests += 1
         self._counts.calls += 1
-        carried = self._calls.read(message.headers)
-        position = 0.0
-        if carried.deadline is not None:
-            position = self._calls.runtime.clock.position()
-        call = _Call(message, carried, position)
+        calls = self._calls
+        carried = calls.read(message.headers)
+        call = _Call(message, carried)
+        if carried.deadline is not None or carried.soft is not None:
+            call.incarnation = calls.incarnation
+            call.position = calls.runtime.clock.position()
+            call.shift = calls.deadlines.shift
         refusal = self._refusal(call)
         if refusal is None and self._draining:
             refusal = UNAVAILABLE, _CLOSING
@@ -218,21 +233,29 @@ class Endpoint:
         deadline = call.carried.deadline
         if deadline is None or not self._enabled:
             return None
-        calls = self._calls
-        position = calls.runtime.clock.position()
-        left = resolve(deadline, calls.incarnation, call.position) - position
+        left = self._left(call, deadline)
         if left <= 0:
             self._counts.headers_expired += 1
             return SPENT, _SPENT_TEXT
         if left < self._min_beats:
             return SPENT, f"{left:.3f} beats are left, and at least {self._min_beats:g} are needed"
-        if deadline.incarnation != calls.incarnation and position != call.position:
-            # What was left when it arrived counts, and not when its turn came.
-            call.carried = msgspec.structs.replace(
-                call.carried, deadline=Deadline(deadline.incarnation, deadline.beat, left)
-            )
-            call.position = position
         return None
+
+    def _left(self, call: _Call, instant: Deadline) -> float:
+        # Return how many beats are left until a deadline or a soft edge that a call carries.
+        calls = self._calls
+        if instant.incarnation == calls.incarnation:
+            return instant.beat - calls.runtime.clock.position()
+        # What was left when it arrived counts, and the session may be on another grid since then.
+        now = calls.deadlines.axis_now() + call.shift
+        return resolve(instant, call.incarnation, call.position) - now
+
+    def _renewed(self, call: _Call, instant: Deadline | None) -> Deadline | None:
+        # Return a deadline or a soft edge of a call with what is left of it now.
+        if instant is None or instant.incarnation == self._calls.incarnation:
+            return instant
+        left = max(0.0, self._left(call, instant))
+        return Deadline(instant.incarnation, instant.beat, left)
 
     def _remember(self, call: _Call) -> None:
         # Those that expect no answer are together under an empty string.
@@ -351,8 +374,11 @@ class Endpoint:
 
     async def _handle_within(self, call: _Call) -> None:
         # In what is left of the caller's budget.
+        carried = call.carried
+        deadline, soft = self._renewed(call, carried.deadline), self._renewed(call, carried.soft)
+        present = Carried(deadline, soft, carried.operation, carried.traceparent)
         try:
-            with Extracted(self._calls, call.carried) as scope:
+            with Extracted(self._calls, present) as scope:
                 call.scope = scope
                 await self._handle(call, scope)
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends this call only

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
+import clocks
 import pytest
 import trio
 import trio.testing
@@ -453,6 +454,71 @@ async def test_budget_of_another_grid_that_waited_has_what_is_left(
         foreign = {"Backbeat-Deadline": "0123456789abcdef; 1000000.000; 20.000"}
         await raw_request(pair.caller, foreign)
         assert left == [math.inf, 17.0]
+
+
+async def test_soft_edge_of_another_grid_that_waited_has_what_is_left(
+    autojump_clock: Clock,
+) -> None:
+    left: list[tuple[float, float]] = []
+
+    async def handle(request: Request) -> bytes:
+        remaining = current_session().remaining()
+        left.append((remaining.beats, remaining.soft_beats))
+        await trio.sleep(3)
+        return b""
+
+    foreign = "0123456789abcdef; 1000000.000; "
+    async with open_pair(handle, concurrency=1) as pair:
+        for headers in (
+            {"Backbeat-Deadline": foreign + "20", "Backbeat-Soft-Deadline": foreign + "10"},
+            {"Backbeat-Soft-Deadline": foreign + "10"},
+            {"Backbeat-Soft-Deadline": foreign + "2"},
+        ):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pair.caller.request, SUBJECT)
+                await trio.testing.wait_all_tasks_blocked()
+                await raw_request(pair.caller, headers)
+    free = math.inf, math.inf
+    assert left == [free, (17, 7), free, (math.inf, 7), free, (math.inf, 0)]
+
+
+def move(bb: Session, position: float, incarnation: str) -> None:
+    """Move a session to another grid, as its follower does when it locks."""
+    listener = bb._runtime.listener
+    assert listener is not None
+    listener.follower.incarnation = incarnation
+    clocks.move(bb._clock, position)
+
+
+@pytest.mark.parametrize(("way", "expected"), [("away", 9.5), ("back", 7.0)])
+async def test_request_that_waits_while_the_session_moves_to_another_grid(
+    way: str, expected: float, autojump_clock: Clock
+) -> None:
+    left: list[float] = []
+    moved = trio.Event()
+
+    async def handle(request: Request) -> bytes:
+        left.append(current_session().remaining().beats)
+        await moved.wait()
+        return b""
+
+    async with open_pair(handle, concurrency=1) as pair, trio.open_nursery() as nursery:
+        nursery.start_soon(pair.caller.request, SUBJECT)
+        await trio.testing.wait_all_tasks_blocked()
+        begin, home = pair.server.current_position(), pair.server._calls.incarnation
+        if way == "back":
+            # The session is not locked yet when the request arrives.
+            move(pair.server, 0, "")
+        deadline = f"{home}; {begin + 10}; 10"
+        nursery.start_soon(raw_request, pair.caller, {"Backbeat-Deadline": deadline})
+        await trio.sleep(0.5)
+        # It is in the queue. What was left counts, or the beat again.
+        if way == "back":
+            move(pair.server, begin + 3, home)
+        else:
+            move(pair.server, 1000, "another")
+        moved.set()
+    assert left == [math.inf, expected]
 
 
 async def test_too_many_waiting_requests_are_refused(
