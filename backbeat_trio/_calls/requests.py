@@ -83,7 +83,7 @@ async def request(
 
     def abandoned(reply: str, error: BaseException) -> None:
         counts.requests_abandoned += 1
-        # This never waits: the task is being cancelled.
+        # This never waits: the task is being cancelled, or the session is being left.
         with contextlib.suppress(TransportError, ValueError):
             transport.publish_nowait(
                 cancel_subject(subject),
@@ -143,6 +143,8 @@ def _reason_of(error: BaseException) -> str:
         # Other reasons than those of `cancel(reason)` are Trio's own words.
         given = error.reason if error.source == "explicit" else None
         return given or "cancelled"
+    if isinstance(error, TransportClosed):
+        return "the session was closed"
     return type(error).__name__
 
 

@@ -141,6 +141,8 @@ class BaseTransport(abc.ABC):
         self.max_payload = 1024 * 1024
         self._inbox_prefix = inbox_prefix
         self._mailboxes: dict[int, Mailbox] = {}
+        # What is called if one of the requests is given up, by the subject of its answer.
+        self._abandoned: dict[str, Callable[[str, BaseException], object]] = {}
         self._numbers = itertools.count(1)
         self._received = self._dropped = self._permission_errors = self._late_replies = 0
         self._refused: Counter[str] = Counter()
@@ -190,15 +192,24 @@ class BaseTransport(abc.ABC):
     ) -> Reply:
         """See `Transport.request`."""
         async with self.open_request(subject, data, headers=headers) as answers:
+            if abandoned is not None:
+                self._abandoned[answers.reply] = abandoned
             try:
                 with trio.move_on_after(timeout):
                     return await anext(answers)
             except BaseException as error:
-                if abandoned is not None and not isinstance(error, Exception):
-                    abandoned(answers.reply, error)
+                if not isinstance(error, Exception):
+                    self._abandon(answers.reply, error)
                 raise
+            finally:
+                self._abandoned.pop(answers.reply, None)
         self._check_open()
         raise TransportBroken(f"no answer on {subject} within {timeout:g} s")
+
+    def _abandon(self, reply: str, error: BaseException) -> None:
+        abandoned = self._abandoned.pop(reply, None)
+        if abandoned is not None:
+            abandoned(reply, error)
 
     @abc.abstractmethod
     def _subscribe(self, number: int, mailbox: Mailbox) -> None: ...
@@ -297,6 +308,9 @@ class BaseTransport(abc.ABC):
             raise TransportBroken(self._last_error or "there is no connection yet")
 
     def _close(self) -> None:
+        # While something can still be sent.
+        for reply in list(self._abandoned):
+            self._abandon(reply, TransportClosed("the transport has been closed"))
         self._state.value = State.CLOSED
         for mailbox in self._mailboxes.values():
             mailbox.close()

@@ -342,6 +342,8 @@ class NatsTransport(BaseTransport):
                 subject, data, timeout=timeout, headers=headers, abandoned=abandoned
             )
         token, answers = self._send_request(subject, data, headers)
+        if abandoned is not None:
+            self._abandoned[answers.reply] = abandoned
         try:
             # As `anext` does, at a lower cost.
             while not answers.arrived:
@@ -349,10 +351,11 @@ class NatsTransport(BaseTransport):
                 await trio.lowlevel.wait_task_rescheduled(answers.abort)
             return answers.read()
         except BaseException as error:
-            if abandoned is not None and not isinstance(error, Exception):
-                abandoned(answers.reply, error)
+            if not isinstance(error, Exception):
+                self._abandon(answers.reply, error)
             raise
         finally:
+            self._abandoned.pop(answers.reply, None)
             self._forget(token)
 
     @asynccontextmanager

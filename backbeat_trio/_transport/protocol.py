@@ -254,7 +254,7 @@ class Transport(Protocol):
           timeout: how long to wait for the answer, in seconds.
           headers: the headers of the message.
           abandoned: called with the subject on which the answer was expected, and the exception,
-            if the wait is cancelled or interrupted.
+            if the wait is cancelled or interrupted, or the transport is about to be closed.
 
         Raises:
           NoResponders: if no process is subscribed to the subject.

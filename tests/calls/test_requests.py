@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from backbeat_trio import (
     Message,
     NoResponders,
     PermissionDenied,
+    Request,
     ServiceError,
     Session,
     SessionClosed,
@@ -170,6 +171,49 @@ async def test_leaving_the_session_tells_the_service(autojump_clock: Clock) -> N
         (notice,) = notices.waiting()
         assert notice.headers
         assert notice.headers["Backbeat-Reason"] == "the program ends"
+
+
+@guarded(120)
+@pytest.mark.parametrize("bounds", [{}, {"beats": 1000}])
+@pytest.mark.parametrize("url", ["memory://closing", "nats://"])
+async def test_session_that_ends_before_the_task_that_asks_tells_the_service(
+    url: str, bounds: dict[str, float]
+) -> None:
+    ended: list[BaseException] = []
+
+    async def ask_until_closed(bb: Session) -> None:
+        with pytest.raises(
+            (SessionClosed, BeatBudgetExceeded), match=r"session (was|has been) closed"
+        ):
+            await ask(bb, **bounds)
+
+    async with AsyncExitStack() as stack:
+        if url == "nats://":
+            url = (await stack.enter_async_context(NatsServer())).url
+        options: Any = {"nats_url": url, "lock_timeout": 0, "require_connection": True}
+        async with open_session(agent_id="server", **options) as serving:
+
+            async def handle(_: Request) -> bytes:
+                try:
+                    await trio.sleep_forever()
+                except trio.Cancelled as error:
+                    ended.append(error)
+                    raise
+                raise AssertionError
+
+            async with (
+                serving.open_service("slow", version="1.0.0") as service,
+                trio.open_nursery() as nursery,
+            ):
+                await nursery.start(service.serve, "a", handle)
+                async with open_session(agent_id="caller", **options) as bb:
+                    nursery.start_soon(ask_until_closed, bb)
+                    await until(lambda: serving.statistics().live_calls == 1)
+                await until(lambda: serving.statistics().calls_cancelled == 1)
+                assert bb.statistics().requests_abandoned == 1
+                nursery.cancel_scope.cancel()
+    (error,) = ended
+    assert "the session was closed" in str(error)
 
 
 async def test_late_answers_are_counted(autojump_clock: Clock) -> None:
