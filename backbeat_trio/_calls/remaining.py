@@ -71,7 +71,7 @@ def _beats(beats: float) -> str:
     tenths = round(beats, 1) if beats < 100 else round(beats)
     if not tenths:
         return "less than 0.1 beats"
-    return f"{tenths:g} beat{'' if tenths == 1 else 's'}" if beats < 1e6 else f"{beats:.0f} beats"
+    return f"{tenths:g} beat{'' if tenths == 1 else 's'}" if tenths < 1e6 else f"{beats:.0f} beats"
 
 
 def _about(seconds: float) -> str:

@@ -395,6 +395,7 @@ async def test_what_is_left_as_a_sentence(autojump_clock: Clock) -> None:
         (2.5, 2, "2.5 beats left, about 75 seconds at 2 BPM"),
         (100.4, 120.5, "100 beats left, about 50 seconds at 120.5 BPM"),
         (1440, 2, "1440 beats left, about 12 hours at 2 BPM"),
+        (999_999.75, 60, "1000000 beats left, about 12 days at 60 BPM"),
         (2e7, 0.1, "20000000 beats left, about 138889 days at 0.1 BPM"),
     ],
 )
