@@ -11,6 +11,7 @@ costs more than all the rest of a small request. Each call has a context of its 
 from __future__ import annotations
 
 import contextvars
+import math
 import time
 import traceback
 from collections import deque
@@ -294,7 +295,7 @@ class Endpoint:
                     while call is not None:
                         await self._run(call, scope)
                         is_cancelled, call = call.why is not None, None
-                        if is_cancelled:
+                        if is_cancelled or self._is_bound():
                             # The scope may be of no more use.
                             break
                         call = await self._next(worker)
@@ -309,8 +310,14 @@ class Endpoint:
                 else:
                     self._end_failed(call, failure)
             elif failure is not None:
-                raise failure
+                # It has been answered, but has left a cancel scope of its own open.
+                self._log_crash(failure)
             call = await self._next(worker)
+
+    def _is_bound(self) -> bool:
+        # Return whether a handler without a budget has left one behind, which would end the next.
+        bounds = self._calls.deadlines.bounds()
+        return bounds.beat != math.inf or bounds.seconds != math.inf
 
     async def _next(self, worker: _Worker) -> _Call | None:
         # Return the next call, or None if the task should end.
@@ -456,12 +463,15 @@ class Endpoint:
             self._logger.warning("the handler of %s: %s", self.subject, error)
             self._fail(call, OUT_OF_TIME, "a budget inside of the handler ran out", "error")
         else:
-            self._logger.error(
-                "the handler of %s crashed:\n%s",
-                self.subject,
-                "".join(traceback.format_exception(failure)),
-            )
+            self._log_crash(failure)
             self._fail(call, CRASHED, "the handler crashed")
+
+    def _log_crash(self, failure: Exception) -> None:
+        self._logger.error(
+            "the handler of %s crashed:\n%s",
+            self.subject,
+            "".join(traceback.format_exception(failure)),
+        )
 
     # Answering.
 

@@ -751,6 +751,27 @@ async def test_what_a_handler_has_of_headers_that_are_not_ours(
         assert (counts.headers_garbled, counts.headers_absurd) == (garbled, absurd)
 
 
+@pytest.mark.parametrize("unit", ["beats", "seconds", "none"])
+async def test_handler_that_leaves_a_scope_open(autojump_clock: Clock, unit: str) -> None:
+    async def handle(request: Request) -> bytes:
+        if request.data == b"leave":
+            # As an async generator does that is not iterated to its end.
+            if unit == "beats":
+                current_session().move_on_after(2).__enter__()
+            else:
+                trio.move_on_after(2 if unit == "seconds" else math.inf).__enter__()
+        else:
+            await trio.sleep(5)
+        return request.data
+
+    async with open_pair(handle) as pair:
+        for data in (b"leave", b"1", b"leave", b"2"):
+            # The scope of one handler bounds no other one.
+            assert (await pair.caller.request(SUBJECT, data)).data == data
+    # The service has ended without an error, and the log says what is wrong.
+    assert pair.log.lines_with("Cancel scope stack corrupted")
+
+
 async def test_exception_in_answer_to_a_cancellation(autojump_clock: Clock) -> None:
     async def handle(request: Request) -> bytes:
         async def fail() -> None:
