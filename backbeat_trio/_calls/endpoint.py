@@ -367,7 +367,10 @@ class Endpoint:
             else:
                 await self._handle_within(call)
         except BaseException as error:
-            if not isinstance(error, (trio.Cancelled, BaseExceptionGroup)):
+            rest: BaseException | None = error
+            if isinstance(error, BaseExceptionGroup):
+                rest = error.split(trio.Cancelled)[1]
+            if rest is not None and not isinstance(rest, (Exception, trio.Cancelled)):
                 # It is about to end the program, so the caller should not wait for an answer.
                 self._fail(call, CRASHED, "the handler was interrupted")
             raise

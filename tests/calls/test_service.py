@@ -206,21 +206,24 @@ async def test_crash_is_an_error_reply_and_a_log_line_and_ends_nothing(
     async def handle(request: Request) -> bytes:
         if request.data == b"group":
             raise ExceptionGroup("several", [ValueError("one"), KeyError("two")])
+        if request.data == b"not made":
+            raise ServiceError.__new__(ServiceError, 400, "without its attributes")
         if request.data:
             raise ValueError("the secret reason")
         return b"fine"
 
     async with open_pair(handle) as pair:
-        for data in (b"x", b"group"):
+        for data in (b"x", b"group", b"not made"):
             with pytest.raises(ServiceError) as info:
                 await pair.caller.request(SUBJECT, data)
             assert (info.value.code, info.value.description) == (500, "the handler crashed")
-        (first, second) = pair.log.lines_with("crashed")
+        (first, second, third) = pair.log.lines_with("crashed")
         assert "the secret reason" in first
         assert "in handle" in first
         assert "KeyError" in second
+        assert "AttributeError" in third
         assert (await pair.caller.request(SUBJECT)).data == b"fine"
-        assert pair.server.statistics().calls_failed == 2
+        assert pair.server.statistics().calls_failed == 3
 
 
 async def test_error_in_a_group_of_one_is_the_answer(autojump_clock: Clock) -> None:
@@ -274,10 +277,13 @@ async def test_answer_that_is_larger_than_a_message(autojump_clock: Clock) -> No
         assert pair.server.statistics().calls_failed == 1
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 async def test_exception_that_is_none_of_exceptions_ends_the_service(
-    autojump_clock: Clock,
+    grouped: bool, autojump_clock: Clock
 ) -> None:
     async def handle(request: Request) -> bytes:
+        if grouped:
+            raise BaseExceptionGroup("of a nursery", [KeyboardInterrupt()])
         raise KeyboardInterrupt
 
     answers: list[int] = []
