@@ -20,6 +20,9 @@ import trio
 SUBSCRIPTION_MESSAGES: Final = 4096
 
 _SUBJECT: Final = re.compile(r"[^ .*>]+(?:\.[^ .*>]+)*")
+# In bytes. A server ends the connection of whoever sends a line of more than 4,096 bytes, and a
+# line may have two subjects, or a subject and a queue group.
+_LONGEST: Final = 2000
 
 
 class Message(NamedTuple):
@@ -338,7 +341,11 @@ def matches(pattern: str, subject: str) -> bool:
 
 def is_subject(subject: str) -> bool:
     """Tell whether a message can be published on this subject."""
-    return _SUBJECT.fullmatch(subject) is not None and subject.isprintable()
+    return (
+        _SUBJECT.fullmatch(subject) is not None
+        and subject.isprintable()
+        and len(subject.encode()) <= _LONGEST
+    )
 
 
 # Subjects are few, and messages many.
@@ -346,21 +353,28 @@ def is_subject(subject: str) -> bool:
 def check_subject(subject: str) -> None:
     """Raise `ValueError` unless a message can be published on this subject."""
     if not is_subject(subject):
-        raise ValueError(f"not a subject to publish on: {subject!r}")
+        raise ValueError(f"not a subject to publish on: {_shown(subject)}")
 
 
 def check_pattern(pattern: str) -> None:
     """Raise `ValueError` unless a subscription can be made to this subject."""
     *tokens, last = pattern.split(".")
     plain = all(token == "*" or _is_plain(token) for token in tokens)
-    if not plain or not (last in ("*", ">") or _is_plain(last)):
-        raise ValueError(f"not a subject to subscribe to: {pattern!r}")
+    plain = plain and (last in ("*", ">") or _is_plain(last))
+    if not plain or len(pattern.encode()) > _LONGEST:
+        raise ValueError(f"not a subject to subscribe to: {_shown(pattern)}")
 
 
 def check_queue(queue: str) -> None:
     """Raise `ValueError` unless a queue group can have this name."""
     if queue and not is_subject(queue):
-        raise ValueError(f"not the name of a queue group: {queue!r}")
+        raise ValueError(f"not the name of a queue group: {_shown(queue)}")
+
+
+def _shown(subject: str) -> str:
+    if len(subject.encode(errors="replace")) <= _LONGEST:
+        return repr(subject)
+    return f"{subject[:100]!r}... (at most {_LONGEST:,} bytes are allowed)"
 
 
 def _is_plain(token: str) -> bool:

@@ -1216,6 +1216,40 @@ async def test_subscription_that_permissions_refuse() -> None:
 
 
 @guarded(120)
+async def test_subjects_that_are_as_long_as_a_line_may_be() -> None:
+    async def handle(request: Request) -> bytes:
+        raise ServiceError(400, "an answer with headers")
+
+    async with (
+        NatsServer() as server,
+        open_session(nats_url=server.url, lock_timeout=0, require_connection=True) as bb,
+        bb.open_service("pages", version="1.0.0") as service,
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(service.serve, SUBJECT, handle)
+        # The server ends the connection of whoever sends a line of more than 4,096 bytes. That of
+        # the answer would be longer than that of the request.
+        async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
+            line = f"PUB {SUBJECT} {'r' * 4078} 0"
+            await stream.send_all(f"CONNECT {{}}\r\n{line}\r\n\r\n".encode())
+            await until(lambda: bb.statistics().calls_failed == 1)
+        assert bb.statistics().calls_unanswered == 1
+        for subject in ("x" * 4070, "ä" * 1001, ".".join(["x" * 200] * 11)):
+            with pytest.raises(ValueError, match="2,000 bytes"):
+                await bb.request(subject)
+            with pytest.raises(ValueError, match="2,000 bytes"):
+                await service.serve(subject, echo)
+        with pytest.raises(NoResponders):
+            await bb.request("x" * 2000)
+        with pytest.raises(ServiceError, match="an answer"):
+            await bb.request(SUBJECT)
+        transport = bb._runtime.transport
+        assert transport is not None
+        assert transport.generation == 1
+        nursery.cancel_scope.cancel()
+
+
+@guarded(120)
 async def test_headers_of_a_megabyte() -> None:
     seen: list[int] = []
 
