@@ -474,7 +474,8 @@ class NatsTransport(BaseTransport):
 
     def _refuse(self, client: Client, verb: str, subject: str) -> str:
         # Return the text to log. nats-py gives the subject in lower case.
-        what = f"{verb} to {subject}"
+        shown = subject if verb == "subscription" else _of_answers(subject)
+        what = f"{verb} to {shown.lower()}"
         if what in self._refused or len(self._refused) < _REFUSALS:
             self._refused[what] += 1
         if verb == "subscription":
@@ -490,7 +491,7 @@ class NatsTransport(BaseTransport):
                 self._wake_waiters()
                 return text
             return self._denied("subscribe", self._spelling(subject))
-        text = self._denied("publish", self._spelling(subject))
+        text = self._denied("publish", _of_answers(self._spelling(subject)))
         for answers in self._requests.values():
             if answers.subject.lower() == subject:
                 answers.refuse(PermissionDenied(text))
@@ -521,6 +522,15 @@ class NatsTransport(BaseTransport):
             *(answers.subject for answers in self._requests.values()),
         ]
         return next((own for own in known if own.lower() == subject), subject)
+
+
+def _of_answers(subject: str) -> str:
+    # Each answer has a subject of its own, so the text and the count are those of all like it.
+    first = subject.partition(".")[0]
+    for prefix in ("_INBOX", "_R_"):
+        if first.lower().startswith(prefix.lower()):
+            return f"{prefix}{first[len(prefix) :]}.>"
+    return subject
 
 
 def _failure_of(client: Client) -> TransportBroken:

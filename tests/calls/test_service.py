@@ -1216,6 +1216,35 @@ async def test_subscription_that_permissions_refuse() -> None:
 
 
 @guarded(120)
+async def test_answers_that_permissions_refuse_are_one_line_of_the_log() -> None:
+    config = """
+    authorization { users: [
+        { user: u, password: p, permissions: { publish: { deny: "_INBOX_web.>" } } }
+    ] }
+    """
+    log = Lines()
+    options: Any = {"user": "u", "password": "p", "lock_timeout": 0, "require_connection": True}
+    async with (
+        NatsServer(config=config) as server,
+        open_session(nats_url=server.url, logger=log, **options) as bb,
+        open_session(nats_url=server.url, inbox_prefix="_INBOX_web", **options) as caller,
+        bb.open_service("pages", version="1.0.0") as service,
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(service.serve, SUBJECT, echo)
+        for _ in range(5):
+            with trio.move_on_after(0.02):
+                await caller.request(SUBJECT)
+        transport = bb._runtime.transport
+        assert transport is not None
+        await until(lambda: transport.statistics().permission_errors == 5)
+        await until(lambda: log.lines_with("may not publish to _INBOX_web.>;"))
+        assert len(log.lines_with("permission denied")) == 1
+        assert transport.statistics().refused == (("publish to _inbox_web.>", 5),)
+        nursery.cancel_scope.cancel()
+
+
+@guarded(120)
 async def test_subjects_that_are_as_long_as_a_line_may_be() -> None:
     async def handle(request: Request) -> bytes:
         raise ServiceError(400, "an answer with headers")
