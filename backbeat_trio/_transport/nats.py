@@ -375,6 +375,9 @@ class NatsTransport(BaseTransport):
         block = encode_headers(headers) if headers else b""
         self._check_message(subject, data, block=block)
         client, token = self._present(), self._next_token()
+        if client.no_answers is not None:
+            # Nothing is asked for an answer that cannot arrive.
+            raise PermissionDenied(str(client.no_answers))
         reply = f"{client.inbox}.{token}"
         answers = self._requests[token] = _Answers(client, subject, reply, self._check_open)
         # If it is the only one, nothing is gained by waiting for others.

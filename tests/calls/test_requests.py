@@ -424,6 +424,32 @@ async def test_request_that_permissions_refuse() -> None:
 
 
 @guarded(120)
+async def test_request_whose_answer_permissions_refuse_is_not_sent() -> None:
+    config = """
+    authorization { users: [
+        { user: deaf, password: p, permissions: { subscribe: { deny: "_INBOX.>" } } }
+        { user: other, password: p }
+    ] }
+    """
+    options: Any = {"password": "p", "lock_timeout": 0, "require_connection": True}
+    async with (
+        NatsServer(config=config) as server,
+        open_session(nats_url=server.url, user="deaf", **options) as bb,
+        open_session(nats_url=server.url, user="other", **options) as other,
+    ):
+        transport = other._runtime.transport
+        assert transport is not None
+        await until(lambda: any("inbox_prefix" in text for text in bb.health().errors))
+        async with transport.open_subscription("a") as requests:
+            with pytest.raises(PermissionDenied, match="inbox_prefix"):
+                await bb.request("a", b"nobody waits for the answer")
+            # What it sends after that arrives, so the request would have arrived, too.
+            assert bb._runtime.transport is not None
+            await bb._runtime.transport.publish("a", b"next")
+            assert (await anext(aiter(requests))).data == b"next"
+
+
+@guarded(120)
 async def test_answer_after_the_deadline_over_a_real_server() -> None:
     async with NatsServer() as server, open_session(nats_url=server.url) as bb:
         transport = bb._runtime.transport
