@@ -139,10 +139,11 @@ class ServiceError(BackbeatError):
     """A service answered a request with an error.
 
     `Session.request` raises it. A handler of `Service.serve` raises it to answer with an error. The
-    codes of this package are 400 (bad request), 408 (the budget was spent when the request arrived,
-    or less was left than the service asks for), 413 (the answer is larger than a message can be),
-    499 (cancelled by its caller), 500 (the handler crashed), 503 (the service is closing or has too
-    much to do) and 504 (the budget ran out while the handler was running).
+    codes of this package are 408 (the budget was spent when the request's turn came, or less was
+    left than the service asks for), 413 (the answer is larger than a message can be), 499
+    (cancelled by its caller), 500 (the handler crashed), 503 (the service is closing or has too
+    much to do) and 504 (the budget ran out while the handler was running). Others are the
+    handler's own.
 
     Args:
       code: a number from 0 to 999,999,999.

@@ -24,7 +24,7 @@ REQUEST: Final = "Backbeat-Request"
 REASON: Final = "Backbeat-Reason"
 
 SPENT: Final = 408
-"""The budget was spent when the request arrived, or less was left than the service asks for."""
+"""The budget was spent when the request's turn came, or less was left than the service asks for."""
 OUT_OF_TIME: Final = 504
 """The budget ran out while the handler was running."""
 

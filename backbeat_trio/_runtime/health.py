@@ -153,7 +153,8 @@ class SessionStatistics(msgspec.Struct, frozen=True):
         not be answered.
       headers_garbled: headers of messages that were not valid, and counted as missing.
       headers_absurd: headers with a deadline that was too far away, and counted as missing.
-      headers_expired: messages whose deadline had passed when `Session.extract` was entered.
+      headers_expired: messages whose deadline had passed when `Session.extract` was entered, or
+        when a service was about to handle them.
       requests: requests of `Session.request`.
       requests_abandoned: requests whose callers stopped waiting before an answer came.
       late_replies: answers that came when nobody waited for them any more.
@@ -163,10 +164,11 @@ class SessionStatistics(msgspec.Struct, frozen=True):
       calls_cancelled: those that their callers cancelled.
       calls_expired: those whose budget ran out while their handlers were running.
       calls_failed: those that were answered with an error, because a handler crashed, returned
-        something that is not an answer, or raised `ServiceError`.
+        something that is not an answer, raised `ServiceError`, exceeded a budget of its own, or had
+        not finished when its service was closed.
       calls_stubborn: handlers that returned although they had been cancelled.
-      calls_unanswered: answers that could not be sent, because there was no connection, or the
-        subject for them was not an inbox.
+      calls_unanswered: answers that could not be sent, because there was no connection, the
+        subject for them was not an inbox or too long, or an error did not fit into a message.
       live_calls: handlers that are running now.
       waiting_calls: requests that wait for a handler now.
       live_scopes: budgets whose blocks are running now.
