@@ -104,7 +104,8 @@ class _Call:
 
     def cancel(self, code: int, reason: str) -> None:
         """Cancel its handler."""
-        if self.why is None:
+        has_expired = isinstance(self.scope, BeatScope) and self.scope.has_ended
+        if self.why is None and not has_expired:
             self.why = code, reason
         if self.scope is not None:
             self.scope.cancel(reason)

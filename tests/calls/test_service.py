@@ -704,6 +704,25 @@ async def test_handler_that_swallows_its_cancellation(autojump_clock: Clock) -> 
         assert len(pair.log.lines_with("although it was cancelled")) == 2
 
 
+async def test_handler_that_is_shielded_beyond_its_deadline_has_expired(
+    autojump_clock: Clock,
+) -> None:
+    async def handle(request: Request) -> bytes:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(3)
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with open_pair(handle) as pair:
+        with pair.caller.move_on_after(1):
+            await pair.caller.request(SUBJECT)
+        # The caller has said that it waits no longer, after the handler's deadline.
+        assert pair.caller.statistics().requests_abandoned == 1
+        await trio.sleep(5)
+        counts = pair.server.statistics()
+        assert (counts.calls_expired, counts.calls_cancelled, counts.live_calls) == (1, 0, 0)
+
+
 async def test_handler_that_blocks_the_loop(autojump_clock: Clock) -> None:
     async def handle(request: Request) -> bytes:
         # Time passes, and no other task runs.
