@@ -94,7 +94,7 @@ class Calls:
             instruments.tell(instruments.inject, headers)
         written = self.written()
         if headers:
-            for name in [name for name in headers if name.lower() in _BOUND]:
+            for name in [name for name in headers if _lower(name) in _BOUND]:
                 del headers[name]
             if TRACEPARENT in written and _has_trace(headers):
                 # The application traces itself, and its span is the nearer one.
@@ -246,7 +246,12 @@ _NOTHING_CARRIED: Final = Carried()
 
 
 def _has_trace(headers: Mapping[str, str]) -> bool:
-    return any(name.lower() == TRACEPARENT for name in headers)
+    return any(_lower(name) == TRACEPARENT for name in headers)
+
+
+def _lower(name: object) -> object:
+    # What is not a string is refused once the message is sent.
+    return name.lower() if isinstance(name, str) else name
 
 
 @final

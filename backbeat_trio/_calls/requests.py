@@ -63,6 +63,8 @@ async def request(
     headers: Mapping[str, str] | None,
 ) -> Response:
     """Send a request, and return its answer; see `Session.request`."""
+    if not isinstance(subject, str):
+        raise TypeError(f"`subject` must be a string, not {subject!r}")
     if not isinstance(payload, (bytes, bytearray, memoryview)):
         raise TypeError(f"`payload` must be bytes, not {type(payload).__name__}")
     if beats is not None:

@@ -314,10 +314,12 @@ async def sever_after(transport: Any, seconds: float) -> None:
         ("a", {"beats": "1"}, TypeError, "beats"),
         ("a", {"headers": {"a b": "c"}}, ValueError, "header"),
         ("a", {"headers": {"a": 1}}, TypeError, "header"),
+        ("a", {"headers": {1: "a"}}, TypeError, "header"),
+        (5, {}, TypeError, "subject"),
     ],
 )
 async def test_requests_that_cannot_be(
-    subject: Any, options: dict[str, Any], error: type[Exception], text: str
+    autojump_clock: Clock, subject: Any, options: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     async with open_plain() as (bb, transport), transport.open_subscription(">"):
         with pytest.raises(error, match=text):
