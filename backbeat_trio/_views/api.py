@@ -46,7 +46,7 @@ from .endpoints import (
     TempoBody,
     describe,
 )
-from .events import EventStreams
+from .events import EventStreams, send_start
 from .model import (
     AgentView,
     ClusterModel,
@@ -319,6 +319,10 @@ class _StreamResponse(Response):
         self._query = query
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            await send_start(send)
+            await send({"type": "http.response.body"})
+            return
         # Only HTTP/1.1 has chunks.
         direct = scope.get("state", {}).get(CONNECTION) if scope["http_version"] == "1.1" else None
         await self._streams.stream(self._query, receive, send, direct)

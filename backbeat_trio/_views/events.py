@@ -27,6 +27,12 @@ _WAKE: Final = 8
 _RETRY_AFTER: Final = "5"
 _RETRY_MS: Final = 2000
 _COMMENT: Final = b":\n\n"
+_HEADERS: Final = (
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-store"),
+    # A proxy such as nginx would hold events back.
+    (b"x-accel-buffering", b"no"),
+)
 # The rest of the time belongs to other tasks, however many different queries there are.
 _SHARE: Final = 0.25
 
@@ -210,13 +216,9 @@ class EventStreams(Generic[QueryT]):
         send: Callable[[_Message], Awaitable[None]],
         direct: Direct | None,
     ) -> None:
-        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
-        # A proxy such as nginx would hold events back.
-        headers.append((b"x-accel-buffering", b"no"))
-        start = {"type": "http.response.start", "status": 200, "headers": headers}
         number, body = feed.number, b"retry: %d\n" % _RETRY_MS + feed.event
         with trio.CancelScope(deadline=trio.current_time() + self._send_timeout) as limit:
-            await send(start)
+            await send_start(send)
             await send({"type": "http.response.body", "body": body, "more_body": True})
             if direct is not None:
                 client = _DirectClient(direct, number)
@@ -233,6 +235,16 @@ class EventStreams(Generic[QueryT]):
                 number = feed.number
                 limit.deadline = trio.current_time() + self._send_timeout
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def send_start(send: Callable[[_Message], Awaitable[None]]) -> None:
+    """Send the status and the headers of a stream.
+
+    Args:
+      send: ASGI's.
+
+    """
+    await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
 
 
 async def _send_out(feed: Feed, event: bytes) -> None:

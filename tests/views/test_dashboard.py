@@ -932,6 +932,25 @@ async def test_a_change_comes_on_the_stream() -> None:
         await until(lambda: dashboard.streams.streams == 0)
 
 
+@guarded(120)
+async def test_the_answer_to_head_is_headers_only() -> None:
+    async with served() as (_, dashboard, port):
+        await until(lambda: dashboard.model.grid)
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        for path in ("/", "/api/v1/grid", "/api/v1/events", "/healthz", "/api/v1/none"):
+            request = f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            await stream.send_all(request.encode())
+        # Nothing follows the headers of one answer but those of the next one.
+        heard = b""
+        while heard.count(b"\r\n\r\n") < 5:
+            heard += await stream.receive_some()
+        answers = heard.split(b"\r\n\r\n")
+        found = [answer.partition(b"\r\n")[0].strip() for answer in answers]
+        assert found == [b"HTTP/1.1 200"] * 4 + [b"HTTP/1.1 404", b""]
+        assert b"content-type: text/event-stream" in answers[2]
+        await stream.aclose()
+
+
 async def test_an_address_in_use_is_an_error() -> None:
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
