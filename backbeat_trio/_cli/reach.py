@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from .._config import BackbeatConfig, Server
-from .._errors import AuthenticationFailed, TLSFailed, TransportBroken
+from .._errors import AuthenticationFailed, ConfigError, TLSFailed, TransportBroken
 from .._transport.nats import NatsTransport
 from .._views.shown import clean
 from .findings import Finding, Say
@@ -97,6 +97,9 @@ async def _try_server(config: BackbeatConfig, server: Server, say: Say) -> Reach
             _say_login(config, server, found, say)
             _say_version(server, found, say)
             return Reached(alone, found)
+    except* ConfigError as group:
+        # A file of the settings is missing, or does not have what it should.
+        say(Finding(_STEP, "settings", "failed", text_of(group), "Correct this setting."))
     except* TLSFailed as group:
         say(Finding(_STEP, "TLS", "failed", text_of(group), _mend_tls(text_of(group))))
     except* AuthenticationFailed as group:

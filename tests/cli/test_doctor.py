@@ -274,6 +274,11 @@ async def test_what_is_wrong_before_there_is_a_connection(
         assert found["connection", "TLS"]["verdict"] == "ok"
         assert found["connection", "login"]["verdict"] == "ok"
         assert found["connection", "version"]["verdict"] == "ok"
+        # Files that are not there.
+        for option in ("--creds", "--nkey", "--tlsca"):
+            found = await doctor("-s", url, option, str(tmp_path / "missing"))
+            assert "missing" in found["connection", "settings"]["text"]
+            assert found["cluster", "all"]["verdict"] == "not tried"
         # A second server that is not there is a failure, and the first one is looked at.
         found = await doctor("-s", f"{url},127.0.0.1:1", *trusted, "s3cr3t-1")
         assert found["connection", "TCP"]["verdict"] == "failed"
