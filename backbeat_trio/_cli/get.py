@@ -56,20 +56,27 @@ async def get_one(
     """Show all that is known of an OPERATION of AGENT, or of AGENT itself.
 
     The history of an operation has the phases that it passed while this listened. It ends as soon
-    as the operation was heard, unless --wait says for how long to listen.
+    as the operation was heard, unless --wait says for how long to listen. If the budget of the
+    operation has run out by then, it goes on until the next claim, which shows whether it is late.
 
     Exits 1 if there is no such operation or agent.
     """
     config = settings(connection)
 
     def is_found(model: ClusterModel) -> bool:
-        return operation is not None and model.operation(agent, operation) is not None
+        found = None if operation is None else model.operation(agent, operation)
+        if found is None:
+            return False
+        # Its first claim does not tell whether one is late whose budget has run out already.
+        return not found.live or not found.at_least or found.timing == "late"
 
+    claims = 1 if operation is None else 2
     async with session(config, require_connection=True) as bb:
-        announce(bb, wait)
+        announce(bb, wait, claims)
         heard = await listen(
             bb,
             wait=wait,
+            claims=claims,
             since=since,
             agent_id=agent,
             services=operation is None,

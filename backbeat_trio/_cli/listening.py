@@ -137,9 +137,16 @@ async def listen(
     return heard
 
 
-def announce(bb: Session, wait: float | None) -> None:
-    """Say at a terminal for how long it is listened."""
-    seconds = seconds_to_listen(bb.health(), wait)
+def announce(bb: Session, wait: float | None, claims: int = 1) -> None:
+    """Say at a terminal for how long it is listened.
+
+    Args:
+      bb: the session.
+      wait: as for `seconds_to_listen`.
+      claims: as for `seconds_to_listen`.
+
+    """
+    seconds = seconds_to_listen(bb.health(), wait, claims)
     if sys.stdout is not None and sys.stdout.isatty() and seconds >= _WORTH_A_WORD:
         click.echo(f"backbeat: listening for {seconds:.3g} s; Ctrl-C ends it", err=True)
 

@@ -92,6 +92,7 @@ async def test_operations_are_listed_filtered_and_sorted(
 async def test_one_operation_and_one_agent(capsys: pytest.CaptureFixture[str]) -> None:
     async with cluster(bpm=60) as url, agent(url, "one") as one:
         one.start_operation("crawl", id="a/b", beats=10_000)
+        one.start_operation("crawl", id="late", beats=1)
         where = ("-s", url)
         done = await invoked(capsys, "get", "one", "a/b", "-j", *where)
         assert done.status == 0, done.err
@@ -104,12 +105,15 @@ async def test_one_operation_and_one_agent(capsys: pytest.CaptureFixture[str]) -
         assert fields["history"].endswith(": started")
         done = await invoked(capsys, "get", "one", "-j", *where)
         details = json.loads(done.out)
-        assert details["agent"]["live"] == 1
-        assert [each["id"] for each in details["operations"]] == ["a/b"]
+        assert details["agent"]["live"] == 2
+        assert {each["id"] for each in details["operations"]} == {"a/b", "late"}
         assert details["metadata"][0]["agent_id"] == "one"
         done = await invoked(capsys, "get", "one", *where)
         assert re.search("^agent +one$", done.out, re.MULTILINE)
         assert re.search("^a/b +crawl +started", done.out, re.MULTILINE)
+        # Its budget has run out while the commands before listened.
+        done = await invoked(capsys, "get", "one", "late", "-j", *where)
+        assert json.loads(done.out)["timing"] == "late"
         for arguments in (("one", "other"), ("nobody",), ("nobody", "a/b")):
             done = await invoked(capsys, "get", *arguments, *where)
             assert (done.status, done.out) == (1, "")
