@@ -186,7 +186,25 @@ def test_filters_combine_and_can_be_shared(sight: Sight, browser: Browser) -> No
     expect(page.locator("#operations-pages")).to_be_hidden()
     page.fill("[name=text]", "no such operation")
     expect(page.locator("#operations-shown")).to_have_text("No operation matches the filters.")
+    # The address of a page that the list does not have any more.
+    sight.open(f"{page.url.partition('?')[0]}?offset=1000")
+    expect(sight.row(LATE)).to_have_count(1)
+    assert "offset" not in page.url
     sight.check()
+
+
+def test_an_operation_that_is_not_known_is_reported_once(sight: Sight) -> None:
+    page = sight.page
+    page.evaluate("location.hash = 'chorus-03/nothing'")
+    words = page.locator("#operation-body [role=alert]")
+    expect(words).to_contain_text("not known here")
+    alert = words.element_handle()
+    assert alert is not None
+    # Each answer has been shown before the page asks again.
+    for _ in range(3):
+        with page.expect_response("**/operations/chorus-03/nothing"):
+            pass
+    assert alert.evaluate("(alert) => alert.isConnected")
 
 
 def test_keyboard_alone_does_it_and_rows_keep_focus_and_selection(sight: Sight) -> None:

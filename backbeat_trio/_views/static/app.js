@@ -15,7 +15,7 @@ const PLOTS_MS = 2000;
 const AGAIN_MS = 2000;
 const QUIET_MS = 3000;
 
-/** Keep a choice for the next time, if the browser lets the page do so. */
+/** Keep a choice for the next time, if the browser lets it. */
 function remember(name, value) {
 	try {
 		localStorage.setItem(`backbeat.${name}`, value);
@@ -89,7 +89,7 @@ form.onreset = (event) => {
 	clear();
 };
 
-// What is heard of the server.
+// What the server says.
 
 const stream = {
 	lost: null,
@@ -133,7 +133,7 @@ const page = {
 		this.age();
 		if (this.waiting) return;
 		this.waiting = true;
-		// A hidden page gets no frames, but its title is seen.
+		// A hidden page gets no frames; its title is seen.
 		(document.hidden ? setTimeout : requestAnimationFrame)(() => this.show());
 	},
 

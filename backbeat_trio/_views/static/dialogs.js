@@ -2,7 +2,7 @@
 
 import { $, budget, figure, h, path, place, put, shown, table, tag, timing } from "./dom.js";
 
-/** Send JSON and return the answer; raise an `Error` whose message says plainly what went wrong. */
+/** Send JSON and return the answer; raise an `Error` whose message says what went wrong. */
 async function send(to, body) {
 	const answer = await fetch(`api/v1/${to}`, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) }).catch(() => {
 		throw new Error("The dashboard does not answer, so nothing is known to have changed.");
@@ -86,7 +86,7 @@ export class Actions {
 		await send("logout", {}).then(() => this.#mark(false), ({ message }) => this.say(message));
 	}
 
-	/** Ask for the token if need be, then for what the action needs, and send it. */
+	/** Ask for the token if need be, then what the action needs, and send it. */
 	#act(action) {
 		if (!this.signedIn) {
 			this.signIn(() => this.#act(action));
@@ -159,7 +159,7 @@ function branch({ name, operation, children, omitted }, chosen) {
 	return h("li", ...line, ...(below.length ? [h("ul", ...below)] : []));
 }
 
-/** The history of the operation that the page's address names, kept up to date while it is open. */
+/** The history of the operation that the page's address names, kept up to date while open. */
 export class History {
 	constructor(actions) {
 		this.actions = actions;
@@ -198,6 +198,7 @@ export class History {
 				else this.#fail(one.status === 404 ? "This operation is not known here. It may have ended some bars ago." : `The dashboard refused this (${one.status}).`);
 			}
 		} catch {
+			this.seen = "";
 			this.#fail("The dashboard does not answer.");
 		}
 		this.loading = false;
@@ -205,7 +206,6 @@ export class History {
 	}
 
 	#fail(words) {
-		this.seen = "";
 		$("operation-body").replaceChildren(h("p.error", { role: "alert" }, words));
 	}
 

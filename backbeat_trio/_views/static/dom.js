@@ -1,7 +1,7 @@
 // Builds and updates nodes, and writes figures as words.
 // Foreign strings reach the page as text nodes and attributes only, never as markup.
 
-// What is not seen, or turns the direction of text around. The server replaces these already.
+// What is not seen, or turns text around. The server replaces these already.
 const UNSEEN = /[\0-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
 const LONGEST = 200;
 
@@ -31,7 +31,7 @@ const builder = (create) => (spec, ...children) => {
 export const h = builder((tag) => document.createElement(tag));
 export const s = builder((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
 
-/** Set the text of a node if it differs, so that a selection in it survives. */
+/** Set the text of a node if it differs, so a selection in it survives. */
 export function put(node, text) {
 	if (node.textContent !== String(text)) node.textContent = text;
 }

@@ -73,7 +73,7 @@ function fillAgent(row, agent) {
 	set(tag.firstChild, "class", `tag ${tone}`);
 	put(live, figure(agent.live));
 	put(late, figure(agent.late));
-	set(late, "class", agent.late ? "number late" : "number");
+	late.classList.toggle("late", agent.late > 0);
 }
 
 /** The buttons that page through a table; `turn` is called with the offset of a page. */
@@ -82,7 +82,7 @@ class Pages {
 		const button = (words, step) => h("button", { click: () => turn(Math.max(this.offset + step * this.limit, 0)) }, words);
 		this.parts = [button("Previous", -1), h("span"), button("Next", 1)];
 		nav.append(...this.parts);
-		this.nav = nav;
+		Object.assign(this, { nav, turn });
 	}
 
 	show(offset, limit, { total, items: { length } }) {
@@ -92,6 +92,8 @@ class Pages {
 		put(text, `${figure(offset + 1)}–${figure(offset + length)} of ${figure(total)}`);
 		back.disabled = !offset;
 		on.disabled = offset + length >= total;
+		// The list is shorter now.
+		if (offset && !length) this.turn(0);
 	}
 }
 
