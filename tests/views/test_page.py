@@ -291,7 +291,11 @@ def test_actions_need_the_token_and_say_what_they_did(sight: Sight) -> None:
     expect(act).to_contain_text("Resume the beat?")
     act.locator(".main").click()
     expect(page.locator("h1")).not_to_contain_text("paused")
+    # What only somebody who is signed in may read goes with the page.
+    page.evaluate("window.former = true")
     page.click("#token")
+    page.wait_for_function("() => !window.former")
+    expect(page.locator("#facts")).to_contain_text("locked")
     expect(page.locator("#token")).to_have_text("Sign in")
     sight.check()
 

@@ -83,7 +83,7 @@ export class Actions {
 	}
 
 	async #signOut() {
-		await send("logout", {}).then(() => this.#mark(false), ({ message }) => this.say(message));
+		await send("logout", {}).then(() => location.reload(), ({ message }) => this.say(message));
 	}
 
 	/** Ask for the token if need be, then what the action needs, and send it. */
