@@ -71,6 +71,8 @@ class Heard:
 def seconds_to_listen(health: Health, wait: float | None, claims: int = 1) -> float:
     """Return for how many seconds to listen, at the present tempo.
 
+    In a pause no beat comes, and it is one second.
+
     Args:
       health: the health of the session that listens.
       wait: for how many beats; None is until so many claims of each live operation have come, with

@@ -7,12 +7,14 @@ from typing import Final, NamedTuple
 
 import click
 import msgspec
+import trio
 
 from .._config import BackbeatConfig, redact_url
 from .._runtime.health import Health
 from .._session.lifecycle import session
 from .._wire import encode
 from .connection import ConnectedCommand, Connection, settings, takes_connection
+from .listening import seconds_to_listen
 from .parameters import beats
 from .tempo import format_change, format_seconds, format_tempo
 
@@ -42,7 +44,7 @@ async def show_status(connection: Connection, as_json: bool, wait: float) -> int
     server or no metronome, or this process is late itself.
     """
     async with session(settings(connection)) as bb:
-        await bb.sleep(wait)
+        await trio.sleep(seconds_to_listen(bb.health(), wait))
         health = bb.health()
     if as_json:
         click.echo(encode(msgspec.to_builtins(health)))

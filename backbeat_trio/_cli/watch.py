@@ -19,6 +19,7 @@ from .._session.session import Session
 from .._views.feed import follow
 from .._views.model import ClusterModel
 from .connection import ConnectedCommand, Connection, settings, takes_connection
+from .listening import seconds_to_listen
 from .main import SIGNALLED
 from .parameters import beats, duration
 
@@ -63,8 +64,8 @@ async def watch_cluster(connection: Connection, interval: float, wait: float) ->
             from .._views.summary import summarize
 
             # Each live operation reports on every beat.
-            await bb.sleep(wait)
-            await trio.sleep(_ARRIVAL if wait else 0)
+            seconds = seconds_to_listen(bb.health(), wait)
+            await trio.sleep(seconds + (_ARRIVAL if wait else 0))
             click.echo(summarize(model, bb.current_position()), nl=False)
             result = 0
         nursery.cancel_scope.cancel()

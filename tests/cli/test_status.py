@@ -63,7 +63,8 @@ async def test_a_paused_cluster_is_no_degraded_one() -> None:
     async with cluster(bpm=600) as url:
         await backbeat("pause", "-s", url)
         await trio.sleep(1)
-        done = await backbeat("status", "-s", url)
+        # No beat comes, and it does not wait for one.
+        done = await backbeat("status", "-s", url, "--wait", "1")
         assert done.returncode == 0
         verdict, shown = read(done.stdout)
         assert verdict == "paused: pulse-a leads, and every budget waits on this beat"

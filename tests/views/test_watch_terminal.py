@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from emulator import emulated_shell
-from helpers import backbeat, guarded, leading_at
+from helpers import backbeat, guarded, leading_at, until
 
 from backbeat_trio import Phase, Session
 from backbeat_trio._views.terminal import Terminal, open_tty
@@ -166,9 +166,12 @@ async def test_without_a_terminal_there_is_a_summary(tmp_path: Path) -> None:
         assert f"cluster {CLUSTER_ID}: beat " in text
         assert "1 late" in text
         assert "late: store-1 of agent-1, dht_store, " in text
+        await bb.pause()
+        await until(lambda: bb.health().paused)
         async with emulated_shell(100, 24, tmp_path, {"TERM": "dumb"}) as terminal:
             await terminal.run(command(server))
-            await terminal.shows("late: store-1", "status-0")
+            # It waits for no beat, as none comes.
+            await terminal.shows(", paused", "status-0")
             assert b"\x1b" not in terminal.received
 
 
