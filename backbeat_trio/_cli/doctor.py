@@ -270,7 +270,8 @@ def _say_metronomes(health: Health, config: BackbeatConfig, say: Say) -> None:
     if health.standbys is None:
         say(Finding("cluster", "standbys", "not tried", "the leader has not said how many"))
     elif health.standbys:
-        say(Finding("cluster", "standbys", "ok", f"{health.standbys} stand by"))
+        word = "stands" if health.standbys == 1 else "stand"
+        say(Finding("cluster", "standbys", "ok", f"{health.standbys} {word} by"))
     else:
         text = "none stands by, so nobody would take over"
         mend = "Start a second `backbeat pulse` on another machine."

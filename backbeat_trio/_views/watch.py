@@ -370,7 +370,7 @@ class _Pen:
             ("phase", clean(row.phase), ""),
             ("budget", f"{budget} {used(row)}", style),
             ("", f"{passed} beats passed of {estimated}, {row.beats_left} left", ""),
-            ("began", f"beat {row.start_beat}", ""),
+            ("began", f"beat {row.start_beat}{' or before' if row.at_least else ''}", ""),
             ("last claim", f"beat {row.last_beat}{self._ago(row)}", ""),
             ("soft edge", "passed" if row.soft else "not passed", _WARN if row.soft else ""),
             ("peers", "unknown" if row.peers is None else f"{row.peers}", ""),

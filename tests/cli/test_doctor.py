@@ -14,9 +14,10 @@ import trio
 import trustme
 from certificates import issue
 from helpers import backbeat, connected, fake_server, leading, until
+from msgspec.structs import replace
 
-from backbeat_trio import BackbeatConfig
-from backbeat_trio._cli.doctor import _say_difference
+from backbeat_trio import BackbeatConfig, Session
+from backbeat_trio._cli.doctor import _say_difference, _say_metronomes
 from backbeat_trio._cli.findings import Finding
 from backbeat_trio._cli.reach import Greeting
 from backbeat_trio._cli.storage import format_bytes, try_stores
@@ -328,6 +329,16 @@ def test_the_difference_of_wall_clocks(ahead: float, verdict: str) -> None:
     assert found[0].verdict == verdict
     assert ("ahead of" if ahead > 0 else "behind") in found[0].text
     assert bool(found[0].mend) is (verdict != "ok")
+
+
+async def test_how_many_stand_by(backbeat_session: Session) -> None:
+    found: list[Finding] = []
+    for standbys in (0, 1, 2):
+        health = replace(backbeat_session.health(), standbys=standbys)
+        _say_metronomes(health, backbeat_session.config, found.append)
+    assert [each.text for each in found if each.name == "standbys"] == [
+        *("none stands by, so nobody would take over", "1 stands by", "2 stand by")
+    ]
 
 
 def test_sizes() -> None:

@@ -229,6 +229,15 @@ def test_a_history() -> None:
     assert "\n» done  " in screen
 
 
+def test_the_history_of_an_operation_that_was_first_seen_with_its_budget_spent() -> None:
+    model, browser = scene()
+    model.take([claim("agent-d", "spent", BEGIN + 7, 9, 5)], 7.0)
+    browser.subject, browser.showing = ("agent-d", "spent"), "history"
+    screen = plain(model, browser, 120, 40)
+    assert "5+ beats passed of 5 beats, 0 left" in screen
+    assert f"began      beat {BEGIN + 2} or before\n" in screen
+
+
 def test_any_size_is_drawn_with_any_pane() -> None:
     model, browser = scene()
     for columns, lines in itertools.product(
