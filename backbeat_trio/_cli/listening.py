@@ -17,7 +17,7 @@ from .._session.session import Session
 from .._transport.adr32 import Info
 from .._transport.discovery import find_services
 from .._views.feed import grid_view
-from .._views.model import ClusterModel
+from .._views.model import ClusterModel, clean
 from .._wire import StatusClaim, status_subject
 
 # Live operations claim on each beat, so one beat and a margin brings them all. A second one shows
@@ -154,12 +154,25 @@ def announce(bb: Session, wait: float | None, claims: int = 1) -> None:
 
 
 def complain(heard: Heard) -> None:
-    """Say what may be missing, and why."""
+    """Say what may be missing, and why.
+
+    Args:
+      heard: what was heard.
+
+    Raises:
+      PermissionDenied: if permissions refuse the claims.
+      TransportBroken: if the connection was lost.
+
+    """
     grid = heard.model.grid
     if heard.refusal is not None:
         raise PermissionDenied(heard.refusal)
     if grid is None:
         return
+    if not grid.connected:
+        # What was heard before that may be anything from all to nothing.
+        why = f": {clean(grid.errors[-1])}" if grid.errors else ""
+        raise TransportBroken(f"the connection was lost meanwhile{why}")
     if grid.paused:
         click.echo("backbeat: the cluster is paused, so operations publish no claims", err=True)
     elif grid.leader_id is None:

@@ -12,9 +12,9 @@ import pytest
 import trio
 from helpers import backbeat, until
 
-from backbeat_trio import Session
+from backbeat_trio import Session, TransportBroken
 from backbeat_trio._cli import main as cli
-from backbeat_trio._cli.listening import seconds_to_listen
+from backbeat_trio._cli.listening import complain, listen, seconds_to_listen
 from backbeat_trio.testing import NatsServer, open_session
 
 from .programs import Done, cluster, invoked
@@ -262,6 +262,21 @@ async def test_without_a_server_or_a_permission_the_reason_is_given(
         done = await invoked(capsys, *command, "-s", server.url, "--timeout", "300ms")
         assert (done.status, done.out) == (1, "")
         assert done.err.startswith("backbeat: no connection to ")
+
+
+async def test_a_connection_that_was_lost_is_no_empty_cluster() -> None:
+    with trio.fail_after(60):
+        async with (
+            NatsServer() as server,
+            open_session(nats_url=server.url, lock_timeout=0.0) as bb,
+        ):
+            await until(lambda: bb.health().connected)
+            complain(await listen(bb, wait=0.0))
+            server.kill()
+            await until(lambda: not bb.health().connected)
+            heard = await listen(bb, wait=0.0)
+            with pytest.raises(TransportBroken, match="the connection was lost meanwhile: "):
+                complain(heard)
 
 
 async def test_how_long_it_listens(autojump_clock: trio.testing.MockClock) -> None:
