@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -106,6 +107,9 @@ def run(arguments: Sequence[str]) -> int:
     instruction = os.environ.get(_COMPLETE)
     if instruction:
         return shell_complete(cli, {}, _PROGRAM, _COMPLETE, instruction)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Ids and notes may have characters that another encoding than UTF-8 lacks.
+        sys.stdout.reconfigure(errors="replace")
     try:
         with cli.make_context(
             _PROGRAM,

@@ -73,10 +73,10 @@ async def test_operations_are_listed_filtered_and_sorted(
         done = await invoked(capsys, "ls", "operations", "-s", url, "--since", "1h")
         assert (done.status, done.out) == (1, "")
         assert done.err == "backbeat: the server has no JetStream, so it stores no claims\n"
-        # For people: a line each, without anything that a terminal would obey.
+        # For people: a line each, without anything that a terminal would obey, in any encoding.
         where = ("ls", "operations", "-s", url, "--wait", "4")
-        program = await backbeat(*where, env={"COLUMNS": "20"})
-        text = program.stdout.decode()
+        env = {"COLUMNS": "20", "PYTHONIOENCODING": "latin-1"}
+        text = (await backbeat(*where, env=env)).stdout.decode("latin-1")
         assert not UNSAFE.search(text)
         head, *lines = text.splitlines()
         assert head.split()[:3] == ["AGENT", "OPERATION", "TYPE"]
