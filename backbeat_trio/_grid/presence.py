@@ -126,8 +126,10 @@ class Presence:
         self._probing_ns: int | None = None
         self._is_refused = False
         self._is_held = False
-        # Recalling: since when, when next, and when agents and standbys have answered.
+        # Recalling: since when, since when without anything else in between, when next, and when
+        # agents and standbys have answered.
         self._recalling_ns: int | None = None
+        self._asking_ns = 0
         self._recall_ns = 0
         self._pause_ns = _RECALL_MIN_NS
         self._agent_ns: int | None = None
@@ -176,6 +178,7 @@ class Presence:
             self._probing_ns = min(now_ns, self._probing_ns + lost_ns)
         if self._recalling_ns is not None:
             self._recalling_ns = min(now_ns, self._recalling_ns + lost_ns)
+            self._asking_ns = min(now_ns, self._asking_ns + lost_ns)
 
     def asked(self) -> None:
         """Report a recall: another metronome has not found a leader."""
@@ -255,9 +258,11 @@ class Presence:
         if now_ns < self._unled_ns + answer_ns:
             return Decision(Action.WAIT, "somebody may lead", self._unled_ns + answer_ns)
         if self._recalling_ns is None:
-            self._recalling_ns = now_ns
+            self._recalling_ns = self._asking_ns = now_ns
             return self._recall(now_ns, "no leader is found", now_ns + absent_ns)
         if self._is_held and not self._is_refused and not self._is_silent(now_ns):
+            # Meanwhile nobody else is asked, and somebody may have come back when the lease ends.
+            self._asking_ns = now_ns
             return Decision(Action.PROBE, "the leader may be stopped")
         if self._has_standby(now_ns, absent_ns):
             return self._recall(now_ns, "a standby looks after the leader", NEVER)
@@ -265,8 +270,8 @@ class Presence:
             if now_ns < self._agent_ns + answer_ns:
                 return Decision(Action.WAIT, "agents answer", self._agent_ns + answer_ns)
             return Decision(Action.GO_ON, "agents remember the grid")
-        if now_ns < self._recalling_ns + absent_ns:
-            return self._recall(now_ns, "no leader is found", self._recalling_ns + absent_ns)
+        if now_ns < self._asking_ns + absent_ns:
+            return self._recall(now_ns, "no leader is found", self._asking_ns + absent_ns)
         if self._remembers:
             return Decision(Action.GO_ON, "this metronome remembers the grid")
         return Decision(Action.BEGIN, "nobody remembers a grid")

@@ -206,6 +206,27 @@ def test_time_that_this_process_lost_does_not_count_as_the_silence_of_its_leader
     assert presence.decide(now + LEASE).reason == "it is silent"
 
 
+@pytest.mark.parametrize("remembers", [True, False])
+def test_everybody_is_asked_again_after_the_lease_of_a_leader_that_may_be_stopped(
+    remembers: bool,
+) -> None:
+    presence = recalling(remembers=remembers)
+    presence.holds(LEASE, held=True)
+    # No answer comes, and then only the leader is asked until its lease ends.
+    now = 1300 * MS
+    while (decision := presence.decide(now)).action is Action.PROBE:
+        now += 5 * MS
+    assert now == 1300 * MS + LEASE
+    assert decision.action is Action.RECALL
+    # Whoever has come back meanwhile has as much time to answer as everybody else had.
+    assert presence.decide(now + 990 * MS).action is not Action.GO_ON
+    assert presence.decide(now + 990 * MS).action is not Action.BEGIN
+    ended = presence.decide(now + SECOND).action
+    assert ended is (Action.GO_ON if remembers else Action.BEGIN)
+    presence.answered("agent", now + 500 * MS)
+    assert presence.decide(now + 600 * MS).reason == "agents remember the grid"
+
+
 def test_time_that_this_process_lost_does_not_count_as_waiting_for_answers() -> None:
     presence = recalling()
     begun = 100 * MS

@@ -603,7 +603,7 @@ async def test_a_suspended_leader_keeps_its_lease_when_a_newcomer_comes(
             two = await made.start("pulse-1")
             await trio.sleep(1.9)
             assert not two.leads
-            await trio.sleep(2)
+            await trio.sleep(3)
             assert two.leads
 
 
