@@ -138,8 +138,9 @@ class Leader:
         self._ping_rate = PingRate()
         self._namesakes = Namesakes()
         self._last_ns = self.cluster_ns()
-        # The connection on which the record was read, and when another leader was last heard.
-        self._looked = transport.generation
+        # The connections on which the record was read, and on which it was also found that this
+        # metronome still leads; and when another leader was last heard.
+        self._read = self._looked = transport.generation
         self._others_ns: int | None = None
         self._why = "another metronome leads"
         self._scope = trio.CancelScope()
@@ -397,6 +398,7 @@ class Leader:
                     # The caller is outside the scope that was cancelled.
                     raise MetronomeUnavailable("another metronome leads")
                 try:
+                    await self._read_anew(ledger)
                     await ledger.write(record)
                 except Conflict:
                     if self._is_deposed(ledger.record):
@@ -408,10 +410,22 @@ class Leader:
             self._uncommitted.clear()
             self._logger.info("the record can be written again")
 
+    async def _read_anew(self, ledger: Ledger) -> None:
+        # The server may have come back with another store, in which the numbers of revisions mean
+        # other records.
+        generation = self._transport.generation
+        if self._read != generation:
+            await ledger.read()
+            self._read = generation
+            if self._is_deposed(ledger.record):
+                raise Conflict("another metronome leads")
+
     def _is_deposed(self, other: Record | None) -> bool:
         # Any other record is overwritten: one of this term, whose write seemed to fail; one that is
         # unreadable or missing; and one of a lower epoch.
-        return other is not None and (other.epoch, other.nonce) > (self.epoch, self._term.nonce)
+        if other is None or other.epoch != self.epoch:
+            return other is not None and other.epoch > self.epoch
+        return other.nonce != self._term.nonce
 
     # Answering.
 

@@ -770,6 +770,23 @@ async def test_a_leader_leads_again_after_the_one_that_replaced_it_died(
         assert made.indices()[-1] == bb.current_beat()
 
 
+@pytest.mark.parametrize("nonce", ["0", "z"])
+async def test_a_leader_reads_the_record_of_a_store_that_was_replaced(
+    autojump_clock: Clock, nonce: str
+) -> None:
+    async with cluster(1) as (made, (one,)):
+        record = decode_record(made.store.entry.data)
+        one.transport.sever()
+        # The server came back with an empty store, in which another metronome has begun a grid of
+        # the same epoch. The numbers of revisions are the same by chance.
+        other = msgspec.structs.replace(record, nonce=nonce, incarnation="other")
+        entry = made.store.entry = Entry(encode(other), made.store.entry.revision)
+        one.transport.restore()
+        await made.wait_until(lambda: made.store.entry is not entry)
+        assert one.metronome.statistics().deposed == 1
+        assert decode_record(made.store.entry.data).epoch > record.epoch
+
+
 async def test_a_leader_goes_on_if_its_frames_are_too_large(autojump_clock: Clock) -> None:
     async with cluster(1) as (_, (one,)):
         one.transport.max_payload = 100
