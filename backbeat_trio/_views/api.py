@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from trio_util import periodic
 
 from .._errors import (
     BackbeatError,
@@ -81,6 +82,8 @@ _MAX_VALUE: Final = 1000
 _LONG: Final = 0.02
 _SHARED_FOR: Final = 4.0
 _MAX_SHARED: Final = 32
+# How often it is looked whether the login of an event stream has ended, in seconds.
+_LOGIN_EVERY: Final = 1.0
 _ONE: Final = "/{agent}/{id:path}"
 
 _logger = logging.getLogger("backbeat_trio")
@@ -205,7 +208,17 @@ class Api:
     async def _events(self, request: Request, query: SnapshotQuery) -> Response:
         if query.limit > MAX_STREAMED or query.agents_limit > MAX_STREAMED:
             raise Problem(400, f"a stream shows {MAX_STREAMED} agents and operations at most")
-        return _StreamResponse(self._streams, query)
+        wait_ended = None
+        if self._access.requires_token and self._access.has_login(request.scope):
+            wait_ended = partial(self._wait_logged_out, request.scope)
+        return _StreamResponse(self._streams, query, wait_ended)
+
+    async def _wait_logged_out(self, scope: Scope) -> None:
+        # A stream that is open uses the login, so that it lasts.
+        async with aclosing(periodic(_LOGIN_EVERY)) as looks:
+            async for _ in looks:
+                if not self._access.has_login(scope):
+                    break
 
     async def _grid(self, request: Request, _: object) -> GridView:
         if self._model.grid is None:
@@ -313,10 +326,16 @@ class _Shared:
 
 
 class _StreamResponse(Response):
-    def __init__(self, streams: EventStreams[SnapshotQuery], query: SnapshotQuery) -> None:
+    def __init__(
+        self,
+        streams: EventStreams[SnapshotQuery],
+        query: SnapshotQuery,
+        wait_ended: Callable[[], Awaitable[None]] | None,
+    ) -> None:
         super().__init__()
         self._streams = streams
         self._query = query
+        self._wait_ended = wait_ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "HEAD":
@@ -325,7 +344,7 @@ class _StreamResponse(Response):
             return
         # Only HTTP/1.1 has chunks.
         direct = scope.get("state", {}).get(CONNECTION) if scope["http_version"] == "1.1" else None
-        await self._streams.stream(self._query, receive, send, direct)
+        await self._streams.stream(self._query, receive, send, direct, self._wait_ended)
 
 
 def read_query(request: Request, type: type[StructT]) -> StructT:

@@ -190,6 +190,7 @@ class EventStreams(Generic[QueryT]):
         receive: Callable[[], Awaitable[_Message]],
         send: Callable[[_Message], Awaitable[None]],
         direct: Direct | None = None,
+        wait_ended: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Answer a request by a stream, which ends when the client is gone or does not read.
 
@@ -198,6 +199,7 @@ class EventStreams(Generic[QueryT]):
           receive: ASGI's.
           send: ASGI's.
           direct: the connection, if the body of the response goes over it in chunks of HTTP/1.1.
+          wait_ended: returns when the client may read no more; None if it may read for ever.
 
         Raises:
           Problem: if there are too many streams.
@@ -206,6 +208,8 @@ class EventStreams(Generic[QueryT]):
         with self._client(query) as feed:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_wait_until_gone, receive, nursery.cancel_scope)
+                if wait_ended is not None:
+                    nursery.start_soon(_cancel_after, wait_ended, nursery.cancel_scope)
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await self._send_states(feed, send, direct)
                 nursery.cancel_scope.cancel()
@@ -263,6 +267,11 @@ async def _send_out(feed: Feed, event: bytes) -> None:
 
 def _chunk(event: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event)
+
+
+async def _cancel_after(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+    await wait()
+    scope.cancel()
 
 
 async def _wait_until_gone(

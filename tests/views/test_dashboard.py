@@ -933,6 +933,32 @@ async def test_a_change_comes_on_the_stream() -> None:
 
 
 @guarded(120)
+async def test_a_stream_ends_with_its_login() -> None:
+    async with served(access(token=TOKEN, require_token=True)) as (_, dashboard, port):
+        await until(lambda: dashboard.model.grid)
+
+        async def listen(header: str) -> trio.SocketStream:
+            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            request = f"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n"
+            await stream.send_all(request.encode())
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+            return stream
+
+        async with httpx.AsyncClient(base_url=f"http://localhost:{port}") as client:
+            login = await client.post("/api/v1/login", json={"token": TOKEN})
+            ending = await listen(f"Cookie: {login.headers['set-cookie'].partition(';')[0]}")
+            # A program that sends the token itself needs no login.
+            lasting = await listen(f"Authorization: {BEARER['Authorization']}")
+            await client.post("/api/v1/logout", json={})
+        while await ending.receive_some():
+            pass
+        await trio.sleep(1.5)
+        assert dashboard.streams.streams == 1
+        await ending.aclose()
+        await lasting.aclose()
+
+
+@guarded(120)
 async def test_the_answer_to_head_is_headers_only() -> None:
     async with served() as (_, dashboard, port):
         await until(lambda: dashboard.model.grid)
