@@ -51,7 +51,8 @@ async def watch_cluster(connection: Connection, interval: float, wait: float) ->
     """Watch the beat, the agents and the operations of the cluster on a full screen.
 
     The key '?' shows what the other keys do, and 'q' quits. If standard output is not a terminal,
-    or TERM is 'dumb', it prints a summary and ends.
+    or TERM is 'dumb', it prints a summary and ends. It exits 1 then if permissions keep all claims
+    from this user.
     """
     config = settings(connection)
     model = ClusterModel()
@@ -67,7 +68,7 @@ async def watch_cluster(connection: Connection, interval: float, wait: float) ->
             seconds = seconds_to_listen(bb.health(), wait)
             await trio.sleep(seconds + (_ARRIVAL if wait else 0))
             click.echo(summarize(model, bb.current_position()), nl=False)
-            result = 0
+            result = int(model.grid is not None and model.grid.claims_refused)
         nursery.cancel_scope.cancel()
     return result
 

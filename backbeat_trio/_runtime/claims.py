@@ -13,7 +13,7 @@ from msgspec import UNSET
 
 from .._errors import TransportBroken, TransportClosed
 from .._transport.archive import Archive, Stored
-from .._transport.protocol import Message, Transport
+from .._transport.protocol import Message, Subscription, Transport
 from .._wire import StatusClaim, decode_claims, is_terminal
 
 
@@ -77,10 +77,15 @@ class ClaimBatches:
     """
 
     def __init__(
-        self, messages: AsyncIterator[Message], counts: ClaimCounts, cluster_id: str | None = None
+        self, messages: Subscription, counts: ClaimCounts, cluster_id: str | None = None
     ) -> None:
         self._messages = messages
         self._choice = _Choice(counts, cluster_id)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the server's permissions refuse these claims; None if they do not."""
+        return self._messages.refusal
 
     def __aiter__(self) -> ClaimBatches:
         return self

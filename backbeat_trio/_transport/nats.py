@@ -241,6 +241,8 @@ class NatsTransport(BaseTransport):
         self.max_payload = client.max_payload
         self.generation += 1
         for number, mailbox in self._mailboxes.items():
+            # Permissions may have changed meanwhile.
+            mailbox.refusal = None
             client.outgoing.send(Subscribe(number, mailbox.subject, mailbox.queue))
         self._note_up()
         self._attempted.set()

@@ -6,6 +6,7 @@ from typing import Final
 
 import trio
 
+from .._runtime.claims import ClaimBatches
 from .._session.session import Session
 from .model import ClusterModel, GridView
 
@@ -13,8 +14,14 @@ INTERVAL: Final = 0.25
 """How often the grid of a model is set, in seconds."""
 
 
-def grid_view(bb: Session) -> GridView:
-    """Return the grid as a session knows it. Not a checkpoint."""
+def grid_view(bb: Session, *, claims_refused: bool = False) -> GridView:
+    """Return the grid as a session knows it. Not a checkpoint.
+
+    Args:
+      bb: the session.
+      claims_refused: as in `GridView`.
+
+    """
     health, clock = bb.health(), bb._runtime.clock
     position, beats_per_bar = clock.position(), clock.grid.beats_per_bar
     late_ns = clock.punctuality.late_ns
@@ -38,6 +45,7 @@ def grid_view(bb: Session) -> GridView:
         last_frame_age=health.last_frame_age,
         lateness=None if late_ns is None else late_ns / 1e9,
         errors=health.errors,
+        claims_refused=claims_refused,
     )
 
 
@@ -68,12 +76,17 @@ async def follow(
     """
     async with bb.open_claims(batched=True) as batches, trio.open_nursery() as nursery:
 
+        def set_grid() -> None:
+            assert isinstance(batches, ClaimBatches)
+            grid = grid_view(bb, claims_refused=batches.refusal is not None)
+            model.set_grid(grid, trio.current_time())
+
         async def look() -> None:
             while True:
-                model.set_grid(grid_view(bb), trio.current_time())
+                set_grid()
                 await trio.sleep(interval)
 
-        model.set_grid(grid_view(bb), trio.current_time())
+        set_grid()
         nursery.start_soon(look)
         task_status.started()
         async for claims in batches:

@@ -83,6 +83,8 @@ class GridView(Struct, frozen=True):
       lateness: by how much this process was late for its last beat, in seconds; None before its
         first beat.
       errors: the recent errors of this process, the newest one last.
+      claims_refused: whether the server's permissions keep all claims from this process, so that it
+        knows neither agents nor operations.
 
     """
 
@@ -105,6 +107,7 @@ class GridView(Struct, frozen=True):
     last_frame_age: float | None = None
     lateness: float | None = None
     errors: tuple[str, ...] = ()
+    claims_refused: bool = False
 
 
 class AgentView(Struct, frozen=True):

@@ -53,6 +53,8 @@ def _grid(grid: GridView, position: float) -> Iterator[str]:
         if seconds is not None:
             figures.append(f"{name} {seconds * 1e3:.3g} ms")
     yield ", ".join(figures)
+    if grid.claims_refused:
+        yield "permissions keep all claims from this user: agents and operations are not known"
     for error in grid.errors[-1:]:
         yield f"error: {clean(error)}"
 

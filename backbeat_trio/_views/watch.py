@@ -147,9 +147,13 @@ class _Pen:
         if grid is None:
             return [self._join(("waiting for the grid", _WARN), (self.cluster_id, ""))]
         lines = [self._beat(grid), self._leader(grid)]
+        refused = self._join(("permissions keep all claims from this user", _BAD))
         if not self.tall:
-            return [*lines, self._operations(totals, short=True)]
+            operations = self._operations(totals, short=True)
+            return [*lines, refused if grid.claims_refused else operations]
         lines += [self._clock(grid), self._operations(totals), self._agents(totals)]
+        if grid.claims_refused:
+            lines.append(refused)
         if grid.errors:
             lines.append(self._join((f"error: {clean(grid.errors[-1])}", _BAD)))
         return lines

@@ -16,7 +16,7 @@ import backbeat_trio as backbeat
 from backbeat_trio import MemoryBus, MemoryTransport, StatusClaim
 from backbeat_trio._runtime.claims import ClaimBatches, ClaimCounts, Claims, open_stored_claims
 from backbeat_trio._transport.archive import Stored
-from backbeat_trio._transport.protocol import Message
+from backbeat_trio._transport.protocol import Message, Subscription
 from backbeat_trio.testing import open_session
 
 Clock = trio.testing.MockClock
@@ -30,8 +30,10 @@ def message(*claims: StatusClaim) -> Message:
     return Message("backbeat.status.one", msgspec.json.encode(claims), "", 0)
 
 
-class Messages:
+class _Messages:
     """Messages that come in turn, each after a checkpoint; then nothing more does."""
+
+    refusal: str | None = None
 
     def __init__(self, *messages: Message) -> None:
         self.messages = list(messages)
@@ -46,6 +48,10 @@ class Messages:
         return self.messages.pop(0)
 
 
+def coming(*messages: Message) -> Subscription:
+    return cast(Subscription, _Messages(*messages))
+
+
 async def test_tasks_that_share_an_iterator_get_each_claim_once(autojump_clock: Clock) -> None:
     wanted = [f"{number}" for number in range(120)]
     messages = [
@@ -53,7 +59,7 @@ async def test_tasks_that_share_an_iterator_get_each_claim_once(autojump_clock: 
         for start in range(0, 120, 6)
     ]
     counts = ClaimCounts()
-    claims = Claims(ClaimBatches(Messages(*messages), counts))
+    claims = Claims(ClaimBatches(coming(*messages), counts))
     heard: list[str] = []
 
     async def listen() -> None:
@@ -73,7 +79,7 @@ async def test_tasks_that_share_an_iterator_get_each_claim_once(autojump_clock: 
 async def test_a_batch_holds_what_one_message_said_for_its_speaker(autojump_clock: Clock) -> None:
     counts = ClaimCounts()
     batches = ClaimBatches(
-        Messages(
+        coming(
             message(claim("a"), claim("forged", "mallory"), claim("b")),
             message(),
             message(claim("forged", "mallory")),
@@ -97,7 +103,7 @@ async def test_a_batch_holds_the_claims_of_one_cluster(
         msgspec.structs.replace(claim(name), cluster_id=name) for name in ("here", "there")
     )
     counts = ClaimCounts()
-    messages = Messages(message(there), message(here, there, claim("unnamed")))
+    messages = coming(message(there), message(here, there, claim("unnamed")))
     claims = Claims(ClaimBatches(messages, counts, cluster_id))
     heard = []
     with trio.move_on_after(1):

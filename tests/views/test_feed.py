@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from helpers import guarded, leading_at, until
+from helpers import backbeat, guarded, leading_at, until
 
 from backbeat_trio import BackbeatError, Phase
 from backbeat_trio._views.feed import follow, grid_view
@@ -76,6 +76,24 @@ async def test_a_disabled_session_has_no_claims(autojump_clock: trio.testing.Moc
         assert grid_view(bb).grid == "local"
         with pytest.raises(BackbeatError):
             await follow(bb, ClusterModel())
+
+
+@guarded(120)
+async def test_refused_claims_are_told_from_an_empty_cluster() -> None:
+    config = """
+    authorization { users: [
+      { user: u, password: p, permissions: { subscribe: { deny: "backbeat.status.>" } } }
+    ] }"""
+    model = ClusterModel()
+    async with NatsServer(config=config) as server:
+        url = server.url.replace("//", "//u:p@")
+        async with open_session(nats_url=url) as bb, trio.open_nursery() as nursery:
+            await nursery.start(follow, bb, model)
+            await until(lambda: model.grid is not None and model.grid.claims_refused)
+            nursery.cancel_scope.cancel()
+        done = await backbeat("watch", "-s", url, "--wait", "0")
+        assert done.returncode == 1
+        assert "permissions keep all claims from this user" in done.stdout.decode()
 
 
 @guarded(120)

@@ -307,6 +307,15 @@ def test_what_was_left_out_is_shown() -> None:
     assert "left out: 4 operations, 0 agents" in summarize(model, 12343.5)
 
 
+def test_refused_claims_are_told_from_an_empty_cluster() -> None:
+    text = "permissions keep all claims from this user"
+    for refused in (True, False):
+        model = _with_grid(claims_refused=refused)
+        assert (text in plain(model, Browser(), 120, 40)) is refused
+        assert (text in plain(model, Browser(), 60, 10)) is refused
+        assert (text in summarize(model, 12343.5)) is refused
+
+
 def test_filters_combine() -> None:
     model, browser = scene()
     assert rows(pressed(browser, model)) == ["late-1", "slow-1", "fine-1", "silent-1"]

@@ -24,7 +24,7 @@ function remember(name, value) {
 	}
 }
 
-// The query: what the server is asked for. The page's address carries it, so that it can be shared.
+// The query: what the server is asked for. It is in the address, to be shared.
 
 const form = $("filters");
 let query = readAddress();
@@ -195,7 +195,7 @@ let announced = -QUIET_MS;
 let announcing = 0;
 let news = {};
 
-/** Have screen readers say something, once in a while at most, and of each kind the newest only. */
+/** Have screen readers say something: the newest of each kind, and not too often. */
 function announce(words, kind = "") {
 	news[kind] = words;
 	clearTimeout(announcing);

@@ -66,7 +66,7 @@ function whereabouts(agents) {
 	return named.join(", ") + (bad.length > named.length ? " and others" : "");
 }
 
-/** Return how the cluster is doing: a key that only a change of state changes, a tone, two sentences. */
+/** Return how the cluster is doing: a key that changes with the state, a tone, two sentences. */
 export function verdict({ grid, totals: { live, late, silent, slow }, agents }) {
 	const ago = duration(grid.last_frame_age);
 	const [state, title, why] =
@@ -86,8 +86,8 @@ export function verdict({ grid, totals: { live, late, silent, slow }, agents }) 
 	const detail = where ? `${words[0].toUpperCase()}${words.slice(1)} on ${where}.` : slow ? `${many(slow, "operation")} ${are(slow)} past the soft edge.` : "";
 	return {
 		key: `${state === "elevated" ? "beat" : state} ${words}`,
-		tone: late || !["beat", "paused", "elevated"].includes(state) ? "late" : silent ? "silent" : state === "beat" ? "fine" : "slow",
-		title: `${title}: ${trouble || well}`,
+		tone: late || grid.claims_refused || !["beat", "paused", "elevated"].includes(state) ? "late" : silent ? "silent" : state === "beat" ? "fine" : "slow",
+		title: grid.claims_refused ? "Permissions keep all claims from here" : `${title}: ${trouble || well}`,
 		detail: `${why} ${detail}`.trim(),
 	};
 }

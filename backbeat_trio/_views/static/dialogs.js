@@ -159,7 +159,7 @@ function branch({ name, operation, children, omitted }, chosen) {
 	return h("li", ...line, ...(below.length ? [h("ul", ...below)] : []));
 }
 
-/** The history of the operation that the page's address names, kept up to date while open. */
+/** The history of the operation that the address names, kept up to date while open. */
 export class History {
 	constructor(actions) {
 		this.actions = actions;

@@ -1,5 +1,5 @@
 // The plots: a timeline of operations, budget used by type, and skew and drift over time.
-// Each has a table of its figures beside it, as a drawing says nothing to a screen reader.
+// Each has a table of its figures, as a drawing says nothing to a screen reader.
 
 import { $, Nodes, figure, h, many, path, percent, place, put, s, set, shown, tabulate, timing } from "./dom.js";
 

@@ -1,4 +1,4 @@
-// A plain script, which runs before the first paint: so the page never flashes in the other theme.
+// A plain script, which runs before the first paint, so the page never flashes.
 try {
 	for (const name of ["theme", "keys"]) {
 		const chosen = localStorage.getItem(`backbeat.${name}`);
