@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, final
 
-from .steering import PARTS
+from .steering import MIN_STEP_NS, PARTS
 
 # The largest frequency that is used. No real clock is off by more.
 _MAX_FREQUENCY: Final = PARTS // 10
@@ -50,6 +50,10 @@ _GOOD_PART: Final = 1 / 128
 _EXCESS_PART: Final = 1 / 16
 # How far off a burst may be, in addition to its own round trip and the estimate's deviation.
 _SLACK_NS: Final = 100_000.0
+
+# Frames move cluster time back by much if they stay late for so many beats, and for so long.
+_LATE_BEATS: Final = 2
+_LATE_NS: Final = 1_000_000_000
 
 # If more pings than this arrive for about a second, the leader asks the agents to wait. It can
 # answer several times as many, and ten thousand agents whose estimates are good send fewer.
@@ -409,6 +413,41 @@ class Estimate:
         self._frequency_sd = 1 / math.sqrt(spread)
         self._mean_local = newest + round(mean_x)
         self._mean_offset = offset0 + round(mean_y + self._frequency * (round(mean_x) - mean_x))
+
+
+@final
+class Arrivals:
+    """The cluster time that the arrival of frames shows, while the leader answers no pings.
+
+    A frame may take any time, but never arrives before it is published. So a frame that is early
+    corrects the time at once. One that is much too late does so only if all that arrive in the next
+    max(2 beats, 1 s) are: otherwise it was held up on its way.
+    """
+
+    def __init__(self) -> None:
+        self._since_ns: int | None = None
+        self._offset_ns = 0
+
+    def add(self, offset_ns: int, late_ns: int, received_ns: int, beat_ns: int) -> int | None:
+        """Add a frame, and return the offset to which to correct cluster time; None for none.
+
+        Args:
+          offset_ns: when it was due, in cluster time, minus when it arrived, in local time.
+          late_ns: by how much it is late by the present estimate of cluster time.
+          received_ns: when it arrived, in local time.
+          beat_ns: the length of a beat.
+
+        """
+        if late_ns <= max(MIN_STEP_NS, beat_ns // 4):
+            self._since_ns = None
+            return offset_ns
+        if self._since_ns is None:
+            self._since_ns, self._offset_ns = received_ns, offset_ns
+        self._offset_ns = max(self._offset_ns, offset_ns)
+        if received_ns - self._since_ns < max(_LATE_BEATS * beat_ns, _LATE_NS):
+            return None
+        self._since_ns = None
+        return self._offset_ns
 
 
 @final

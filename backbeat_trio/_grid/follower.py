@@ -23,7 +23,7 @@ from typing import Final, NamedTuple, TypeAlias, final
 from msgspec import Struct
 
 from .._wire import BeatFrame, SyncReply
-from .estimate import REST_NS, Estimate, Ping, Verdict, best_ping
+from .estimate import REST_NS, Arrivals, Estimate, Ping, Verdict, best_ping
 from .grid import Grid
 from .punctuality import Drift, is_late, tolerance_ns
 from .steering import MIN_STEP_NS
@@ -145,6 +145,7 @@ class Follower:
         self._observer = observer or FollowerObserver()
         self._cluster_id = cluster_id
         self._estimate = Estimate()
+        self._arrivals = Arrivals()
         # The epoch of the leader that answered the last pings in the estimate.
         self._measured_epoch = -1
         # The local time at which that frame arrived, or of the lock if that was later.
@@ -277,16 +278,19 @@ class Follower:
             self._drop_question()
         self._follow(frame, timeline, now_ns)
         due, moves = timeline.time_of(frame.beat_index), bool(frame.segment.milli_bpm)
+        beat = beat_ns(frame.segment.milli_bpm)
         if moves and self._is_better_than_pings(received_ns):
             # This offset is wrong by the time that the frame took.
-            self.grid.steer(due - received_ns, now_ns)
+            late = self.grid.cluster_at(received_ns) - due
+            offset = self._arrivals.add(due - received_ns, late, received_ns, beat)
+            if offset is not None:
+                self.grid.steer(offset, now_ns)
         late = self.grid.cluster_at(received_ns)
         if not moves:
             # Frames of a paused grid are all alike. So its arrival tells which of them this is.
             due = timeline.last_beat(late + MIN_STEP_NS)
         self.last_due_ns, self._last_heard_ns = due, received_ns
         self.last_frame_ns = received_ns
-        beat = beat_ns(frame.segment.milli_bpm)
         # A missing frame may have announced a change that takes effect before the next frame.
         missing = self.grid.steering.local_at(self.due_ns()) + max(beat // 2, MIN_STEP_NS)
         self._missing_ns = missing + round(self._chance() * beat / 2)

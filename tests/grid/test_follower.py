@@ -306,6 +306,42 @@ def test_frames_steer_only_if_they_are_better_than_pings(delay: int, agent: Agen
     assert agent.error_ns == pytest.approx(-40 * MS, abs=MS)
 
 
+def follow_frames(agent: Agent) -> None:
+    """Follow a leader that answers no pings, until its last frame has just come."""
+    while not agent.follower.locked:
+        agent.now += SECOND // 2
+        agent.hear()
+        agent.answer()
+    assert abs(agent.error_ns) <= MS
+
+
+def test_frames_that_were_held_up_do_not_move_an_agent_back(agent: Agent) -> None:
+    follow_frames(agent)
+    # The next four frames come all at once, 0.2 to 1.7 s late, and those after them in time.
+    agent.now += 2200 * MS
+    last = agent.follower._next_index
+    for index in range(last, last + 4):
+        assert not agent.hear(index)
+        assert abs(agent.error_ns) <= MS
+    agent.now += 300 * MS
+    assert not agent.hear()
+    agent.now += SECOND // 2 + 40 * MS
+    # A frame that is only a little late moves the agent a little.
+    assert not agent.hear()
+    assert -41 * MS < agent.error_ns < -1 * MS
+
+
+def test_frames_that_stay_late_move_an_agent_back_after_a_while(agent: Agent) -> None:
+    follow_frames(agent)
+    # The leader's clock stopped for 0.3 s, and its frames take up to 10 ms.
+    errors = []
+    for delay in (300, 10, -10, 5):
+        agent.now += SECOND // 2 + delay * MS
+        assert not agent.hear(agent.follower._next_index)
+        errors.append(round(agent.error_ns / MS))
+    assert errors == [0, 0, -300, -305]
+
+
 def test_one_bad_ping_of_another_leader_does_not_move_the_offset_by_its_error(agent: Agent) -> None:
     assert agent.answer(agent.answered())
     for _ in range(8):
