@@ -234,11 +234,14 @@ class AgentProcess:
             refused, text = "committed" not in str(error), str(error)
         except backbeat.MetronomeUnavailable as error:
             text = str(error)
-        if not process.dead:
+        finally:
+            if process.dead:
+                # The leader may do it all the same.
+                beat, refused, text = None, False, "its process was killed"
             cluster.watch.answered.append(
                 Answered(command, asked, process.world.now, beat, refused, text)
             )
-            cluster.note(process, f"{command}: {text or beat}")
+        cluster.note(process, f"{command}: {text or beat}")
 
     def ask(self, command: Command) -> None:
         """Have it ask for a change."""

@@ -555,9 +555,12 @@ class Watch:
         )
         if not done or self._wiped:
             return
-        last = done[-1]
+        *others, last = done
         command = last.command
         if last.beat is None or not isinstance(command, Change):
+            return
+        if any(other.answered_ns > last.asked_ns for other in others):
+            # The leader may have come to that one later.
             return
         for agent in agents:
             position, tempo = agent.present()
@@ -582,7 +585,8 @@ class Watch:
         done = [answer for answer in asked if not answer.refused]
         if not done or self._wiped or not isinstance(done[-1].command, Resume):
             return
-        if done[-1].beat is None or len({id(answer) for answer in done[-1:]}) != 1:
+        *others, last = done
+        if last.beat is None or any(other.answered_ns > last.asked_ns for other in others):
             return
         for agent in agents:
             if not agent.present()[1]:
@@ -590,7 +594,7 @@ class Watch:
                     "resumed",
                     now,
                     f"{agent.process!r} is paused, although a resumption was granted at"
-                    f" {done[-1].answered_ns / SECOND:.3f} s",
+                    f" {last.answered_ns / SECOND:.3f} s",
                 )
                 return
 

@@ -145,7 +145,25 @@ def test_agents_that_cannot_hear_the_leader_have_time_to_come_back_into_line_aft
 
 @pytest.mark.parametrize(
     "seed",
-    [167, 2144, 2193, 2214, 2457, 2652, 20103, 20192, 20237, 31596, 34374, 41585, 51390, 51536],
+    [
+        167,
+        2144,
+        2193,
+        2214,
+        2457,
+        2652,
+        20103,
+        20192,
+        20237,
+        31596,
+        34374,
+        41585,
+        51390,
+        51536,
+        61031,
+        61112,
+        61964,
+    ],
 )
 def test_schedules_that_broke_a_rule_once(seed: int) -> None:
     assert not clusters.run(faults.draw(seed)).violations
