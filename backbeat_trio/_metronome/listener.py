@@ -47,6 +47,9 @@ _SHARED_NS: Final = 20_000_000_000
 _SHARED_BEATS: Final = 5
 _LOG_EVERY_NS: Final = 1_000_000_000
 _LOGGED: Final = 64
+# A recall is still answered if the grid is known so soon after it, and so many are kept.
+_RECALL_NS: Final = 1_000_000_000
+_RECALLS: Final = 16
 
 
 class ListenerObserver:
@@ -120,6 +123,8 @@ class BeatListener(FollowerObserver):
         self._agent_id = agent_id
         self._role: Role = role
         self._answers_recalls = answers_recalls
+        # The recalls that came before the lock.
+        self._recalls: deque[Message] = deque(maxlen=_RECALLS)
         self._observer = observer or ListenerObserver()
         self._patience = _PING_TIMEOUT
         self._waiting = trio.CancelScope()
@@ -279,15 +284,18 @@ class BeatListener(FollowerObserver):
             if not is_inbox(request.reply):
                 continue
             self._observer.on_recall()
-            reply = self._remember(request.received_ns)
-            if reply is not None:
-                with contextlib.suppress(TransportBroken, ValueError):
-                    self._transport.publish_nowait(request.reply, encode(reply))
+            if self.follower.locked:
+                self._answer_recall(request)
+            else:
+                self._recalls.append(request)
 
-    def _remember(self, received_ns: int) -> RecallReply | None:
+    def _answer_recall(self, request: Message) -> None:
+        reply = self._remember(request.received_ns)
+        with contextlib.suppress(TransportBroken, ValueError):
+            self._transport.publish_nowait(request.reply, encode(reply))
+
+    def _remember(self, received_ns: int) -> RecallReply:
         follower, grid, now = self.follower, self._clock.grid, local_ns()
-        if not follower.locked:
-            return None
         uncertainty = follower.uncertainty_ns(now)
         return RecallReply(
             cluster_id=self._cluster_id,
@@ -312,7 +320,7 @@ class BeatListener(FollowerObserver):
         self.followed.unpark_all()
 
     def on_lock(self) -> None:
-        """Log whose grid it is, and wake the tasks that wait for the first lock."""
+        """Log whose grid it is, wake who waits for the first lock, and answer the last recalls."""
         follower = self.follower
         self._logger.info(
             "locked to the grid - leader=%s epoch=%d beat=%d",
@@ -321,6 +329,11 @@ class BeatListener(FollowerObserver):
             self._clock.index(),
         )
         self.locked.set()
+        while self._recalls:
+            # Whoever asked may be about to begin another grid.
+            request = self._recalls.popleft()
+            if local_ns() - request.received_ns < _RECALL_NS:
+                self._answer_recall(request)
 
     def on_leader(self) -> None:
         """Log who leads now."""

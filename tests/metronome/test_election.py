@@ -19,13 +19,16 @@ from backbeat_trio._transport.store import Conflict, Entry
 from backbeat_trio._wire import (
     BeatFrame,
     Probe,
+    RecallRequest,
     Segment,
     SyncRequest,
     decode_frame,
+    decode_recall_reply,
     decode_record,
     decode_tempo_reply,
     encode,
     lead_subject,
+    recall_subject,
     tempo_subject,
 )
 from backbeat_trio.testing import CLUSTER_ID, open_session
@@ -454,6 +457,36 @@ async def test_one_agent_that_remembers_the_grid_is_enough_to_continue_it(
         assert made.indices() == sorted(set(made.indices()))
         assert heard == list(range(heard[0], heard[-1] + 1))
         assert bb.statistics().locks == 1
+
+
+async def test_a_recall_is_answered_by_an_agent_that_locks_soon_afterwards(
+    autojump_clock: Clock,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        made, heard = Cluster(nursery), []
+        await nursery.start(made.transport.run)
+
+        async def recall() -> None:
+            request = encode(RecallRequest(CLUSTER_ID, "newcomer"))
+            subject, begun = recall_subject(CLUSTER_ID), trio.current_time()
+            async with made.transport.open_request(subject, request) as answers:
+                with trio.move_on_after(1.5):
+                    async for answer in answers:
+                        reply = decode_recall_reply(answer.data)
+                        heard.append((begun, reply.agent_id, reply.role))
+
+        async with open_session(made.bus, agent_id="agent", lock_timeout=0) as bb:
+            assert bb.health().grid == "local"
+            pulse = await made.start("pulse-0")
+            # A grid begins after a second in which nobody answers.
+            nursery.start_soon(recall)
+            await trio.sleep(0.9)
+            begun = trio.current_time()
+            await recall()
+            assert pulse.leads
+            assert bb.health().grid == "locked"
+        assert heard == [(begun, "agent", "agent")]
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_newcomers_recall_makes_a_standby_take_over_first(

@@ -163,6 +163,7 @@ def test_agents_that_cannot_hear_the_leader_have_time_to_come_back_into_line_aft
         61031,
         61112,
         61964,
+        75023,
     ],
 )
 def test_schedules_that_broke_a_rule_once(seed: int) -> None:
