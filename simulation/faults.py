@@ -268,7 +268,7 @@ def draw(seed: int) -> Schedule:
         at = chance.uniform(3, 50) if late else chance.random()
         nodes.append(_node(chance, name, at))
     bpm = _tempo(chance)
-    agent_names = [node.name for node in nodes if not node.leads and node.at < 1]
+    agent_names = [node.name for node in nodes if not node.leads and node.at <= 1]
     faults = [
         fault
         for _ in range(chance.randint(3, 12))

@@ -200,6 +200,10 @@ def test_a_schedule_is_plain_data() -> None:
     assert drawn == set(faults.KINDS)
 
 
+def test_an_agent_whose_time_is_rounded_up_is_there_from_the_beginning() -> None:
+    assert faults.draw(73603).nodes[-1].at == 1.0
+
+
 # Processes.
 
 
