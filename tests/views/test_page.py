@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import struct
 from collections.abc import Callable, Generator
@@ -118,6 +119,22 @@ def test_first_line_says_which_operations_are_late_and_where(sight: Sight) -> No
     before = page.locator("#beat").inner_text()
     expect(page.locator("#beat")).not_to_have_text(before)
     sight.check()
+
+
+def test_first_line_says_that_permissions_refuse_the_claims(sight: Sight) -> None:
+    page = sight.page
+    snapshot = page.evaluate("fetch('api/v1/snapshot').then((answer) => answer.json())")
+    assert snapshot["grid"]["claims_refused"] is False
+    snapshot["grid"]["claims_refused"] = True
+    body = f"data: {json.dumps(snapshot)}\n\n"
+    page.route(
+        "**/api/v1/events*",
+        lambda route: route.fulfill(content_type="text/event-stream", body=body),
+    )
+    page.reload()
+    expect(page.locator("#verdict")).to_have_text("Permissions keep all claims from here")
+    expect(page.locator("#now")).to_have_attribute("data-tone", "late")
+    assert sight.faults == []
 
 
 def test_hostile_strings_are_shown_as_text(sight: Sight, dashboard: Dashboard) -> None:
