@@ -70,11 +70,6 @@ class Incoming:
 
     # Trio's side.
 
-    @property
-    def waiting(self) -> int:
-        """How many messages have arrived that were not passed on yet."""
-        return len(self._arrivals)
-
     def drain(self) -> None:
         """Pass on what has arrived, without waiting for Trio's loop to do it."""
         arrivals, dispatch = self._arrivals, self._dispatch

@@ -477,7 +477,7 @@ async def test_answer_that_arrived_before_the_deadline_is_not_lost_in_a_busy_loo
                 transport.publish_nowait(message.reply, b"in time")
                 client.outgoing._push()
                 # No other task runs until the answer is there and the deadline has passed.
-                while not client.incoming.waiting or trio.current_time() < scope.deadline:
+                while not client.incoming._arrivals or trio.current_time() < scope.deadline:
                     time.sleep(0.001)
 
             nursery.start_soon(answer)
