@@ -423,9 +423,11 @@ class Leader:
     def _is_deposed(self, other: Record | None) -> bool:
         # Any other record is overwritten: one of this term, whose write seemed to fail; one that is
         # unreadable or missing; and one of a lower epoch.
-        if other is None or other.epoch != self.epoch:
-            return other is not None and other.epoch > self.epoch
-        return other.nonce != self._term.nonce
+        if other is None:
+            return False
+        if other.epoch == self.epoch:
+            return other.nonce != self._term.nonce
+        return other.epoch > self.epoch
 
     # Answering.
 

@@ -47,7 +47,7 @@ _SHARED_NS: Final = 20_000_000_000
 _SHARED_BEATS: Final = 5
 _LOG_EVERY_NS: Final = 1_000_000_000
 _LOGGED: Final = 64
-# A recall is still answered if the grid is known so soon after it, and so many are kept.
+# A recall that came before the lock is answered if the lock follows so soon. So many are kept.
 _RECALL_NS: Final = 1_000_000_000
 _RECALLS: Final = 16
 
@@ -320,7 +320,7 @@ class BeatListener(FollowerObserver):
         self.followed.unpark_all()
 
     def on_lock(self) -> None:
-        """Log whose grid it is, wake who waits for the first lock, and answer the last recalls."""
+        """Log whose grid it is, wake those who wait for the lock, and answer waiting recalls."""
         follower = self.follower
         self._logger.info(
             "locked to the grid - leader=%s epoch=%d beat=%d",
