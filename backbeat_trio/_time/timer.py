@@ -19,6 +19,10 @@ import trio
 
 # For a wait of more than a day, in seconds, a millisecond does not matter.
 _FAR: Final = 86_400.0
+# A processor that has slept takes up to some tenths of a millisecond to run this process again, and
+# then finds nothing of it in its caches. So a timer goes off this long before its instant, too, in
+# seconds. The processor sleeps only lightly during the short wait that is left.
+_EARLY: Final = 300e-6
 
 _SetTimer: TypeAlias = Callable[[int, int], object]
 
@@ -70,7 +74,8 @@ class Alarm:
 
     An alarm wakes only the loop. The task that waits for the instant also sets a deadline of Trio's
     for it, which expires in the turn of the loop that the alarm begins. So an alarm does not change
-    what happens, or where in the loop it happens, but only when.
+    what happens, or where in the loop it happens, but only when. It wakes the loop twice: shortly
+    before the instant, when nothing is due, and at the instant.
 
     Without an alarm Trio's deadline still works. That is so in virtual time, on systems without
     such timers, and if no file descriptor is free.
@@ -143,8 +148,11 @@ class Alarm:
 
     def _arm(self, set_timer: _SetTimer) -> None:
         # The origin of Trio's clock is arbitrary, so the timer gets the time that is left. It
-        # starts a little later, so it never goes off early, when nothing would be due.
+        # starts a little later, so it never goes off just before the instant, when nothing would
+        # be due.
         left = self._clock.deadline_to_sleep_time(self._due)
+        if left > 2 * _EARLY:
+            left -= _EARLY
         # Code that closes all descriptors of the process has closed this one, too.
         with contextlib.suppress(OSError):
             set_timer(self._descriptor, 1 + int(left * 1e9) if 0 < left < _FAR else 0)

@@ -146,7 +146,7 @@ async def test_a_beat_clock_is_closer_to_its_instants_than_a_sleep(kind: str) ->
 
 @linux
 @guarded(120)
-async def test_an_alarm_is_never_early() -> None:
+async def test_an_alarm_wakes_the_loop_shortly_before_its_instant_and_at_it() -> None:
     async with open_alarm() as alarm:
         with counted() as turns:
             for _ in range(50):
@@ -154,9 +154,33 @@ async def test_an_alarm_is_never_early() -> None:
                 before = turns.waits
                 await alarm.sleep_until(instant)
                 assert trio.current_time() >= instant
-                # A loop that woke too early would have waited once more. One that was held up by
-                # another program until after the instant has not waited.
+                # A loop that woke too early for the instant would have waited once more. One that
+                # was held up by another program until after the instant has waited less often.
+                assert turns.waits <= before + 2
+
+
+@linux
+@guarded(120)
+async def test_an_alarm_for_the_next_moment_wakes_the_loop_once() -> None:
+    async with open_alarm() as alarm:
+        with counted() as turns:
+            for _ in range(50):
+                before = turns.waits
+                await alarm.sleep_until(trio.current_time() + 1.5 * timer._EARLY)
                 assert turns.waits <= before + 1
+
+
+@linux
+@guarded(120)
+async def test_an_alarm_also_wakes_the_loop_early() -> None:
+    async with open_alarm() as alarm:
+        for _ in range(TRIES):
+            with counted() as turns:
+                await alarm.sleep_until(trio.current_time() + 0.01)
+            if turns.waits == 2:
+                break
+        else:
+            pytest.fail("the loop waited only once, each time")
 
 
 @linux
