@@ -1,8 +1,7 @@
-"""One term of leadership: frames, answers to sync and tempo requests, and the record.
+"""One term of leadership: frames, answers to sync and tempo requests, and changes of the tempo.
 
-Frames never wait for the record. If it cannot be written, the leader goes on beating and refuses
-changes of the tempo. Only the record tells a leader that it was replaced. It looks at the record
-after a frame of a higher epoch, and after it was suspended for long.
+Only the record tells a leader that it was replaced. It looks at the record after a frame of a
+higher epoch, on each new connection, and after it was suspended for long.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import msgspec
 import trio
 from msgspec import UNSET
 from msgspec.structs import replace
-from trio_util import AsyncBool
 
 from .._checks import check_integer
-from .._errors import Logger, MetronomeUnavailable, TempoRefused, TransportBroken
+from .._errors import Logger, TempoRefused, TransportBroken
 from .._grid.changes import ASKED_NS, LEAD_BEATS, LEAD_NS, propose
 from .._grid.estimate import PingRate
 from .._grid.namesakes import Namesakes
@@ -27,7 +25,6 @@ from .._grid.timeline import Timeline, beat_ns, milli_bpm
 from .._time.local import local_ns, seconds_of
 from .._time.timer import Alarm
 from .._transport.protocol import Message, Transport
-from .._transport.store import Conflict
 from .._wire import (
     BeatFrame,
     Probe,
@@ -52,14 +49,10 @@ from .._wire import (
     tempo_subject,
     window_id,
 )
+from .keeper import RecordKeeper
 from .ledger import Ledger
 from .term import MetronomeCounts, Term, lease_ns, wait_for_record
 
-# The time limit for writing the record, and the wait before another attempt, in seconds.
-_COMMIT_PATIENCE: Final = 2.0
-_RETRY: Final = 1.0
-# The least time between two writes of the record, in seconds.
-_PAUSE: Final = 0.02
 # How often a change is tried if its commit comes back too late for its beat.
 _CHANGE_TRIES: Final = 3
 # A standby counts for this long after its last ping; pings are 64 s apart at most. Any process that
@@ -124,23 +117,26 @@ class Leader:
         self._leader_id = leader_id
         self._counts = counts
         self._logger = logger
-        self._ledger = ledger
+        self._keeper: RecordKeeper | None = None
+        if ledger is not None:
+            self._keeper = RecordKeeper(
+                ledger,
+                transport,
+                make_record=self._record,
+                step_down=self._step_down,
+                counts=counts,
+                logger=logger,
+            )
         self._keep_now = keep
         self._find_record = find_record
         self._count_standbys = count_standbys or self._count_heard
         self._standbys: dict[str, int] = {}
         self._is_alone = ledger is None and keep is None
-        self._committing = trio.Lock()
         self._changing = trio.Lock()
-        self._look = AsyncBool(False)
-        # The reasons of all failures since the last successful write; each is logged once.
-        self._uncommitted: set[str] = set()
         self._ping_rate = PingRate()
         self._namesakes = Namesakes()
         self._last_ns = self.cluster_ns()
-        # The connections on which the record was read, and on which it was also found that this
-        # metronome still leads; and when another leader was last heard.
-        self._read = self._looked = transport.generation
+        # When another leader was heard last.
         self._others_ns: int | None = None
         self._why = "another metronome leads"
         self._scope = trio.CancelScope()
@@ -163,7 +159,7 @@ class Leader:
     @property
     def has_record(self) -> bool:
         """Whether it keeps a record that other metronomes can read."""
-        return self._ledger is not None
+        return self._keeper is not None
 
     def present_term(self) -> Term:
         """Return the term as it is now."""
@@ -175,9 +171,19 @@ class Leader:
             announced_seq=self.announced_seq,
         )
 
+    def _record(self, proposed: Timeline | None = None) -> Record:
+        term = self.present_term()
+        if proposed is not None:
+            term = replace(term, timeline=proposed)
+        return term.record(self._cluster_id, self._leader_id)
+
     def _changed(self) -> None:
         if self._keep_now is not None:
-            self._keep_now(self.present_term().record(self._cluster_id, self._leader_id))
+            self._keep_now(self._record())
+
+    def _write_soon(self) -> None:
+        if self._keeper is not None:
+            self._keeper.write_soon()
 
     # Beating.
 
@@ -233,8 +239,8 @@ class Leader:
             async with trio.open_nursery() as starting:
                 for service in services:
                     starting.start_soon(nursery.start, self._serve, *service)
-            if self._ledger is not None:
-                nursery.start_soon(self._keep_record)
+            if self._keeper is not None:
+                nursery.start_soon(self._keeper.run)
                 nursery.start_soon(self._look_after_outages)
             elif self._find_record is not None:
                 nursery.start_soon(self._look_for_record, self._find_record)
@@ -256,6 +262,14 @@ class Leader:
                 await self._look_before_speaking()
             self.strike()
 
+    async def _look_for_record(self, find_record: Callable[[], Awaitable[bool]]) -> None:
+        await wait_for_record(self._transport, find_record, self._logger)
+        self._step_down("a record can be kept now")
+
+    def _step_down(self, why: str) -> None:
+        self._why = why
+        self._scope.cancel(why)
+
     # Looking at the record before anything is published.
 
     def _was_suspended(self) -> bool:
@@ -265,29 +279,27 @@ class Leader:
 
     def _may_speak(self) -> bool:
         # After an outage or a suspension another metronome may lead, so look at the record first.
-        if self._ledger is None:
-            return True
-        return self._looked == self._transport.generation and not self._was_suspended()
+        return self._keeper is None or (self._keeper.has_looked and not self._was_suspended())
 
     async def _look_before_speaking(self) -> None:
-        """Write the record, and wait for that while another leader's frames are heard."""
-        while True:
-            generation = self._transport.generation
-            try:
-                with trio.fail_after(_COMMIT_PATIENCE):
-                    await self._save()
-            except (TransportBroken, trio.TooSlowError) as error:
-                self._cannot_commit(error)
-                if not self._hears_others():
-                    break
-                await trio.sleep(_PAUSE)
-            else:
-                break
-        self._looked, self._last_ns = generation, self.cluster_ns()
+        """Look at the record, and wait for it while another leader's frames are heard."""
+        assert self._keeper is not None
+        await self._keeper.look(self._hears_others)
+        self._last_ns = self.cluster_ns()
 
     def _hears_others(self) -> bool:
         lease = lease_ns(self.timeline.segments[0].milli_bpm)
         return self._others_ns is not None and local_ns() - self._others_ns < lease
+
+    @trio.lowlevel.enable_ki_protection
+    async def _look_after_outages(self) -> None:
+        while True:
+            await self._transport.wait_connected(False)
+            await self._transport.wait_connected()
+            # Do it now and not when the next frame is due, because no ping is answered before.
+            await self._look_before_speaking()
+
+    # Frames.
 
     def strike(self) -> None:
         """Publish the frame that is due, if there is one."""
@@ -304,7 +316,7 @@ class Leader:
             self._changed()
             self._publish(self.frame(index))
             if index % self.beats_per_bar == 0:
-                self._look.value = True
+                self._write_soon()
 
     def frame(self, index: int, timeline: Timeline | None = None) -> BeatFrame:
         """Make the frame of a beat. ``timeline`` replaces the present segments in it."""
@@ -340,94 +352,7 @@ class Leader:
         seq = self.timeline.segments[-1].seq
         if seq > self.announced_seq:
             self.announced_seq = seq
-            self._look.value = True
-
-    # The record.
-
-    @trio.lowlevel.enable_ki_protection
-    async def _keep_record(self) -> None:
-        # Write the record once a bar, and whenever another metronome might lead.
-        while True:
-            await self._look.wait_value(True)
-            self._look.value = False
-            try:
-                with trio.fail_after(_COMMIT_PATIENCE):
-                    await self._save()
-            except (TransportBroken, trio.TooSlowError) as error:
-                self._cannot_commit(error)
-                await trio.sleep(_RETRY)
-                self._look.value = True
-            else:
-                await trio.sleep(_PAUSE)
-
-    @trio.lowlevel.enable_ki_protection
-    async def _look_after_outages(self) -> None:
-        while True:
-            await self._transport.wait_connected(False)
-            await self._transport.wait_connected()
-            # Do it now and not when the next frame is due, because no ping is answered before.
-            await self._look_before_speaking()
-
-    async def _look_for_record(self, find_record: Callable[[], Awaitable[bool]]) -> None:
-        await wait_for_record(self._transport, find_record, self._logger)
-        self._step_down("a record can be kept now")
-
-    def _step_down(self, why: str) -> None:
-        self._why = why
-        self._scope.cancel(why)
-
-    def _cannot_commit(self, error: Exception) -> str:
-        """Count a failed write of the record, log a new reason, and return the reason."""
-        self._counts.commits_failed += 1
-        why = "no answer in time" if isinstance(error, trio.TooSlowError) else str(error)
-        if why not in self._uncommitted:
-            self._logger.warning("beating on without the record, tempo changes refused: %s", why)
-            self._uncommitted.add(why)
-        return why
-
-    async def _save(self, proposed: Timeline | None = None) -> None:
-        ledger = self._ledger
-        assert ledger is not None
-        async with self._committing:
-            # Take the term only now: the task that held the lock may have committed a change.
-            present = replace(self.present_term(), timeline=proposed or self.timeline)
-            record = present.record(self._cluster_id, self._leader_id)
-            while True:
-                if self._scope.cancel_called:
-                    await trio.lowlevel.checkpoint_if_cancelled()
-                    # The caller is outside the scope that was cancelled.
-                    raise MetronomeUnavailable("another metronome leads")
-                try:
-                    await self._read_anew(ledger)
-                    await ledger.write(record)
-                except Conflict:
-                    if self._is_deposed(ledger.record):
-                        self._step_down("another metronome leads")
-                else:
-                    break
-        self._counts.commits += 1
-        if self._uncommitted:
-            self._uncommitted.clear()
-            self._logger.info("the record can be written again")
-
-    async def _read_anew(self, ledger: Ledger) -> None:
-        # The server may have come back with another store, in which the numbers of revisions mean
-        # other records.
-        generation = self._transport.generation
-        if self._read != generation:
-            await ledger.read()
-            self._read = generation
-            if self._is_deposed(ledger.record):
-                raise Conflict("another metronome leads")
-
-    def _is_deposed(self, other: Record | None) -> bool:
-        # Any other record is overwritten: one of this term, whose write seemed to fail; one that is
-        # unreadable or missing; and one of a lower epoch.
-        if other is None:
-            return False
-        if other.epoch == self.epoch:
-            return other.nonce != self._term.nonce
-        return other.epoch > self.epoch
+            self._write_soon()
 
     # Answering.
 
@@ -462,7 +387,7 @@ class Leader:
         outranked = frame.alone is not True if self._is_alone else frame.epoch > self.epoch
         if frame.epoch > self.epoch or outranked:
             self._counts.frames_foreign += 1
-            self._look.value = True
+            self._write_soon()
         if self._is_alone and (outranked or frame.epoch > self.epoch):
             # A leader with a record outranks one without. Of two without, the later one leads.
             self._step_down(f"another metronome leads: {frame.leader_id}")
@@ -471,7 +396,7 @@ class Leader:
         probe = decode_probe(request.data)
         self._check_cluster(probe.cluster_id)
         if probe.epoch > self.epoch:
-            self._look.value = True
+            self._write_soon()
         if not self._may_speak():
             return None
         return Probe(self._cluster_id, self.epoch, self._leader_id)
@@ -574,6 +499,8 @@ class Leader:
     def _refuse(self, why: str) -> TempoReply:
         return TempoReply(self._cluster_id, ok=False, error=why, epoch=self.epoch)
 
+    # Changes.
+
     async def change(self, bpm: float | None, *, at_beat: int | None = None, over: int = 0) -> int:
         """Commit a change of the grid (see `Metronome.change_tempo`)."""
         over = check_integer("over", over, 0)
@@ -629,15 +556,15 @@ class Leader:
             frame = self.frame(beat, timeline)
             if len(encode(frame)) > self._transport.max_payload:
                 raise TempoRefused("frames with this change would be larger than the server takes")
-            if self._ledger is None:
+            if self._keeper is None:
                 return timeline, first.beat0
-            await self._commit(timeline, (first.t0_ns - now - _MARGIN_NS) / 1e9)
+            await self._keeper.commit(timeline, (first.t0_ns - now - _MARGIN_NS) / 1e9)
             if self._is_announced_in_time(first):
                 return timeline, first.beat0
             # Allow for as much time in the next attempt.
             took = self.cluster_ns() - now
             # Overwrite the change in the record with the present timeline.
-            self._look.value = True
+            self._write_soon()
             if at_beat is not None:
                 break
         raise TempoRefused("the change was committed too late for its beat")
@@ -654,13 +581,3 @@ class Leader:
         usual = max(LEAD_BEATS * beat, LEAD_NS - beat) - _ROUNDING_NS
         ahead = change.t0_ns - self.timeline.time_of(index)
         return index < change.beat0 and ahead >= min(_ANNOUNCED_NS, usual)
-
-    async def _commit(self, timeline: Timeline, seconds: float) -> None:
-        try:
-            with trio.fail_after(min(_COMMIT_PATIENCE, max(0.0, seconds))):
-                await self._save(timeline)
-        except (TransportBroken, trio.TooSlowError) as error:
-            why = self._cannot_commit(error)
-            # The change may have been written after all. Overwrite it with the present timeline.
-            self._look.value = True
-            raise TempoRefused(f"the change could not be committed: {why}") from None
