@@ -36,7 +36,7 @@ FAST_BPM: Final = 240.0
 FOLLOWERS: Final = 4
 
 TARGETS: Final = {
-    "clock": Target("skew of the clock estimate of 8 agents, ±200 ppm, p99", "≤", 0.2, "ms"),
+    "clock": Target("skew of the clock estimate of 8 agents, ±200 ppm, p99", "≤", 0.1, "ms"),
     "delivery_p50": Target("skew of a beat between 4 processes on 2 cores, p50", "≤", 0.3, "ms"),
     "delivery_p99": Target("the same, p99", "≤", 2.0, "ms"),
     "precise": Target("lateness of a precise beat, idle process, p50", "≤", 0.1, "ms"),
