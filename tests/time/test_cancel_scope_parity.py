@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, TypeVar, cast
@@ -561,6 +562,9 @@ async def test_trio_cannot_see_deadlines_in_beats(beats: Kind, mock_clock: Clock
 
 @pytest.mark.parametrize("name", ["after", "fail_after"])
 async def test_scopes_make_no_cyclic_garbage(kind: Kind, name: str, mock_clock: Clock) -> None:
+    if kind is SECONDS and name == "fail_after" and sys.version_info >= (3, 12):
+        pytest.skip("Trio's own leaves some since Python 3.12")
+
     async def cancel() -> None:
         with getattr(kind, name)(9) as scope:
             scope.cancel()
