@@ -1,4 +1,4 @@
-"""What is run on the project: ``nox -s tests faults lint types docs bench simulate schedules``."""
+"""What is run on the project; ``nox --list`` says what each session does."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import nox
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
-DEFAULT = "3.11"
 
 nox.needs_version = ">=2024.10"
-nox.options.sessions = ["tests", "minimal", "lint", "types"]
-# Also on CI: a version that is not installed is passed over.
+nox.options.sessions = ["tests", "minimal", "oldest", "lint", "types"]
+# Also on CI: nox skips a version that is not installed, and still succeeds. So all but `tests` and
+# `oldest` run on the Python that runs nox, whatever its version.
 nox.options.error_on_missing_interpreters = False
 nox.options.error_on_external_run = True
 
@@ -40,7 +40,7 @@ def tests(session: nox.Session) -> None:
         session.run("coverage", "report", "--fail-under=95")
 
 
-@nox.session(python=DEFAULT)
+@nox.session
 def faults(session: nox.Session) -> None:
     """Try every fault as often as it takes to find what is rare, and print figures and targets."""
     session.install(".[server,nkeys,testing]", *group("test"))
@@ -48,7 +48,7 @@ def faults(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/test_faults.py", "--faults", *session.posargs)
 
 
-@nox.session(python=DEFAULT)
+@nox.session
 def minimal(session: nox.Session) -> None:
     """Run what must work on the wheel without any extra."""
     session.install(".")
@@ -57,7 +57,17 @@ def minimal(session: nox.Session) -> None:
     session.run("backbeat", "demo", "--memory", "--beats", "8")
 
 
-@nox.session(python=DEFAULT)
+# On the oldest Python, as there are wheels of the oldest dependencies for it.
+@nox.session(python=PYTHONS[0])
+def oldest(session: nox.Session) -> None:
+    """Run two agents on a server, with the oldest version of each dependency that is allowed."""
+    bounds = PYPROJECT["project"]["dependencies"]
+    session.install(".[server]", *(each.replace(">=", "==") for each in bounds))
+    session.env["PYTHONSAFEPATH"] = "1"
+    session.run("python", "-W", "error", "examples/nats_agents.py")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""
     session.install(*group("lint"))
@@ -65,7 +75,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
 
 
-@nox.session(python=DEFAULT)
+@nox.session
 def types(session: nox.Session) -> None:
     """Check the types, and that all that is public has some."""
     session.install(".[server,nkeys,testing]", *group("test"), *group("types"), "nox")
@@ -75,7 +85,7 @@ def types(session: nox.Session) -> None:
     session.run("pyright", "examples", "tests/test_newcomer.py")
 
 
-@nox.session(python=DEFAULT)
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the site from `docs/`, the docstrings and the help of the commands, into `site/`."""
     session.install(".[health,http,metrics,otel,server,testing]", *group("docs"))
@@ -85,7 +95,7 @@ def docs(session: nox.Session) -> None:
     session.log("open site/index.html")
 
 
-@nox.session(python=DEFAULT)
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure speed, memory, skew and views, and print them beside their targets.
 
@@ -98,14 +108,14 @@ def bench(session: nox.Session) -> None:
         session.run("python", os.path.join("benchmarks", program), *arguments)
 
 
-@nox.session(python=DEFAULT)
+@nox.session
 def simulate(session: nox.Session) -> None:
     """Simulate many agents, and print how well they agree beside the targets."""
     session.install(".", *group("simulate"))
     session.run("python", os.path.join("simulation", "simulate.py"), *session.posargs)
 
 
-@nox.session(python=DEFAULT)
+@nox.session
 def schedules(session: nox.Session) -> None:
     """Run random schedules of faults in virtual time: ``nox -s schedules -- --count 10000``."""
     session.install(".")
