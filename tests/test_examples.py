@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ async def test_the_picture_of_the_demonstration_is_current() -> None:
 
 async def test_the_agent_of_the_readme_without_a_server(tmp_path: Path) -> None:
     (tmp_path / "my_agent.py").write_text(AGENT)
-    command = ALONE.replace("python ", f"{sys.executable} -W error ")
+    command = ALONE.replace("python ", f"{shlex.quote(sys.executable)} -W error ")
     assert re.search(r"beat \d+ led by ", await run("sh", "-c", command, cwd=tmp_path))
 
 
@@ -78,7 +79,7 @@ async def test_the_agent_of_the_readme_on_a_server(tmp_path: Path) -> None:
             "until grep -q leads one; do sleep 0.1; done",
             second.replace("--bpm 120 &", "--bpm 600 2> two & two=$!"),
             "until grep -q locked two; do sleep 0.1; done",
-            agent.replace("python ", f"{sys.executable} -W error "),
+            agent.replace("python ", f"{shlex.quote(sys.executable)} -W error "),
             "kill $one $two; wait $one $two; kill $server; wait",
         ]
     ).replace("127.0.0.1:4222", f"127.0.0.1:{port}")

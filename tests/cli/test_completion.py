@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_the_commands_of_the_guide_turn_it_on(tmp_path: Path) -> None:
     guide = (ROOT / "docs" / "operating.md").read_text()
     (block,) = re.findall(r"^## Completion\n.*?^```sh\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
     program = tmp_path / "backbeat"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m backbeat_trio "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m backbeat_trio "$@"\n')
     program.chmod(0o755)
     env = CLEAN | {"PATH": f"{tmp_path}:{CLEAN['PATH']}", "HOME": str(tmp_path)}
     subprocess.run(["sh", "-ec", block], check=True, timeout=60, env=env)

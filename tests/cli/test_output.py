@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from backbeat_trio.testing import open_session
 from .programs import cluster, line_with, program
 
 COMMAND = [sys.executable, "-m", "backbeat_trio"]
+PYTHON = shlex.quote(sys.executable)
 _END = b"\0"
 TERMINAL = {
     name: value for name, value in CLEAN.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}
@@ -220,7 +222,7 @@ def test_a_pipe_that_nobody_reads_is_no_error(arguments: list[str]) -> None:
 
 
 def test_the_first_line_of_a_pipe() -> None:
-    command = f"{sys.executable} -m backbeat_trio demo --memory --beats 8 --bpm 600 | head -1"
+    command = f"{PYTHON} -m backbeat_trio demo --memory --beats 8 --bpm 600 | head -1"
     done = subprocess.run(
         ["sh", "-c", command], check=True, capture_output=True, text=True, timeout=60, env=CLEAN
     )
@@ -230,7 +232,7 @@ def test_the_first_line_of_a_pipe() -> None:
 
 
 def test_without_any_stdout() -> None:
-    command = f"exec {sys.executable} -m backbeat_trio status -s memory://none >&-"
+    command = f"exec {PYTHON} -m backbeat_trio status -s memory://none >&-"
     done = subprocess.run(
         ["sh", "-c", command], check=False, capture_output=True, text=True, timeout=60, env=CLEAN
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import shlex
 import sys
 import termios
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -94,7 +95,8 @@ async def emulated_shell(
     """Run an interactive shell at a terminal, in which ``backbeat`` is a command."""
     program = folder / "backbeat"
     program.write_text(
-        f'#!/bin/sh\necho $$ > {folder}/pid\nexec {sys.executable} -m backbeat_trio "$@"\n'
+        f"#!/bin/sh\necho $$ > {shlex.quote(str(folder))}/pid\n"
+        f'exec {shlex.quote(sys.executable)} -m backbeat_trio "$@"\n'
     )
     program.chmod(0o755)
     ours, theirs = pty.openpty()
