@@ -6,7 +6,7 @@ import configparser
 import re
 import shlex
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import pytest
@@ -73,6 +73,12 @@ def test_the_image_has_extras_that_exist() -> None:
     assert set(extras.split(",")) <= set(EXTRAS)
 
 
+def test_the_image_gets_what_the_package_is_made_of_and_no_more() -> None:
+    lines = re.findall(r"^COPY (.*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    copied = {source for line in lines for source in line.split()[:-1]}
+    assert copied == {"pyproject.toml", "README.md", "LICENSE", "backbeat_trio"}
+
+
 def test_kubernetes() -> None:
     documents = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
     found: dict[str, Any] = {document["kind"]: document for document in documents}
@@ -87,6 +93,18 @@ def test_kubernetes() -> None:
     assert container["envFrom"] == [
         {"configMapRef": {"name": found["ConfigMap"]["metadata"]["name"]}}
     ]
+    # It logs in to the server of the example.
+    server = (ROOT / "examples" / "nats-server.conf").read_text()
+    settings = found["ConfigMap"]["data"]
+    user = re.escape(settings["CHORUS_BACKBEAT_USER"])
+    assert re.search(rf"user: {user}, password: \S+, permissions: \$METRONOME", server)
+    assert f'"{settings["CHORUS_BACKBEAT_INBOX_PREFIX"]}.>"' in server
+    authority = PurePosixPath(settings["CHORUS_BACKBEAT_TLS_CA"])
+    (mount,) = container["volumeMounts"]
+    (volume,) = template["spec"]["volumes"]
+    assert mount["name"] == volume["name"]
+    assert authority.parent == PurePosixPath(mount["mountPath"])
+    assert authority.name in {item["path"] for item in volume["secret"]["items"]}
     check_command(*(argument.replace("$(POD_NAME)", "pulse-1") for argument in container["args"]))
     address = container["args"][container["args"].index("--probes") + 1]
     (port,) = container["ports"]
