@@ -1,4 +1,4 @@
-"""The files in ``examples/deploy`` start programs that exist, with arguments that they take."""
+"""The files in ``examples/deploy`` start programs that exist; the package names its licenses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from blocks import ROOT
 from backbeat_trio._cli.main import cli
 
 DEPLOY: Final = ROOT / "examples" / "deploy"
-EXTRAS: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-    "optional-dependencies"
-]
+PROJECT: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: Final = PROJECT["optional-dependencies"]
 
 
 def check_command(name: str, *arguments: str) -> None:
@@ -41,6 +40,14 @@ def test_the_page_names_every_file() -> None:
     page = (ROOT / "docs" / "deploy.md").read_text()
     linked = set(re.findall(r"\(\.\./examples/deploy/([^)]*)\)", page))
     assert linked == {path.name for path in DEPLOY.iterdir()}
+
+
+def test_the_package_names_the_licenses_of_all_that_is_in_it() -> None:
+    inside = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "backbeat_trio").rglob("*LICENSE*")
+    }
+    assert inside
+    assert set(PROJECT["license-files"]) == {"LICENSE"} | inside
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.service")), ids=lambda path: path.name)
