@@ -77,7 +77,7 @@ def _real(name: str, value: SupportsFloat | SupportsIndex, what: str) -> float:
 
 
 def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:
-    """Return a value as an int; raise unless it is an integer of at least ``minimum``.
+    """Return a value as an int; raise unless it is an integer from ``minimum`` to 2**53.
 
     Args:
       name: the name of the parameter, for the error's text.
@@ -86,7 +86,7 @@ def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:
 
     Raises:
       TypeError: if the value is not an integer. A bool and a float are not.
-      ValueError: if it is NaN, or less than ``minimum``.
+      ValueError: if it is NaN or out of range.
 
     """
     if value != value:  # noqa: PLR0124 - only NaN differs from itself
@@ -97,25 +97,10 @@ def check_integer(name: str, value: SupportsIndex, minimum: int) -> int:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"`{name}` must be an integer, not {value!r}") from None
+    # Neither text has the digits of a huge number: Python refuses to print too many of them. A
+    # message with a larger number than the maximum might not be readable for others.
     if number < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, not {number}")
+        raise ValueError(f"`{name}` must be at least {minimum}")
+    if number > MAX_INDEX:
+        raise ValueError(f"`{name}` must be at most {MAX_INDEX}")
     return number
-
-
-def check_index(name: str, value: SupportsIndex) -> int:
-    """Return a beat index as an int; raise unless it is an integer from 0 to 2**53.
-
-    Args:
-      name: the name of the parameter, for the error's text.
-      value: the beat index.
-
-    Raises:
-      TypeError: if the value is not an integer.
-      ValueError: if it is out of range.
-
-    """
-    # The leader would drop a message with a larger index, as if it had not been sent.
-    index = check_integer(name, value, 0)
-    if index > MAX_INDEX:
-        raise ValueError(f"`{name}` must be at most {MAX_INDEX}, not {index}")
-    return index

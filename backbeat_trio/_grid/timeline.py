@@ -57,7 +57,7 @@ def milli_bpm(name: str, bpm: float) -> int:
         raise TypeError(f"`{name}` must be a number of beats per minute, not {bpm!r}")
     # NaN fails every comparison.
     if not MIN_MILLI_BPM / 1000 <= bpm <= MAX_MILLI_BPM / 1000:
-        raise ValueError(f"`{name}` must be from 0.1 to 6000 beats per minute, not {bpm!r}")
+        raise ValueError(f"`{name}` must be from 0.1 to 6000 beats per minute")
     return round(bpm * 1000)
 
 

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, Final, Protocol, TypeAlias, final
 
+import trio
 from msgspec import UNSET, Raw, UnsetType
 
 from .._checks import check_integer
@@ -105,9 +106,11 @@ def _text(name: str, value: str) -> str:
         raise TypeError(f"`{name}` must be a str, not {value!r}")
     if not value:
         raise ValueError(f"`{name}` must not be empty")
-    # Lone surrogates have no UTF-8. So this raises, while the caller can see it; otherwise encoding
-    # the claim would raise later.
-    value.encode()
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # Encoding the claim would raise later, where the caller does not see it.
+        raise ValueError(f"`{name}` has no encoding in UTF-8: {error.reason}") from None
     return value
 
 
@@ -314,6 +317,10 @@ class Operations:
         except KeyError:
             raise OperationNotFound(f"no live operation {id!r}") from None
 
+    # Ctrl-C must not end one of the next four methods half-way. A beat's claims would fail on an
+    # operation that is half made, and an operation that has ended would never have said so.
+
+    @trio.lowlevel.enable_ki_protection
     def start(
         self,
         type: str,
@@ -354,13 +361,14 @@ class Operations:
         operation._correlation_id = correlation_id
         operation._table = self
         operation._start = beat - self._shift
-        self._live[id] = operation
         self._describe(operation)
+        self._live[id] = operation
         self._host.emit(self._claim(operation, beat))
         if self._instruments.operation_started:
             self._instruments.tell(self._instruments.operation_started, operation)
         return operation
 
+    @trio.lowlevel.enable_ki_protection
     def advance(self, operation: Operation, phase: Phase, peers: int | None) -> None:
         """Move an operation to a later phase; see `Operation.advance`."""
         self._check(operation)
@@ -373,23 +381,24 @@ class Operations:
                 f"operation {operation.id!r} cannot go back "
                 f"from {operation.phase.name} to {phase.name}"
             )
-        if peers is not None:
-            operation.peers = check_integer("peers", peers, 0)
+        count = operation.peers if peers is None else check_integer("peers", peers, 0)
         former, beat = operation.phase, self.current_beat()
-        operation.phase = phase
+        operation.phase, operation.peers = phase, count
         self._describe(operation)
         self._host.emit(self._claim(operation, beat))
         if self._instruments.operation_advanced:
             self._instruments.tell(self._instruments.operation_advanced, operation, former, beat)
 
+    @trio.lowlevel.enable_ki_protection
     def complete(self, operation: Operation, peers: int | None) -> None:
         """End an operation as completed; see `Operation.complete`."""
         self._check(operation)
-        if peers is not None:
-            operation.peers = check_integer("peers", peers, 0)
-        former, operation.phase = operation.phase, Phase.COMPLETED
-        self._end(operation, former, "done", 1.0)
+        count = operation.peers if peers is None else check_integer("peers", peers, 0)
+        former, beat = operation.phase, self.current_beat()
+        operation.phase, operation.peers = Phase.COMPLETED, count
+        self._end(operation, former, beat, "done", 1.0)
 
+    @trio.lowlevel.enable_ki_protection
     def fail(self, operation: Operation, reason: str) -> None:
         """End an operation as failed; see `Operation.fail`."""
         self._check(operation)
@@ -402,8 +411,9 @@ class Operations:
             self._fail(operation, reason)
 
     def _fail(self, operation: Operation, reason: str) -> None:
-        former, operation.phase = operation.phase, Phase.FAILED
-        self._end(operation, former, "failed", 0.0, reason)
+        former, beat = operation.phase, self.current_beat()
+        operation.phase = Phase.FAILED
+        self._end(operation, former, beat, "failed", 0.0, reason)
 
     def claims(self, operations: Iterable[Operation], beat: int) -> list[LiveClaim]:
         """Return the claims of a beat, of those among ``operations`` that still live."""
@@ -488,13 +498,14 @@ class Operations:
         self,
         operation: Operation,
         former: Phase,
+        beat: int,
         state: ClaimState,
         progress: float,
         reason: str | None = None,
     ) -> None:
         del self._live[operation.id]
         self._describe(operation)
-        notes, beat = operation._description.notes, self.current_beat()
+        notes = operation._description.notes
         if reason is not None:
             notes = f"P2P operation failed: {reason} (type: {operation.type})"
         claim = self._full_claim(operation, beat, state, 0, progress, notes)

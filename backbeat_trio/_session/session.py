@@ -291,6 +291,7 @@ class Session(Budgets, TempoChanges):
     # Operations.
 
     @asynccontextmanager
+    @trio.lowlevel.enable_ki_protection
     async def operation(
         self,
         type: str,
@@ -334,7 +335,7 @@ class Session(Budgets, TempoChanges):
           type: what kind of work it is: a name of at most 1,000 characters.
           id: the name of this operation, of at most 1,000 characters. No other live operation of
             the session may have it. By default it is the type and a random part.
-          beats: the estimate, in whole beats, 1 or more; by default that of the type.
+          beats: the estimate, in whole beats, 1 to 2**53; by default that of the type.
           data: any object, which is kept as `Operation.data` and is not published.
           enforce: whether the block is cancelled when the estimate runs out.
           soft_after: how many beats after its start the operation should begin to wind down. With
@@ -386,7 +387,7 @@ class Session(Budgets, TempoChanges):
           type: what kind of work it is: a name of at most 1,000 characters.
           id: the name of this operation, of at most 1,000 characters. No other live operation of
             the session may have it. By default it is the type and a random part.
-          beats: the estimate, in whole beats, 1 or more; by default that of the type, which
+          beats: the estimate, in whole beats, 1 to 2**53; by default that of the type, which
             `operation` lists.
           data: any object, which is kept as `Operation.data` and is not published.
 

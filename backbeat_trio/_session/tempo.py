@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET
 
-from .._checks import check_index
+from .._checks import check_integer
 from .._errors import (
     MetronomeUnavailable,
     PermissionDenied,
@@ -58,7 +58,7 @@ class TempoChanges:
 
         """
         milli = milli_bpm("bpm", bpm)
-        return await self._change_grid(milli / 1000, at_beat, check_index("over", over))
+        return await self._change_grid(milli / 1000, at_beat, check_integer("over", over, 0))
 
     async def pause(self, *, at_beat: int | None = None) -> int:
         """Pause the grid of the whole cluster. A checkpoint.
@@ -107,7 +107,7 @@ class TempoChanges:
 
     async def _change_grid(self, bpm: float | None, at_beat: int | None, over: int = 0) -> int:
         if at_beat is not None:
-            at_beat = check_index("at_beat", at_beat)
+            at_beat = check_integer("at_beat", at_beat, 0)
         self._runtime.check_open()
         cluster_id, transport = self._runtime.config.cluster_id, self._runtime.transport
         if transport is None:

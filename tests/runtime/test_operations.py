@@ -164,7 +164,10 @@ def test_other_types_are_welcome() -> None:
         ({"beats": True}, TypeError, "`beats` must be an integer"),
         ({"id": ""}, ValueError, "`id` must not be empty"),
         ({"id": 5}, TypeError, "`id` must be a str"),
-        ({"id": "\ud800"}, ValueError, "surrogates not allowed"),
+        ({"beats": 2**53 + 1}, ValueError, "`beats` must be at most 9007199254740992"),
+        ({"beats": 10**5000}, ValueError, "`beats` must be at most"),
+        ({"beats": -(10**5000)}, ValueError, "`beats` must be at least 1"),
+        ({"id": "\ud800"}, ValueError, "`id` has no encoding in UTF-8: surrogates not allowed"),
         ({"type": ""}, ValueError, "`type` must not be empty"),
         ({"type": None}, TypeError, "`type` must be a str"),
     ],
@@ -208,13 +211,14 @@ def test_refused_transitions_change_nothing() -> None:
     for final in (Phase.COMPLETED, Phase.FAILED):
         with pytest.raises(InvalidTransition, match="gets to"):
             operation.advance(final)
-    for peers in (-1, math.nan, 1.5, "3"):
+    for peers in (-1, math.nan, 1.5, "3", 10**5000):
         with pytest.raises((ValueError, TypeError), match="`peers`"):
             operation.advance(Phase.EXECUTING, peers=peers)  # type: ignore[arg-type]
         with pytest.raises((ValueError, TypeError), match="`peers`"):
             operation.complete(peers=peers)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`reason`"):
-        operation.fail("")
+    for reason in ("", "\ud800"):
+        with pytest.raises(ValueError, match="`reason`"):
+            operation.fail(reason)
     with pytest.raises(ValueError, match="is not a valid Phase"):
         operation.advance(17)  # type: ignore[arg-type]
     assert (operation.phase, operation.peers) == (Phase.NEGOTIATING, 2)

@@ -7,7 +7,10 @@ import gc
 import logging
 import math
 import signal
+import sys
 import weakref
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -17,7 +20,7 @@ import trio.testing
 from helpers import Lines
 
 import backbeat_trio as backbeat
-from backbeat_trio import Phase
+from backbeat_trio import Phase, Session
 from backbeat_trio._runtime.runtime import Runtime
 from backbeat_trio.testing import ClaimRecorder, ManualMetronome, open_recorder, open_session
 
@@ -794,3 +797,58 @@ async def test_another_logger(autojump_clock: Clock) -> None:
     async with open_session(logger=logger, cluster_id="c", agent_id="a"):
         pass
     assert "🎵 CHORUS BACKBEAT integration started - cluster=c agent=a" in logger.lines
+
+
+async def test_an_operation_that_another_thread_fails_to_end_is_still_live(
+    autojump_clock: Clock,
+) -> None:
+    async with open_session() as bb, open_recorder(bb) as claims:
+        operation = bb.start_operation("election", id="here")
+        operation.advance(Phase.CONNECTING, peers=2)
+        for end in (
+            lambda: operation.advance(Phase.EXECUTING, peers=9),
+            lambda: operation.complete(peers=9),
+            lambda: operation.fail("in a thread"),
+        ):
+            with pytest.raises(RuntimeError):
+                await trio.to_thread.run_sync(end)
+        assert (operation.phase, operation.peers) == (Phase.CONNECTING, 2)
+        await trio.to_thread.run_sync(lambda: trio.from_thread.run_sync(operation.complete))
+        assert (await claims.wait_for("here", "done")).peers == 2
+
+
+def test_ctrl_c_between_any_two_lines_leaves_no_operation_half_made() -> None:
+    lines, interrupt_at = 0, 1
+
+    def tracer(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if Path(frame.f_code.co_filename).name not in ("operations.py", "session.py"):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+        return tracer
+
+    async def use(bb: Session) -> None:
+        sys.settrace(tracer)
+        try:
+            async with bb.operation("election", id=f"{interrupt_at}") as operation:
+                operation.advance(Phase.EXECUTING, peers=1)
+        finally:
+            sys.settrace(None)
+        await trio.lowlevel.checkpoint()
+
+    async def main() -> None:
+        nonlocal lines, interrupt_at
+        async with open_session(tempo_bpm=60.0) as bb:
+            while lines >= interrupt_at - 1:
+                lines = 0
+                with contextlib.suppress(KeyboardInterrupt):
+                    await use(bb)
+                assert bb.health().active_operations == 0
+                interrupt_at += 1
+            await bb.sleep(1)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert interrupt_at > 50
