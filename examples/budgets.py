@@ -39,11 +39,11 @@ async def under_a_change_of_tempo(bb: backbeat.Session) -> None:
     with bb.move_on_after(16) as scope:
         effective = await bb.set_tempo(2 * bb.tempo_bpm)
         print(f"tempo changes on beat {effective}, a downbeat")
+        assert effective % 8 == 0
         await trio.sleep_forever()
     beats, seconds = bb.current_position() - first, trio.current_time() - start
     print(f"it had {beats:.1f} beats, in {seconds:.1f} s at {bb.tempo_bpm:g} BPM in the end")
     assert scope.cancelled_caught
-    assert effective % 8 == 0
 
 
 async def main() -> None:

@@ -201,6 +201,7 @@ async def test_a_soft_edge_of_the_caller_counts(backbeat_session: Session) -> No
             with budget.graceful():
                 await trio.sleep_forever()
             return PlainTextResponse(f"wound down at {current_session().current_position()}")
+        return PlainTextResponse("cut")
 
     with backbeat_session.fail_after(4, soft_after=2.5):
         headers = injected(backbeat_session)

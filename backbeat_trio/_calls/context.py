@@ -328,7 +328,7 @@ class Extracted:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
+    ) -> bool:
         _part.set(self._former)
         self._calls.extracted.discard(self)
         if self._seen is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple, cast
 
 from .._checks import check_beats, check_position
 from .._runtime.runtime import Runtime
 from .._time.beats import Beats
 from .._time.clock import BeatClock
-from .._time.scopes import BeatScope
+from .._time.scopes import BeatScope, FailingScope
 
 T = TypeVar("T")
 PosArgs = TypeVarTuple("PosArgs")
@@ -85,7 +85,7 @@ class Budgets:
 
     def fail_after(
         self, beats: float, *, shield: bool = False, soft_after: float | None = None
-    ) -> BeatScope:
+    ) -> FailingScope:
         """Make a scope as `move_on_after` does, which raises an error if it cancelled its block.
 
         Args:
@@ -93,6 +93,9 @@ class Budgets:
           shield: whether cancellations from outside do not reach the block.
           soft_after: how many beats after the entry the block should begin to wind down, at most
             ``beats``; see `BeatScope.soft_deadline`. None is no soft edge.
+
+        Returns:
+          A `BeatScope`. Type checkers know it as a subclass, which never ends its block quietly.
 
         Raises:
           BeatBudgetExceeded: on leaving, if the scope cancelled its block.
@@ -102,13 +105,14 @@ class Budgets:
           SessionClosed: on entering, if the session was left.
 
         """
-        return self._clock.deadlines.scope_after(
+        scope = self._clock.deadlines.scope_after(
             check_beats("beats", beats), shield=shield, fail=True, soft=soft_after
         )
+        return cast("FailingScope", scope)
 
     def fail_at(
         self, beat: float, *, shield: bool = False, soft_at: float | None = None
-    ) -> BeatScope:
+    ) -> FailingScope:
         """Make a scope as `move_on_at` does, which raises an error if it cancelled its block.
 
         Args:
@@ -116,6 +120,9 @@ class Budgets:
           shield: whether cancellations from outside do not reach the block.
           soft_at: the position at which the block should begin to wind down, not later than
             ``beat``; see `BeatScope.soft_deadline`. None is no soft edge.
+
+        Returns:
+          A `BeatScope`, as `fail_after` does.
 
         Raises:
           BeatBudgetExceeded: on leaving, if the scope cancelled its block.
@@ -125,9 +132,10 @@ class Budgets:
           SessionClosed: on entering, if the session was left.
 
         """
-        return self._clock.deadlines.scope_at(
+        scope = self._clock.deadlines.scope_at(
             check_position("beat", beat), shield=shield, fail=True, soft=soft_at
         )
+        return cast("FailingScope", scope)
 
     async def execute_with_beat_budget(
         self, beats: float, async_fn: Callable[[*PosArgs], Awaitable[T]], *args: *PosArgs

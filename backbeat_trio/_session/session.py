@@ -18,7 +18,7 @@ from contextlib import (
     contextmanager,
     nullcontext,
 )
-from typing import Any, Final, Literal, final, overload
+from typing import Any, Final, Literal, cast, final, overload
 
 import trio
 
@@ -179,7 +179,7 @@ class Session(Budgets, TempoChanges):
         """
         self._calls.inject(headers)
 
-    def extract(self, headers: Headers | None) -> AbstractContextManager[BeatScope]:
+    def extract(self, headers: Headers | None) -> AbstractContextManager[BeatScope, bool]:
         """Return a block that runs within what the headers of a message say.
 
         Use it as ``with bb.extract(headers) as scope:``. The block gives a `BeatScope` that ends
@@ -203,7 +203,7 @@ class Session(Budgets, TempoChanges):
         """
         return self._calls.extract(headers)
 
-    def detached(self) -> AbstractContextManager[BeatScope]:
+    def detached(self) -> AbstractContextManager[BeatScope, bool]:
         """Return a block that runs apart from its caller.
 
         Neither deadlines nor cancellations from outside reach the block, operations that are opened
@@ -215,7 +215,7 @@ class Session(Budgets, TempoChanges):
           SessionClosed: on entering, if the session was left.
 
         """
-        return self._calls.detached()
+        return cast("AbstractContextManager[BeatScope, bool]", self._calls.detached())
 
     async def request(
         self,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from heapq import heappush
 from types import TracebackType
-from typing import Final, NamedTuple, final
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, cast, final
 
 import trio
 from trio import CancelScope
@@ -119,7 +119,7 @@ class BeatScope:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
+    ) -> bool:
         scope, deadlines = self._scope, self._deadlines
         try:
             handled = scope.__exit__(exc_type, exc, traceback)
@@ -291,8 +291,7 @@ class BeatScope:
         """
         await self._any_soft().wait()
 
-    @contextmanager
-    def graceful(self) -> Generator[BeatScope, None, None]:
+    def graceful(self) -> AbstractContextManager[BeatScope, bool]:
         """Run a block that is cut at the soft edge, so that what follows it has the rest.
 
         Use it inside of the scope. The block ends quietly, and its own scope says whether it was
@@ -303,6 +302,10 @@ class BeatScope:
           RuntimeError: if the scope is not entered.
 
         """
+        return cast("AbstractContextManager[BeatScope, bool]", self._graceful())
+
+    @contextmanager
+    def _graceful(self) -> Generator[BeatScope, None, None]:
         if self.is_relative is not None:
             raise RuntimeError("a block can be graceful only inside of the scope")
         soft = self._any_soft()
@@ -415,6 +418,26 @@ class BeatScope:
         else:
             state = f"deadline at beat {self.deadline:g}"
         return f"<BeatScope at {id(self):#x}, {state}, {self._scope!r}>"
+
+
+if TYPE_CHECKING:
+
+    class FailingScope(BeatScope):  # type: ignore[misc]
+        """A scope that raises an error if it has cancelled its block, as type checkers see it.
+
+        A block of another scope may be cut and end quietly. So a function that returns a value only
+        inside of such a block may return None, and type checkers report that. Here they must not.
+        """
+
+        def __exit__(
+            self,
+            exc_type: type[BaseException] | None,
+            exc: BaseException | None,
+            traceback: TracebackType | None,
+        ) -> Literal[False]: ...
+
+else:
+    FailingScope = BeatScope
 
 
 class Bounds(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from backbeat_trio import SessionClosed
+from backbeat_trio import BeatBudgetExceeded, Session, SessionClosed
 from backbeat_trio.testing import open_session
 
 Clock = trio.testing.MockClock
@@ -84,3 +84,52 @@ async def test_waits_for_beats_end_with_the_session(enabled: bool, autojump_cloc
         await trio.testing.wait_all_tasks_blocked()
         assert sorted(ended) == ["beats", "downbeats", "sleep", "sleep_until"]
         assert trio.current_time() == left
+
+
+# Type checkers must report that these functions return None if their block is cut. Where they do
+# not, mypy reports that the comment is not used.
+
+
+async def move_on(bb: Session) -> int:  # type: ignore[return]
+    with bb.move_on_after(0):
+        await trio.lowlevel.checkpoint()
+        return 1
+
+
+async def graceful(bb: Session) -> int:  # type: ignore[return]
+    with bb.fail_after(1, soft_after=0) as scope:
+        with scope.graceful():
+            await trio.lowlevel.checkpoint()
+            return 1
+
+
+async def detached(bb: Session) -> int:  # type: ignore[return]
+    with bb.detached() as scope:
+        scope.cancel()
+        await trio.lowlevel.checkpoint()
+        return 1
+
+
+async def extract(bb: Session) -> int:  # type: ignore[return]
+    headers: dict[str, str] = {}
+    with bb.move_on_after(0):
+        bb.inject(headers)
+    with bb.extract(headers):
+        await trio.lowlevel.checkpoint()
+        return 1
+
+
+# This one never returns None, so they must report nothing.
+async def fail(bb: Session) -> int:
+    with bb.fail_after(0):
+        await trio.lowlevel.checkpoint()
+        return 1
+
+
+async def test_type_checkers_know_which_blocks_may_end_quietly(autojump_clock: Clock) -> None:
+    async with open_session(tempo_bpm=60.0) as bb:
+        for cut in (move_on, graceful, detached, extract):
+            result: object = await cut(bb)
+            assert result is None
+        with pytest.raises(BeatBudgetExceeded):
+            await fail(bb)
