@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import os
 import re
 import secrets
 import socket
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final, TypedDict, Unpack
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -220,8 +220,8 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             text = f"must be 1 to {MAX_TOKEN} of A-Z a-z 0-9 _ -"
             raise _refused("claims_stream", self.claims_stream, text)
         for name in ("lock_timeout", "connect_timeout", "grace_period", "claims_max_age"):
-            # NaN fails every comparison.
-            if not 0 <= getattr(self, name) < math.inf:
+            # NaN fails every comparison. An int may be too large for a float.
+            if not 0 <= getattr(self, name) <= sys.float_info.max:
                 raise _refused(name, getattr(self, name), "must be 0 or more seconds, and finite")
         if not all(map(is_token, self.inbox_prefix.split("."))):
             text = "must be names of A-Z a-z 0-9 _ -, separated by dots"

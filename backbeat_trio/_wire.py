@@ -465,9 +465,9 @@ def bucket_of(cluster_id: str) -> str:
     return f"backbeat-{cluster_id}"
 
 
-def is_token(text: str) -> bool:
+def is_token(text: object) -> bool:
     """Tell whether ``text`` may stand as one token of a subject."""
-    return TOKEN.fullmatch(text) is not None
+    return isinstance(text, str) and TOKEN.fullmatch(text) is not None
 
 
 def is_inbox(reply: str) -> bool:

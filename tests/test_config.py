@@ -126,6 +126,7 @@ def test_refused_variables_are_named_with_their_value(variable: str, text: str) 
         ("tempo_bpm", "120"),
         ("tempo_bpm", True),
         ("tempo_bpm", math.nan),
+        ("grace_period", 10**400),
         ("beats_per_bar", 4.0),
         ("beats_per_bar", True),
         ("claims_replicas", True),

@@ -77,12 +77,15 @@ def session(
       ConfigError: on entering, if a setting is not valid.
       TransportBroken: on entering, with ``require_connection``, if the first connection cannot be
         made. It may be one of the subclasses `AuthenticationFailed` and `TLSFailed`.
-      TypeError: if an override is not a field of `BackbeatConfig`; on entering, if one of the
-        instruments is not an `Instrument`.
+      TypeError: if ``config`` is not a `BackbeatConfig`, or an override is not one of its fields;
+        on entering, if one of the instruments is not an `Instrument`.
       RuntimeError: on entering, if ``transport`` stops running before it has started.
 
     """
     check_fields("session", overrides)
+    if config is not None and not isinstance(config, BackbeatConfig):
+        # The text leaves out the value: it may be a URL with a password.
+        raise TypeError(f"`config` must be a BackbeatConfig, not of type {type(config).__name__}")
     return _SessionManager(_open(config, transport, logger, instruments, overrides))
 
 

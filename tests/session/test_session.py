@@ -852,3 +852,15 @@ def test_ctrl_c_between_any_two_lines_leaves_no_operation_half_made() -> None:
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert interrupt_at > 50
+
+
+async def test_arguments_of_a_wrong_type_are_named(autojump_clock: Clock) -> None:
+    wrong: Any
+    for wrong in ("nats://u:s3cr3t@h", {"cluster_id": "c"}):
+        with pytest.raises(TypeError, match=f"`config` .* not of type {type(wrong).__name__}$"):
+            backbeat.session(wrong)
+    async with open_session() as bb:
+        for wrong in (5, None, b"a"):
+            with pytest.raises(ValueError, match="`agent_id` must be"):
+                async with bb.open_claims(wrong):
+                    pass
