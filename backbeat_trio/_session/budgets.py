@@ -98,7 +98,8 @@ class Budgets:
           A `BeatScope`. Type checkers know it as a subclass, which never ends its block quietly.
 
         Raises:
-          BeatBudgetExceeded: on leaving, if the scope cancelled its block.
+          BeatBudgetExceeded: on leaving, if the scope cancelled its block, also by
+            `BeatScope.cancel`; the text says which.
           TypeError: if ``beats`` or ``soft_after`` is not a number.
           ValueError: if one of them is negative, NaN or too large for a float, or if ``soft_after``
             is later than the deadline.
@@ -125,7 +126,8 @@ class Budgets:
           A `BeatScope`, as `fail_after` does.
 
         Raises:
-          BeatBudgetExceeded: on leaving, if the scope cancelled its block.
+          BeatBudgetExceeded: on leaving, if the scope cancelled its block, also by
+            `BeatScope.cancel`; the text says which.
           TypeError: if ``beat`` or ``soft_at`` is not a number.
           ValueError: if one of them is NaN or too large for a float, or if ``soft_at`` is later
             than the deadline.

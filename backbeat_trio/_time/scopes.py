@@ -24,6 +24,7 @@ from .soft import SoftEdge
 # The largest finite number of beats.
 _MAX: Final = sys.float_info.max
 _SOFT_PASSED: Final = "the soft edge has passed"
+_CANCELLED: Final = "the block was cancelled before its beat budget ran out"
 # Seconds of Trio's clock that are later than any instant of local time.
 _FAR: Final = NEVER / 1e9
 
@@ -139,6 +140,10 @@ class BeatScope:
         if self._soft is not None:
             self._soft.leave()
         if self._budget is not None and scope.cancelled_caught:
+            # The entry is there until the deadline passes.
+            early = entry is not None and not deadlines.is_due(self._key)
+            if early or not deadlines.enforcing:
+                raise BeatBudgetExceeded(_CANCELLED) from None
             raise BeatBudgetExceeded(self._ended_text(self._budget)) from None
         return handled
 

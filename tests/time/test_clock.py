@@ -180,6 +180,33 @@ async def test_errors_name_the_budget_and_its_beat(autojump_clock: trio.testing.
         assert str(caught.value) == "the beat budget ran out at beat 10.062"
 
 
+async def test_errors_tell_a_cancellation_from_a_budget_that_ran_out(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as clock:
+        for make, number in (after, 5), (after, math.inf), (at, 12345):
+            for entered in (True, False):
+                scope = make(clock, number, fail=True)
+                if not entered:
+                    scope.cancel()
+                with pytest.raises(BeatBudgetExceeded, match="^the block was cancelled before"):
+                    with scope:
+                        await clock.sleep(1)
+                        scope.cancel()
+                        await trio.lowlevel.checkpoint()
+        with pytest.raises(BeatBudgetExceeded, match="^the budget of 2 beats ran out"):
+            with after(clock, 2, fail=True) as scope:
+                autojump_clock.jump(60)
+                # It is past, but the timer had no turn yet.
+                assert scope.cancel_called
+                await trio.lowlevel.checkpoint()
+    async with running(enforcing=False) as clock:
+        with pytest.raises(BeatBudgetExceeded, match="^the block was cancelled before"):
+            with after(clock, 0, fail=True) as scope:
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+
+
 async def test_errors_name_the_budget_that_was_set_last(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
