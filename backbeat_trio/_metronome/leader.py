@@ -504,6 +504,8 @@ class Leader:
     async def change(self, bpm: float | None, *, at_beat: int | None = None, over: int = 0) -> int:
         """Commit a change of the grid (see `Metronome.change_tempo`)."""
         over = check_integer("over", over, 0)
+        if at_beat is not None:
+            at_beat = check_integer("at_beat", at_beat, 0)
         async with self._changing:
             try:
                 timeline, beat = await self._change(bpm, at_beat, over)
@@ -533,14 +535,20 @@ class Leader:
     async def _change(
         self, bpm: float | None, at_beat: int | None, over: int
     ) -> tuple[Timeline, int]:
-        milli = bpm if not bpm else milli_bpm("tempo_bpm", bpm)
+        milli: int | None
+        if bpm is None:
+            milli = None
+        elif bpm == 0 and not isinstance(bpm, bool):
+            milli = 0
+        else:
+            milli = milli_bpm("bpm", bpm)
         took = 0
         for _ in range(_CHANGE_TRIES):
             now, known = self.cluster_ns(), {*self.timeline.segments}
             timeline = propose(
                 self.timeline,
                 now,
-                None if milli is None else int(milli),
+                milli,
                 at_beat,
                 over=over,
                 former=self.milli_bpm,

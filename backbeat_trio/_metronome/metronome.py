@@ -437,8 +437,9 @@ class Metronome:
           MetronomeUnavailable: if this metronome does not lead.
           TempoRefused: if ``at_beat`` is past, too soon or too far ahead; if the grid is paused, or
             ``bpm`` is None and it is not; or if the change could not be committed.
-          TypeError: if ``bpm`` is not a number, or ``over`` not an integer.
-          ValueError: if ``bpm`` is out of range or NaN, or ``over`` is negative.
+          TypeError: if an argument is of the wrong type.
+          ValueError: if ``bpm`` is out of range or NaN, or another argument is negative or more
+            than 2**53.
 
         """
         return await self._present().change(bpm, at_beat=at_beat, over=over)

@@ -143,6 +143,26 @@ async def test_a_refused_change_says_why(
         assert metronome.statistics().tempo_changes == 0
 
 
+async def test_arguments_of_a_change_that_are_not_valid_change_nothing(
+    autojump_clock: Clock,
+) -> None:
+    # No agent could read a frame whose segment begins with the beat 10.0.
+    invalid: list[tuple[Any, dict[str, Any], str]] = [
+        (240, {"at_beat": 10.0}, "`at_beat` must be an integer"),
+        (240, {"at_beat": "10"}, "`at_beat` must be an integer"),
+        (240, {"at_beat": -1}, "`at_beat` must be at least 0"),
+        (240, {"over": 1.5}, "`over` must be an integer"),
+        (False, {}, "`bpm` must be a number"),
+        ("", {}, "`bpm` must be a number"),
+        (7000, {}, "`bpm` must be from 0.1 to 6000"),
+    ]
+    async with leading() as (metronome, _):
+        for bpm, options, text in invalid:
+            with pytest.raises((TypeError, ValueError), match=text):
+                await metronome.change_tempo(bpm, **options)
+        assert metronome.statistics().tempo_changes == 0
+
+
 async def test_requests_without_a_reply_subject_and_hostile_ones_are_dropped(
     autojump_clock: Clock,
 ) -> None:
