@@ -50,7 +50,8 @@ import trio.testing
 from pytest_trio import trio_fixture
 
 from ._calls.instrument import Instrument
-from ._config import BackbeatConfig
+from ._checks import check_integer, check_seconds
+from ._config import BackbeatConfig, check_fields
 from ._errors import Logger
 from ._metronome.metronome import Metronome
 from ._session.lifecycle import session
@@ -312,7 +313,9 @@ async def open_session(
     Raises:
       RuntimeError: if the test makes no progress for ``patience`` seconds; the text has the lines
         at which tasks wait. A wait for a thread of `trio.to_thread` or for a file does not count.
+      TypeError: if an override is not a field of `BackbeatConfig`.
     """
+    check_fields("open_session", overrides)
     if transport is None and bus is not None:
         transport = MemoryTransport(bus)
     fields: dict[str, Any] = {
@@ -374,8 +377,9 @@ class ManualMetronome:
 
         Raises:
           RuntimeError: as `pass_time` does.
+          TypeError, ValueError: if ``beats`` is not an integer of 1 or more.
         """
-        for _ in range(beats):
+        for _ in range(check_integer("beats", beats, 1)):
             await self._pass_until(self._metronome.next_beat_time())
         return self.beat
 
@@ -390,10 +394,12 @@ class ManualMetronome:
 
         Raises:
           RuntimeError: if a task never waits for a later time.
+          TypeError: if ``seconds`` is not a number.
           ValueError: if ``seconds`` is negative, infinite or NaN.
         """
-        if not 0 <= seconds < math.inf:
-            raise ValueError("`seconds` must be 0 or more, and finite")
+        seconds = check_seconds("seconds", seconds)
+        if seconds == math.inf:
+            raise ValueError("`seconds` must be finite")
         await self._pass_until(trio.current_time() + seconds)
 
     async def _pass_until(self, end: float) -> None:

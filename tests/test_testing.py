@@ -141,7 +141,7 @@ async def test_time_that_passes_stops_at_each_deadline_on_the_way(
 
 @pytest.mark.parametrize("seconds", [-1.0, math.inf, math.nan])
 async def test_time_that_cannot_pass(seconds: float, backbeat_metronome: ManualMetronome) -> None:
-    with pytest.raises(ValueError, match="0 or more, and finite"):
+    with pytest.raises(ValueError, match="`seconds` must"):
         await backbeat_metronome.pass_time(seconds)
 
 
@@ -500,3 +500,17 @@ async def test_a_start_that_is_cancelled_leaves_no_process() -> None:
         os.kill(server.pid, 0)
     finally:
         server.close()
+
+
+async def test_wrong_arguments_are_named(backbeat_metronome: ManualMetronome) -> None:
+    wrong: Any
+    for wrong in (0, -1, 1.5, "1"):
+        with pytest.raises((TypeError, ValueError), match="`beats` must"):
+            await backbeat_metronome.tick(wrong)
+    wrong = "1"
+    with pytest.raises(TypeError, match="`seconds` must"):
+        await backbeat_metronome.pass_time(wrong)
+    with pytest.raises(TypeError, match="did you mean 'tempo_bpm'"):
+        async with open_session(tempo=60):
+            pytest.fail("it was opened")
+    assert backbeat_metronome.beat == 0
