@@ -30,6 +30,7 @@ from .._wire import (
     Segment,
     decode_record,
     encode,
+    is_token,
 )
 from .leader import Leader
 from .ledger import Ledger
@@ -88,7 +89,7 @@ class Metronome:
 
     Args:
       transport: the connection. It has a `run` of its own, which must be running.
-      cluster_id: the cluster to lead.
+      cluster_id: the cluster to lead, 1 to 128 of ``A-Z a-z 0-9 _ -``.
       leader_id: the name of this metronome in frames and answers.
       tempo_bpm: the tempo of a grid that begins here, 0.1 to 6,000 beats per minute.
       beats_per_bar: the bar length of such a grid, 1 to 1,000,000 beats.
@@ -101,7 +102,7 @@ class Metronome:
         they show it as an instance of ``backbeat-metronome``.
 
     Raises:
-      TypeError, ValueError: if the tempo or the bar length is not valid; the text names it.
+      TypeError, ValueError: if an argument is not valid; the text names it.
 
     """
 
@@ -118,6 +119,12 @@ class Metronome:
         logger: Logger | None = None,
         serve_info: bool = True,
     ) -> None:
+        if not is_token(cluster_id):
+            raise ValueError(
+                f"`cluster_id` must be 1 to 128 of A-Z a-z 0-9 _ -, not {cluster_id!r}"
+            )
+        if not isinstance(leader_id, str):
+            raise TypeError(f"`leader_id` must be a str, not {leader_id!r}")
         self._transport = transport
         self._cluster_id = cluster_id
         self._leader_id = leader_id

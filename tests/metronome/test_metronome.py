@@ -350,3 +350,15 @@ async def test_a_store_that_refuses_for_good_ends_the_metronome(autojump_clock: 
         with pytest.raises(RecordRefused, match="no 3 copies"):
             await metronome.run()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cluster_id": "a.b"}, {"cluster_id": ">"}, {"cluster_id": 5}, {"leader_id": None}],
+    ids=str,
+)
+def test_a_metronome_that_nobody_could_hear_is_refused(options: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"cluster_id": "c", "leader_id": "pulse-a"} | options
+    (name,) = options
+    with pytest.raises((TypeError, ValueError), match=f"`{name}` must be"):
+        Metronome(backbeat.MemoryTransport(backbeat.MemoryBus()), **settings)
