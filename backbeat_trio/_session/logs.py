@@ -39,7 +39,7 @@ class BeatFilter(logging.Filter):
 
     Args:
       name: as for `logging.Filter`: only records of this logger and of those below it get the
-        attributes. An empty name is all loggers. Other than there, all records pass.
+        attributes. An empty name is all loggers. Unlike there, the other records pass, too.
 
     """
 

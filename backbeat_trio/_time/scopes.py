@@ -245,7 +245,10 @@ class BeatScope:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the scope was cancelled, other than `cancel_called` not because it is due now."""
+        """Whether the scope was cancelled already.
+
+        Unlike `cancel_called`, it does not cancel a scope whose deadline has just passed.
+        """
         return self._scope.cancel_called
 
     @property
