@@ -22,6 +22,7 @@ from .._time.local import local_ns, seconds_of
 from .._transport.protocol import Message, Transport
 from .._wire import (
     RecallReply,
+    RecallRequest,
     Role,
     SyncRequest,
     beat_subject,
@@ -279,15 +280,21 @@ class BeatListener(FollowerObserver):
                 recall = decode_recall_request(request.data)
             except msgspec.DecodeError:
                 continue
-            if recall.cluster_id != self._cluster_id or recall.leader_id == self._agent_id:
+            if recall.cluster_id != self._cluster_id or not is_inbox(request.reply):
                 continue
-            if not is_inbox(request.reply):
+            if self._may_have_sent(recall):
                 continue
             self._observer.on_recall()
             if self.follower.locked:
                 self._answer_recall(request)
             else:
                 self._recalls.append(request)
+
+    def _may_have_sent(self, recall: RecallRequest) -> bool:
+        # A metronome sends recalls only before it is locked. At any other time, and for an agent at
+        # all times, a recall under this name is that of another process with the same name.
+        unlocked = self._role == "standby" and not self.follower.locked
+        return unlocked and recall.leader_id == self._agent_id
 
     def _answer_recall(self, request: Message) -> None:
         reply = self._remember(request.received_ns)

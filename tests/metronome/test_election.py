@@ -425,12 +425,15 @@ async def test_a_grid_that_no_process_remembers_begins_anew_and_repeats_no_beat(
         assert made.indices() == sorted(set(made.indices()))
 
 
-@pytest.mark.parametrize("away", [0.5, 4.5, 60.0, 3600.0])
+@pytest.mark.parametrize(
+    ("away", "agent_id"),
+    [(0.5, "agent"), (4.5, "agent"), (4.5, "pulse-9"), (60.0, "agent"), (3600.0, "agent")],
+)
 async def test_one_agent_that_remembers_the_grid_is_enough_to_continue_it(
-    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, away: float
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, away: float, agent_id: str
 ) -> None:
     set_wall_clock(monkeypatch)
-    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+    async with cluster(1) as (made, (one,)), open_session(made.bus, agent_id=agent_id) as bb:
         await trio.sleep(20)
         last, begun = made.frames[-1][1], made.frames[0][0]
         heard: list[int] = []
@@ -489,8 +492,9 @@ async def test_a_recall_is_answered_by_an_agent_that_locks_soon_afterwards(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("standby_id", ["pulse-1", "pulse-0"])
 async def test_a_newcomers_recall_makes_a_standby_take_over_first(
-    autojump_clock: Clock,
+    autojump_clock: Clock, standby_id: str
 ) -> None:
     # At 2 BPM the next frame may be due in half a minute.
     async with trio.open_nursery() as nursery:
@@ -499,7 +503,7 @@ async def test_a_newcomers_recall_makes_a_standby_take_over_first(
         await nursery.start(made.listen)
         one = await made.start("pulse-0", bpm=2.0)
         await trio.sleep(40)
-        two = await made.start("pulse-1", bpm=2.0)
+        two = await made.start(standby_id, bpm=2.0)
         await trio.sleep(5)
         one.scope.cancel()
         await trio.sleep(1.6)
