@@ -201,7 +201,8 @@ class SyncRequest(Struct, frozen=True, tag_field="type", tag="backbeat.sync.v1")
     """A ping by which an agent measures its offset to cluster time."""
 
     cluster_id: str
-    agent_id: str
+    agent_id: Identity
+    """The leader may name it in frames, as one of the ``contested`` ids."""
     role: Identity | UnsetType = UNSET
     """The `Role` of the sender if it is not an agent. A role that is unknown is not an error."""
     process: Identity | UnsetType = UNSET

@@ -179,6 +179,20 @@ async def test_requests_without_a_reply_subject_and_hostile_ones_are_dropped(
         assert metronome.current_beat() == 2
 
 
+async def test_frames_can_be_read_whatever_ids_pings_name(autojump_clock: Clock) -> None:
+    async with leading() as (metronome, transport):
+        async with transport.open_subscription("backbeat.beat.c") as messages:
+            for agent_id in ("n" * 129, "n" * 128):
+                for process in ("one", "two"):
+                    ping = SyncRequest("c", agent_id, process=process)
+                    transport.publish_nowait("backbeat.sync.c", encode(ping))
+            await trio.sleep(0.6)
+            frame = decode_frame((await anext(messages)).data)
+        # A frame that names a longer id would not be valid.
+        assert frame.contested == ("n" * 128,)
+        assert metronome.statistics().undecodable == 2
+
+
 async def test_the_leader_goes_on_beating_without_a_connection(autojump_clock: Clock) -> None:
     async with leading() as (metronome, transport):
         transport.sever()
