@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from .._wire import RecallReply
+from .._wire import MAX_NS, RecallReply
 from .estimate import Ping
 from .timeline import Timeline
 
@@ -108,7 +108,8 @@ def agree(
     bars = Counter(m.reply.beats_per_bar for m in agreed)
     return Agreement(
         offset_ns=offset,
-        uncertainty_ns=(high - low) // 2,
+        # No message can carry more.
+        uncertainty_ns=min((high - low) // 2, MAX_NS),
         timeline=timeline,
         incarnation=incarnation,
         # The median, so that one made-up epoch does not use up all higher ones.

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from backbeat_trio._grid.estimate import Ping
 from backbeat_trio._grid.recall import Agreement, Memory, agree
 from backbeat_trio._grid.timeline import Timeline
-from backbeat_trio._wire import RecallReply, Segment
+from backbeat_trio._wire import MAX_NS, RecallReply, Segment
 
 MS = 1_000_000
 SECOND = 1_000_000_000
@@ -60,6 +60,10 @@ def test_one_agent_is_a_majority() -> None:
     assert agreement.timeline == GRID
     assert (agreement.incarnation, agreement.epoch, agreement.beats_per_bar) == ("grid", 3, 8)
     assert agreement.last_beat == 7500
+
+
+def test_the_largest_uncertainty_of_an_answer_still_fits_into_messages() -> None:
+    assert found(memory(uncertainty_ns=MAX_NS)).uncertainty_ns == MAX_NS
 
 
 def test_no_answers_are_no_agreement() -> None:
