@@ -19,12 +19,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from .._wire import MAX_NS, RecallReply
+from .._wire import MAX_NS, RecallReply, Record
 from .estimate import Ping
 from .timeline import Timeline
 
 # An answer is dropped if it differs by more from the time computed from the record and wall clock.
 _EXPECTED_NS: Final = 60_000_000_000
+# By how much the cluster times of two processes may differ, beyond what each knows to be uncertain.
+BEHIND_NS: Final = 50_000_000
 
 
 class Memory(NamedTuple):
@@ -50,8 +52,6 @@ class Agreement(NamedTuple):
     last_beat: int
     """The highest beat index that any of them has delivered."""
     beats_per_bar: int
-    alone: bool
-    """Whether the grid has no record."""
 
 
 def agree(
@@ -60,6 +60,7 @@ def agree(
     *,
     incarnation: str | None = None,
     expected_ns: int | None = None,
+    written_ns: int | None = None,
 ) -> Agreement | None:
     """Return what a majority of the answers agree on, or None if no answer can be believed.
 
@@ -73,6 +74,8 @@ def agree(
         None if there is no record. Then only the grid of the majority of the answers counts.
       expected_ns: the cluster time now, computed from the record and the wall clock; answers that
         differ from it by more than a minute do not count. None if nothing is expected.
+      written_ns: the cluster time at which the record was written. It is later than that now, so
+        answers that cannot be right then do not count. None if that is not known.
 
     """
     believed = [
@@ -84,6 +87,9 @@ def agree(
         believed = [
             m for m in believed if abs(now_ns + m.ping.offset_ns - expected_ns) <= _EXPECTED_NS
         ]
+    if written_ns is not None:
+        least = written_ns - BEHIND_NS - now_ns
+        believed = [m for m in believed if m.ping.offset_ns + _half(m) >= least]
     if incarnation is None and believed:
         of = Counter(m.reply.incarnation or "" for m in believed)
         ((incarnation, count),) = of.most_common(1)
@@ -98,6 +104,9 @@ def agree(
             return None
         expected = expected_ns - now_ns
         low, high = _interval(min(believed, key=lambda m: abs(m.ping.offset_ns - expected)))
+    if written_ns is not None:
+        # An answer that says that it may be wrong by much could still be right.
+        low = max(low, written_ns - BEHIND_NS - now_ns)
     offset = (low + high) // 2
     agreed = [m for m in believed if abs(m.ping.offset_ns - offset) <= _half(m)]
     cluster = now_ns + offset
@@ -118,7 +127,33 @@ def agree(
         ),
         last_beat=max(min(m.reply.last_beat, furthest) for m in agreed),
         beats_per_bar=bars.most_common(1)[0][0],
-        alone=all(m.reply.alone is True for m in agreed),
+    )
+
+
+def limit(
+    agreement: Agreement, record: Record, cluster_ns: int, own: Timeline | None = None
+) -> Agreement:
+    """Return an agreement without what contradicts the record of its grid.
+
+    The answers tell what time it is. What the grid is comes from the record, because an agent may
+    lie. All that the segments of the answers still tell is which changes the agents have heard of.
+
+    Args:
+      agreement: what a majority of the answers agree on.
+      record: the record, of the same incarnation.
+      cluster_ns: now, in cluster time.
+      own: what this metronome itself knows of the grid; None if it knows nothing.
+
+    """
+    committed = Timeline(record.segments)
+    known = {*committed.segments, *(own.segments if own is not None else ())}
+    heard = tuple(segment for segment in agreement.timeline.segments if segment in known)
+    timeline = Timeline(heard or committed.segments[:1])
+    furthest = max(timeline.index_at(cluster_ns), committed.index_at(cluster_ns)) + 1
+    return agreement._replace(
+        timeline=timeline,
+        last_beat=min(agreement.last_beat, furthest),
+        beats_per_bar=record.beats_per_bar,
     )
 
 

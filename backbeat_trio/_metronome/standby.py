@@ -24,7 +24,7 @@ from .._errors import Logger, NoResponders, TransportBroken
 from .._grid.changes import reschedule
 from .._grid.estimate import Ping
 from .._grid.presence import JITTERS, LATE_NS, PROBE_EVERY_NS, Action, Decision, Presence
-from .._grid.recall import Agreement, Memory, agree
+from .._grid.recall import Agreement, Memory, agree, limit
 from .._grid.steering import Steering
 from .._grid.timeline import NEVER, Timeline
 from .._time.clock import BeatClock
@@ -65,8 +65,6 @@ _WAYS: Final = 3
 _MEMORY_NS: Final = 10_000_000_000
 # By how much the wall clocks of two machines may differ.
 _WALL_NS: Final = 2_000_000_000
-# By how much the cluster times of two processes may differ, beyond what each knows to be uncertain.
-_BEHIND_NS: Final = 50_000_000
 
 
 @final
@@ -429,7 +427,7 @@ class Standby(ListenerObserver):
         """Return the term with which to take the lead; None if more must be found out first."""
         if self._follower.locked:
             followed = self._continue_followed(record, fresh)
-            if not _is_behind(followed, record):
+            if not followed.is_behind(record):
                 return followed
             self._logger.warning(
                 "joins the grid anew: the record is of a later time, so this clock stopped"
@@ -443,13 +441,15 @@ class Standby(ListenerObserver):
             local_ns(),
             incarnation=None if record is None else record.incarnation,
             expected_ns=None if record is None else _expected_ns(record),
+            written_ns=None if record is None else record.written_ns,
         )
         if agreement is not None:
             return self._continue_remembered(agreement, record, fresh)
         if self._memories:
             self._logger.warning(
                 "%d answers to a recall were dropped: they disagree, or are of another grid, or"
-                " differ by more than a minute from the wall clock of this machine",
+                " give a time before that of the record, or one that differs by more than a minute"
+                " from the wall clock of this machine",
                 len(self._memories),
             )
             self._memories.clear()
@@ -459,7 +459,7 @@ class Standby(ListenerObserver):
             epoch = self._next_epoch(record)
             former = replace(self._former, epoch=epoch, nonce=fresh.nonce)
             term = self._join_record(former, record, epoch)
-            if record is None or (term is not None and not _is_behind(term, record)):
+            if record is None or (term is not None and not term.is_behind(record)):
                 return term or former
         return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
 
@@ -493,7 +493,14 @@ class Standby(ListenerObserver):
         now, epoch = local_ns(), self._next_epoch(record, agreement.epoch)
         steering = Steering()
         steering.step(agreement.offset_ns, at_ns=now)
-        timeline = agreement.timeline.since(now + agreement.offset_ns)
+        cluster_ns = now + agreement.offset_ns
+        if record is not None:
+            former, own = self._former, None
+            if former is not None and former.incarnation == record.incarnation:
+                # This metronome may have changed the tempo while it had no record.
+                own = former.timeline
+            agreement = limit(agreement, record, cluster_ns, own)
+        timeline = agreement.timeline.since(cluster_ns)
         known = Term(
             epoch=epoch,
             timeline=timeline,
@@ -579,14 +586,6 @@ class Standby(ListenerObserver):
             beats_per_bar=bar,
             milli_bpm=milli or record.milli_bpm,
         )
-
-
-def _is_behind(term: Term, record: Record | None) -> bool:
-    """Tell whether a term's cluster time is before that at which the record was written."""
-    if record is None or record.written_ns is None or record.incarnation != term.incarnation:
-        return False
-    latest_ns = term.steering.cluster_at(local_ns()) + term.uncertainty_ns + _BEHIND_NS
-    return latest_ns < record.written_ns
 
 
 def _expected_ns(record: Record) -> int | None:

@@ -10,6 +10,7 @@ import trio
 from msgspec import Struct
 
 from .._errors import Logger, TransportBroken
+from .._grid.recall import BEHIND_NS
 from .._grid.steering import Steering
 from .._grid.timeline import Timeline, beat_ns
 from .._time.local import local_ns
@@ -89,6 +90,13 @@ class Term(Struct, frozen=True):
             written_ms=time.time_ns() // 1_000_000,
             written_ns=self.steering.cluster_at(local_ns()),
         )
+
+    def is_behind(self, record: Record | None) -> bool:
+        """Tell whether the term's cluster time is before that at which the record was written."""
+        if record is None or record.written_ns is None or record.incarnation != self.incarnation:
+            return False
+        latest_ns = self.steering.cluster_at(local_ns()) + self.uncertainty_ns + BEHIND_NS
+        return latest_ns < record.written_ns
 
 
 class MetronomeCounts(Struct):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from backbeat_trio._grid.estimate import Ping
-from backbeat_trio._grid.recall import Agreement, Memory, agree
+from backbeat_trio._grid.recall import Agreement, Memory, agree, limit
 from backbeat_trio._grid.timeline import Timeline
-from backbeat_trio._wire import MAX_NS, RecallReply, Segment
+from backbeat_trio._wire import MAX_NS, RecallReply, Record, Segment
 
 MS = 1_000_000
 SECOND = 1_000_000_000
@@ -134,6 +134,45 @@ def test_answers_with_impossible_time_stamps_do_not_count() -> None:
     backwards = memory("a")
     backwards = backwards._replace(ping=backwards.ping._replace(answered_ns=NOW - SECOND))
     assert agree([backwards], NOW) is None
+
+
+def test_answers_of_a_time_before_the_record_do_not_count() -> None:
+    written = NOW + OFFSET - SECOND
+    late, right = memory("a", error_ns=-2 * SECOND), memory("b")
+    assert agree([late], NOW, written_ns=written) is None
+    assert found(late, right, written_ns=written).offset_ns == OFFSET
+    # One that may be wrong by much may be right, but not before the record was written.
+    vague = found(memory(error_ns=-2 * SECOND, uncertainty_ns=5 * SECOND), written_ns=written)
+    assert NOW + vague.offset_ns >= written
+
+
+def test_the_record_tells_what_the_grid_is() -> None:
+    committed = GRID.change(30_000, 9_000, epoch=2)
+    record = Record(
+        cluster_id="c",
+        incarnation="grid",
+        epoch=3,
+        nonce="n",
+        leader_id="l",
+        beats_per_bar=8,
+        segments=committed.segments,
+        high_water=7_400,
+        milli_bpm=60_000,
+    )
+    now = NOW + OFFSET
+    for timeline, heard in (
+        # A change that is not in the record, one that is, and a grid that the record knows not.
+        (CHANGED, GRID),
+        (committed, committed),
+        (Timeline((Segment(9, 9, 50_000, now, 6_000_000),)), GRID),
+    ):
+        agreement = found(memory(timeline=timeline, beats_per_bar=5, last_beat=1_000_000))
+        limited = limit(agreement, record, now)
+        assert limited.timeline == heard
+        assert (limited.beats_per_bar, limited.last_beat) == (8, 7_501)
+    # What this metronome itself changed while it had no record counts as well.
+    agreement = found(memory(timeline=CHANGED))
+    assert limit(agreement, record, now, CHANGED).timeline == CHANGED.since(now)
 
 
 honest = st.tuples(

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 import backbeat_trio as backbeat
+from backbeat_trio._grid.timeline import Timeline
 from backbeat_trio._metronome.standby import Standby
 from backbeat_trio._time.local import local_ns
 from backbeat_trio._transport.store import Conflict, Entry
@@ -534,6 +535,37 @@ async def test_one_wrong_answer_among_several_agents_changes_nothing(autojump_cl
         assert made.frames[-1][1].incarnation == incarnation
         assert made.frames[-1][0] - begun == pytest.approx(made.indices()[-1], abs=1e-3)
         assert made.indices() == sorted(set(made.indices()))
+
+
+@pytest.mark.parametrize("lie", ["tempo", "change", "bars", "time"])
+async def test_a_lone_agent_that_lies_does_not_change_what_the_record_says(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    set_wall_clock(monkeypatch)
+    async with cluster(1, bpm=300) as (made, (one,)), open_session(made.bus) as bb:
+        await trio.sleep(20)
+        one.scope.cancel()
+        await trio.sleep(1)
+        grid = bb._runtime.clock.grid
+        segment = grid.timeline.segments[0]
+        if lie == "tempo":
+            faster = Segment(segment.epoch, 9, segment.beat0 + 5, segment.t0_ns + 1, 6_000_000)
+            grid.timeline = Timeline((faster,))
+        elif lie == "change":
+            beat = bb.current_beat() + 5
+            grid.timeline = grid.timeline.change(6_000_000, beat, epoch=segment.epoch)
+        elif lie == "bars":
+            grid.beats_per_bar = 77
+        else:
+            grid.steering.step(grid.steering.target_at(0) - 15_000_000_000)
+        await made.start("pulse-9")
+        await trio.sleep(10)
+        frames = [frame for _, frame in made.frames]
+        assert {frame.tempo_bpm for frame in frames} == {300}
+        assert {frame.beats_per_bar for frame in frames} == {8}
+        assert made.indices() == sorted(set(made.indices()))
+        # Whoever lies about the time is not believed, and another grid begins.
+        assert len({frame.incarnation for frame in frames}) == (2 if lie == "time" else 1)
 
 
 async def test_a_pause_outlives_its_leader(autojump_clock: Clock) -> None:
