@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -20,6 +21,7 @@ from .._wire import (
     MAX_BEATS_PER_BAR,
     beat_subject,
     bucket_of,
+    lead_subject,
     recall_subject,
     sync_subject,
     tempo_subject,
@@ -195,11 +197,17 @@ async def _tell_refusals(
         for verb in verbs
     ]
     beats = f"publish to {beat_subject(cluster_id)}".lower()
+    # Each epoch has a subject of its own; all are one to whoever reads the log.
+    probes = lead_subject(cluster_id, 0)[:-1].lower()
     told: set[str] = set()
     refused = sent = 0
     while True:
         await trio.sleep(_REFUSALS_EVERY)
-        counts, frames = dict(transport.statistics().refused), metronome.statistics().frames
+        counts: Counter[str] = Counter()
+        for what, times in transport.statistics().refused:
+            before, found, _ = what.partition(probes)
+            counts[f"{before}{probes}*" if found else what] += times
+        frames = metronome.statistics().frames
         for what in own:
             if what in counts and what not in told:
                 told.add(what)
@@ -208,9 +216,9 @@ async def _tell_refusals(
                     "nobody hears this metronome"
                     if what == beats
                     else "this metronome is hampered",
-                    what,
+                    what.replace("subscription to", "subscribe to"),
                 )
-        if counts.get(beats, 0) > refused:
+        if counts[beats] > refused:
             refused, sent = counts[beats], frames
         elif beats in told and frames > sent + 1:
             # Two frames were not refused: by now the refusal of the first one would have come.
@@ -220,12 +228,17 @@ async def _tell_refusals(
 
 def _subjects_of(cluster_id: str) -> dict[str, tuple[str, ...]]:
     publish, subscribe = ("publish",), ("subscription",)
+    bucket = bucket_of(cluster_id)
     return {
         beat_subject(cluster_id): publish + subscribe,
         sync_subject(cluster_id): publish + subscribe,
         recall_subject(cluster_id): publish + subscribe,
         tempo_subject(cluster_id): subscribe,
-        f"$KV.{bucket_of(cluster_id)}.metronome": publish,
+        f"{lead_subject(cluster_id, 0)[:-1]}*": publish + subscribe,
+        f"$KV.{bucket}.metronome": publish,
+        # A bucket that somebody else made may be one that is read without its leader.
+        f"$JS.API.STREAM.MSG.GET.KV_{bucket}": publish,
+        f"$JS.API.DIRECT.GET.KV_{bucket}.$KV.{bucket}.metronome": publish,
     }
 
 

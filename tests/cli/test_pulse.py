@@ -59,7 +59,9 @@ async def test_an_outage_is_told_with_how_long_it_was() -> None:
 RESTRICTED = """
 jetstream {{ }}
 authorization {{ users: [{{
-    user: p, password: p, permissions: {{ publish: {{ deny: [{}] }} }}
+    user: p, password: p, permissions: {{
+        publish: {{ deny: [{}] }}, subscribe: {{ deny: ["backbeat.lead.>"] }}
+    }}
 }}] }}
 """
 
@@ -71,7 +73,11 @@ async def test_frames_that_are_refused_are_told_once_and_so_is_the_end_of_it() -
         program("pulse", "-s", server.url, "--bpm", "600", env=LOGIN) as pulse,
     ):
         told = await line_with(pulse.stderr, "nobody hears this metronome")
-        assert told.splitlines()[-1].endswith(f"permissions refuse to publish to {beats}")
+        assert f"nobody hears this metronome: permissions refuse to publish to {beats}\n" in told
+        if "backbeat.lead" not in told:
+            told = await line_with(pulse.stderr, "this metronome is hampered")
+        probes = "permissions refuse to subscribe to backbeat.lead.chorus-production.*\n"
+        assert f"this metronome is hampered: {probes}" in told
         await trio.sleep(2)
         server.reload(RESTRICTED.format('"nothing"'))
         told = await line_with(pulse.stderr, "frames are taken again")
