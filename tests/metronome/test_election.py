@@ -76,17 +76,42 @@ class Memory:
         return revision + 1
 
 
+class Reached:
+    """The store as one metronome reaches it: over its connection."""
+
+    def __init__(self, cluster: Cluster, transport: backbeat.MemoryTransport) -> None:
+        self.over_another_way = False
+        self._cluster = cluster
+        self._transport = transport
+
+    async def _reach(self) -> Memory:
+        if not (self._transport.connected or self.over_another_way):
+            await trio.lowlevel.checkpoint()
+            raise backbeat.TransportBroken("there is no connection")
+        return self._cluster.store
+
+    async def open(self) -> bool:
+        return await (await self._reach()).open()
+
+    async def read(self) -> Entry:
+        return await (await self._reach()).read()
+
+    async def write(self, data: bytes, revision: int) -> int:
+        return await (await self._reach()).write(data, revision)
+
+
 class Pulse:
     """A metronome with its own connection, which can be killed."""
 
     def __init__(self, cluster: Cluster, name: str, bpm: float) -> None:
         self.transport = backbeat.MemoryTransport(cluster.bus)
+        self.store = Reached(cluster, self.transport)
         self.metronome = backbeat.Metronome(
             self.transport,
             cluster_id=CLUSTER_ID,
             leader_id=name,
             tempo_bpm=bpm,
-            store=cluster.store,
+            store=self.store,
         )
         self.scope = trio.CancelScope()
 
@@ -697,6 +722,7 @@ async def test_a_change_stays_in_the_record_if_a_bar_begins_during_its_commit(
 async def test_a_replaced_leader_changes_nothing(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, two)):
         # It hears no other process, but can use the store.
+        one.store.over_another_way = True
         one.transport.sever()
         await trio.sleep(4)
         assert one.leads
@@ -1217,6 +1243,24 @@ async def test_a_leader_that_cannot_read_the_record_beats_on_if_it_hears_no_othe
         await trio.sleep(6)
         assert one.leads
         assert len(made.frames) > heard + 2
+
+
+async def test_a_leader_that_cannot_read_the_record_is_silent_while_it_hears_another_one(
+    autojump_clock: Clock,
+) -> None:
+    async with cluster(2) as (made, (one, two)):
+        one.transport.sever()
+        await trio.sleep(4)
+        made.store.answering = False
+        one.transport.restore()
+        heard = len(made.frames)
+        await trio.sleep(10)
+        assert one.leads
+        assert two.leads
+        assert {frame.leader_id for _, frame in made.frames[heard:]} == {"pulse-1"}
+        made.store.answering = True
+        await trio.sleep(4)
+        assert not one.leads
 
 
 async def bridge(one: backbeat.MemoryBus, two: backbeat.MemoryBus, seconds: float) -> None:
