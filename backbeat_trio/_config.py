@@ -10,7 +10,8 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Final, TypedDict, Unpack
+from functools import partial
+from typing import Any, ClassVar, Final, Self, TypedDict, Unpack
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import msgspec
@@ -301,6 +302,16 @@ class BackbeatConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if self._follows_node:
             changes.setdefault("agent_id", "")
         return msgspec.structs.replace(self, **changes)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy in another process must know, too, that its `agent_id` follows the node's id.
+        fields = msgspec.structs.asdict(self)
+        if self._follows_node:
+            fields["agent_id"] = ""
+        return partial(type(self), **fields), ()
 
     @property
     def memory_name(self) -> str | None:

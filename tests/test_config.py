@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import socket
 import subprocess
 import sys
@@ -230,6 +232,11 @@ def test_an_agent_id_that_was_not_given_follows_the_node() -> None:
     assert config.__replace__(node_id="m", agent_id="a").agent_id == "a"
     given = BackbeatConfig(node_id="n", agent_id="chorus-n", tempo_bpm=60)
     assert given.__replace__(node_id="m").agent_id == "chorus-n"
+    for settings, agent_id in ((config, "chorus-m"), (given, "chorus-n")):
+        pickled: BackbeatConfig = pickle.loads(pickle.dumps(settings))
+        for copied in (copy.copy(settings), copy.deepcopy(settings), pickled):
+            assert copied == settings
+            assert copied.__replace__(node_id="m").agent_id == agent_id
     # What it is made of makes no difference beyond that.
     assert config == given
     assert repr(config) == repr(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypeVar, TypeVarTuple, cast
 
@@ -156,11 +157,20 @@ class Budgets:
 
         Raises:
           BeatBudgetExceeded: if the budget ran out first.
-          TypeError: if ``beats`` is not a number.
+          TypeError: if ``beats`` is not a number, or ``async_fn`` is a coroutine, which is what a
+            call of an async function returns.
           ValueError: if ``beats`` is negative, NaN or too large for a float.
           SessionClosed: if the session was left.
 
         """
+        if inspect.iscoroutine(async_fn):
+            name = async_fn.__name__
+            # Python would warn, too, that it was never awaited.
+            async_fn.close()
+            raise TypeError(
+                f"`async_fn` must be an async function, not a coroutine: write `{name}` and the"
+                f" arguments, not `{name}(...)`"
+            )
         with self.fail_after(beats):
             return await async_fn(*args)
 

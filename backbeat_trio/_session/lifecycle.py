@@ -79,7 +79,8 @@ def session(
         made. It may be one of the subclasses `AuthenticationFailed` and `TLSFailed`.
       TypeError: if ``config`` is not a `BackbeatConfig`, or an override is not one of its fields;
         on entering, if one of the instruments is not an `Instrument`.
-      RuntimeError: on entering, if ``transport`` stops running before it has started.
+      RuntimeError: on entering, if it was entered before, or if ``transport`` stops running before
+        it has started.
 
     """
     check_fields("session", overrides)
@@ -96,9 +97,13 @@ class _SessionManager(AbstractAsyncContextManager[Session]):
 
     def __init__(self, manager: AbstractAsyncContextManager[Session]) -> None:
         self._manager = manager
+        self._was_entered = False
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> Session:
+        if self._was_entered:
+            raise RuntimeError("a session can be entered only once; call `session` for another one")
+        self._was_entered = True
         return await self._manager.__aenter__()
 
     @trio.lowlevel.enable_ki_protection

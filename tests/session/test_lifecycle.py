@@ -146,6 +146,16 @@ async def test_a_transport_that_crashes_before_it_starts_is_its_own_error(
             pytest.fail("not reached")  # pragma: no cover
 
 
+async def test_a_session_is_entered_only_once(autojump_clock: Clock) -> None:
+    manager = backbeat.session(nats_url="memory://once", lock_timeout=0.0)
+    async with manager:
+        with pytest.raises(RuntimeError, match="only once"):
+            await manager.__aenter__()
+    with pytest.raises(RuntimeError, match="only once"):
+        async with manager:
+            pytest.fail("not reached")  # pragma: no cover
+
+
 async def test_a_service_that_returns_ends_nothing(autojump_clock: Clock) -> None:
     async def once(*, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()

@@ -102,6 +102,13 @@ async def test_budgets(autojump_clock: Clock) -> None:
             await bb.execute_with_beat_budget(0.5, double, 21)
 
 
+async def test_a_budget_for_a_coroutine_says_what_to_write(autojump_clock: Clock) -> None:
+    async with open_session() as bb:
+        work: Any = trio.sleep(1)
+        with pytest.raises(TypeError, match=r"write `sleep` and the arguments, not `sleep\(...\)`"):
+            await bb.execute_with_beat_budget(2, work)
+
+
 @pytest.mark.parametrize("make", ["move_on_after", "fail_after"])
 @pytest.mark.parametrize(
     ("beats", "error", "text"),
