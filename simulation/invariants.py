@@ -217,6 +217,8 @@ class Watch:
         # The grid of the record, and the grid of the record before that grid's first one.
         self._recorded: Segment | None = None
         self._recorded_before: Segment | None = None
+        # Since when the record has been one of which grid.
+        self._grids: list[tuple[int, Segment]] = []
         self._wiped = any(isinstance(f, ServerRestart) and f.wiped for f in schedule.faults)
         self._walls_agree = not any(isinstance(f, WallJump) for f in schedule.faults) and all(
             abs(node.wall_s) < WALL_S / 2 for node in schedule.nodes
@@ -305,6 +307,7 @@ class Watch:
         self._epoch = record.epoch
         if self._recorded is None or self.lines.of(self._recorded) != line:
             self._recorded, self._recorded_before = line, self._recorded
+            self._grids.append((now, line))
         self._written_wall_ns = process.machine.wall_ns
         if self.line is not None and line == self.lines.of(self.line):
             self._known_wall_ns = self._written_wall_ns
@@ -501,6 +504,11 @@ class Watch:
             for agent in agents:
                 self._check_change(agent, answer, wanted, others, now)
 
+    def _grid_at(self, now: int) -> Segment | None:
+        # The grid of the record at some time.
+        grids = [self.lines.of(line) for since, line in self._grids if since <= now]
+        return grids[-1] if grids else None
+
     def _check_change(
         self,
         agent: Agent,
@@ -516,6 +524,9 @@ class Watch:
         if not before or process.dead:
             return
         line = self.lines.of(before[-1].segment)
+        if line != self._grid_at(answer.answered_ns):
+            # The leader that granted it leads another grid, to which the agent has not moved yet.
+            return
         of_grid = [s for s in seen if self.lines.of(s.segment) == line]
         there = [s for s in of_grid if s.beat == answer.beat]
         later = [s for s in of_grid if s.beat > answer.beat]

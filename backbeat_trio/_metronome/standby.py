@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Final, final
 
 import msgspec
@@ -61,6 +62,8 @@ _PROBE_MAX: Final = 0.1
 _RECALL_WAIT: Final = 1.0
 _RECALL_MORE: Final = 0.1
 _WAYS: Final = 3
+# While no answer comes, everybody is asked again at this interval.
+_RECALL_EVERY: Final = 0.2
 # For how long an answer to a recall is used.
 _MEMORY_NS: Final = 10_000_000_000
 # By how much the wall clocks of two machines may differ.
@@ -330,22 +333,46 @@ class Standby(ListenerObserver):
             for name, memory in self._memories.items()
             if memory.ping.answered_ns >= since
         }
-        request = encode(RecallRequest(self._cluster_id, self._leader_id))
         limit = max(_RECALL_WAIT, _WAYS * self._way_ns / 1e9)
         sent = local_ns()
         self._recalling = trio.move_on_after(limit)
-        async with self._transport.open_request(
-            recall_subject(self._cluster_id), request
-        ) as replies:
-            with self._recalling as scope, contextlib.suppress(NoResponders):
-                async for answer in replies:
-                    self._hear_memory(answer)
-                    # The other answers should arrive soon after this one.
-                    soon = trio.current_time() + max(_RECALL_MORE, _WAYS * self._way_ns / 1e9)
-                    scope.deadline = min(scope.deadline, soon)
+        failures: list[TransportBroken] = []
+
+        async def ask(*, is_first: bool = False) -> None:
+            try:
+                await self._ask_for_memories()
+            except TransportBroken as error:
+                if not isinstance(error, NoResponders):
+                    failures.append(error)
+                elif not is_first:
+                    # Somebody may still answer the first one.
+                    return
+            scope.cancel()
+
+        with self._recalling as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(ask, is_first=True))
+                while True:
+                    await trio.sleep(_RECALL_EVERY)
+                    # Somebody may have come back who knows the grid.
+                    nursery.start_soon(ask)
+        if failures:
+            raise failures[0]
         waited = local_ns() - sent
         # A process that was late may have slept all the while, or its clock may have jumped.
         return waited if waited <= round(limit * 1e9) + LATE_NS else 0
+
+    async def _ask_for_memories(self) -> None:
+        """Ask everybody once, and take in answers until `_recalling` is over."""
+        request = encode(RecallRequest(self._cluster_id, self._leader_id))
+        async with self._transport.open_request(
+            recall_subject(self._cluster_id), request
+        ) as replies:
+            async for answer in replies:
+                self._hear_memory(answer)
+                # The other answers should arrive soon after this one.
+                soon = trio.current_time() + max(_RECALL_MORE, _WAYS * self._way_ns / 1e9)
+                self._recalling.deadline = min(self._recalling.deadline, soon)
 
     def _hear_memory(self, answer: Reply) -> None:
         try:

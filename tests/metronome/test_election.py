@@ -518,6 +518,34 @@ async def test_a_recall_is_answered_by_an_agent_that_locks_soon_afterwards(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("after", [0.1, 0.3, 0.75])
+async def test_an_agent_that_comes_back_while_a_newcomer_asks_is_asked_too(
+    autojump_clock: Clock, after: float
+) -> None:
+    async with cluster(1) as (made, (one,)):
+        away = backbeat.MemoryTransport(made.bus)
+        async with (
+            open_session(transport=away, agent_id="away") as bb,
+            # Somebody who does not know the grid: the server does not refuse the recall at once.
+            made.transport.open_subscription(recall_subject(CLUSTER_ID)) as recalls,
+        ):
+            await trio.sleep(10)
+            away.sever()
+            one.scope.cancel()
+            made.store.entry = Entry(b"", 0)
+            await trio.sleep(5)
+            two = await made.start("pulse-9")
+            await anext(recalls)
+            await trio.sleep(after)
+            assert not two.leads
+            away.restore()
+            await made.wait_until(two.leads_now)
+            await bb.sleep(3)
+            assert len({frame.incarnation for _, frame in made.frames}) == 1
+            assert made.indices() == sorted(set(made.indices()))
+            assert bb.statistics().locks == 1
+
+
 @pytest.mark.parametrize("standby_id", ["pulse-1", "pulse-0"])
 async def test_a_newcomers_recall_makes_a_standby_take_over_first(
     autojump_clock: Clock, standby_id: str
