@@ -22,10 +22,9 @@ import trio
 from msgspec.structs import replace
 
 from .._errors import Logger, NoResponders, TransportBroken
-from .._grid.changes import reschedule
 from .._grid.estimate import Ping
 from .._grid.presence import JITTERS, LATE_NS, PROBE_EVERY_NS, Action, Decision, Presence
-from .._grid.recall import Agreement, Memory, agree, limit
+from .._grid.recall import Memory, agree
 from .._grid.steering import Steering
 from .._grid.timeline import NEVER, Timeline
 from .._time.clock import BeatClock
@@ -35,12 +34,10 @@ from .._transport.protocol import Message, Reply, Transport
 from .._transport.store import Conflict
 from .._wire import (
     MAX_INDEX,
-    MAX_NS,
     Probe,
     RecallRequest,
     Record,
     Role,
-    Segment,
     decode_probe,
     decode_recall_reply,
     encode,
@@ -49,6 +46,7 @@ from .._wire import (
 )
 from .ledger import Ledger
 from .listener import BeatListener, ListenerObserver
+from .succession import begin, begin_beyond, continue_remembered, expected_ns, join_record
 from .term import MetronomeCounts, Term, lease_ns
 
 # All in seconds: the wait after another metronome got the lead, in which its frames should arrive,
@@ -66,8 +64,6 @@ _WAYS: Final = 3
 _RECALL_EVERY: Final = 0.2
 # For how long an answer to a recall is used.
 _MEMORY_NS: Final = 10_000_000_000
-# By how much the wall clocks of two machines may differ.
-_WALL_NS: Final = 2_000_000_000
 
 
 @final
@@ -462,16 +458,20 @@ class Standby(ListenerObserver):
             self._must_join_anew = True
             return None
         if decision.action is Action.BEGIN:
-            return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
+            return self._begin_again(record, fresh)
+        now = local_ns()
         agreement = agree(
             list(self._memories.values()),
-            local_ns(),
+            now,
             incarnation=None if record is None else record.incarnation,
-            expected_ns=None if record is None else _expected_ns(record),
+            expected_ns=None if record is None else expected_ns(record, time.time_ns()),
             written_ns=None if record is None else record.written_ns,
         )
         if agreement is not None:
-            return self._continue_remembered(agreement, record, fresh)
+            epoch = self._next_epoch(record, agreement.epoch)
+            return continue_remembered(
+                agreement, record, replace(fresh, epoch=epoch), now, former=self._former
+            )
         if self._memories:
             self._logger.warning(
                 "%d answers to a recall were dropped: they disagree, or are of another grid, or"
@@ -483,12 +483,24 @@ class Standby(ListenerObserver):
             self._presence.disbelieved()
             return None
         if self._former is not None:
-            epoch = self._next_epoch(record)
-            former = replace(self._former, epoch=epoch, nonce=fresh.nonce)
-            term = self._join_record(former, record, epoch)
+            former = replace(self._former, epoch=self._next_epoch(record), nonce=fresh.nonce)
+            term = join_record(former, record, now)
             if record is None or (term is not None and not term.is_behind(record)):
                 return term or former
-        return self._begin_again(record, replace(fresh, epoch=self._next_epoch(record)))
+        return self._begin_again(record, fresh)
+
+    def _begin_again(self, record: Record | None, fresh: Term) -> Term:
+        """Return the term of a new grid, because no process knows the time of the last one."""
+        fresh = replace(fresh, epoch=self._next_epoch(record))
+        if record is None:
+            return begin(fresh, self._clock.segment().milli_bpm, local_ns())
+        term = begin_beyond(record, fresh, local_ns(), time.time_ns())
+        self._logger.warning(
+            "no process knows the time of the grid of epoch %d: a new grid begins with beat %d",
+            record.epoch,
+            term.timeline.segments[0].beat0,
+        )
+        return term
 
     def _continue_followed(self, record: Record | None, fresh: Term) -> Term:
         """Return a term that continues the grid that is followed."""
@@ -498,9 +510,9 @@ class Standby(ListenerObserver):
         steering, offset = Steering(), grid.steering.target_at(now)
         steering.step(offset, at_ns=now, frequency=grid.steering.frequency)
         corrected = abs(now + offset - grid.cluster_at(now))
-        epoch, timeline = self._next_epoch(record), grid.timeline.since(now + offset)
+        timeline = grid.timeline.since(now + offset)
         present = Term(
-            epoch=epoch,
+            epoch=self._next_epoch(record),
             timeline=timeline,
             steering=steering,
             beats_per_bar=grid.beats_per_bar,
@@ -511,115 +523,4 @@ class Standby(ListenerObserver):
             announced_seq=grid.timeline.segments[-1].seq,
             uncertainty_ns=max(0, (follower.uncertainty_ns(now) or 0) - corrected),
         )
-        return self._join_record(present, record, epoch) or present
-
-    def _continue_remembered(
-        self, agreement: Agreement, record: Record | None, fresh: Term
-    ) -> Term:
-        """Return a term that continues the grid that the agents remember."""
-        now, epoch = local_ns(), self._next_epoch(record, agreement.epoch)
-        steering = Steering()
-        steering.step(agreement.offset_ns, at_ns=now)
-        cluster_ns = now + agreement.offset_ns
-        if record is not None:
-            former, own = self._former, None
-            if former is not None and former.incarnation == record.incarnation:
-                # This metronome may have changed the tempo while it had no record.
-                own = former.timeline
-            agreement = limit(agreement, record, cluster_ns, own)
-        timeline = agreement.timeline.since(cluster_ns)
-        known = Term(
-            epoch=epoch,
-            timeline=timeline,
-            steering=steering,
-            beats_per_bar=agreement.beats_per_bar,
-            sent=agreement.last_beat,
-            milli_bpm=timeline.segments[0].milli_bpm or fresh.milli_bpm,
-            incarnation=agreement.incarnation or fresh.incarnation,
-            nonce=fresh.nonce,
-            announced_seq=timeline.segments[-1].seq,
-            uncertainty_ns=agreement.uncertainty_ns,
-        )
-        return self._join_record(known, record, epoch) or known
-
-    def _join_record(self, known: Term, record: Record | None, epoch: int) -> Term | None:
-        """Return the known term with the changes in the record; None if that is of another grid."""
-        if record is None:
-            return None
-        committed, now = Timeline(record.segments), known.steering.cluster_at(local_ns())
-        apart = committed.time_of(record.high_water) - now
-        if not (
-            committed.continues(known.timeline, apart) or known.timeline.continues(committed, apart)
-        ):
-            return None
-        bar = known.beats_per_bar
-        # A segment that had a frame was announced by it.
-        beaten = [s.seq for s in record.segments if s.beat0 <= record.high_water]
-        announced_seq = max([min(record.announced_seq, record.segments[-1].seq), *beaten])
-        timeline = reschedule(
-            known.timeline,
-            committed,
-            now,
-            announced_seq=announced_seq,
-            beats_per_bar=bar,
-            epoch=epoch,
-        )
-        return replace(
-            known,
-            timeline=timeline,
-            # Another leader may have published frames that were not heard here. Do not repeat them,
-            # and publish none of a beat before the first segment that is left.
-            sent=max(
-                known.sent,
-                timeline.segments[0].beat0 - 1,
-                min(record.high_water, timeline.index_at(now) + bar),
-            ),
-            milli_bpm=timeline.segments[0].milli_bpm or record.milli_bpm,
-            incarnation=record.incarnation,
-            announced_seq=max(known.announced_seq, announced_seq),
-        )
-
-    def _begin_again(self, record: Record | None, fresh: Term) -> Term:
-        """Return the term of a new grid, because no process knows the time of the last one."""
-        epoch, origin = fresh.epoch, fresh.timeline.segments[0].t0_ns
-        fresh = replace(fresh, steering=Steering(origin - local_ns()))
-        if record is None:
-            segment = Segment(epoch, 0, 0, origin, self._clock.segment().milli_bpm)
-            return replace(fresh, timeline=Timeline((segment,)))
-        committed, bar = Timeline(record.segments), record.beats_per_bar
-        # No beat may come twice: neither those since the last write of the record, nor those that
-        # agents have counted on their own. Only the wall clocks tell how many these are.
-        expected = _expected_ns(record) or committed.time_of(record.high_water)
-        passed = committed.index_at(expected + _WALL_NS)
-        beat0 = (max(record.high_water, passed) // bar + 2) * bar
-        self._logger.warning(
-            "no process knows the time of the grid of epoch %d: a new grid begins with beat %d",
-            record.epoch,
-            beat0,
-        )
-        begun = [segment for segment in record.segments if segment.beat0 <= beat0]
-        milli = (begun or record.segments)[-1].milli_bpm
-        timeline = Timeline((Segment(epoch, 0, beat0, origin, milli),))
-        for segment in record.segments:
-            if segment.beat0 > beat0:
-                changed = timeline.change(segment.milli_bpm, segment.beat0, epoch=epoch)
-                if changed.segments[-1].t0_ns > MAX_NS:
-                    break
-                timeline = changed
-        return replace(
-            fresh,
-            timeline=timeline,
-            sent=beat0 - 1,
-            beats_per_bar=bar,
-            milli_bpm=milli or record.milli_bpm,
-        )
-
-
-def _expected_ns(record: Record) -> int | None:
-    """Compute the present cluster time from the record and the wall clock; None if it has none."""
-    if record.written_ms is None:
-        return None
-    written_ns = record.written_ns
-    if written_ns is None:
-        written_ns = Timeline(record.segments).time_of(record.high_water)
-    return written_ns + max(0, time.time_ns() - record.written_ms * 1_000_000)
+        return join_record(present, record, now) or present
