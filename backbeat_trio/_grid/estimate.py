@@ -221,7 +221,7 @@ class Estimate:
                 if len(self._shifts) < _OVERRULED:
                     return Verdict.OUTLYING
                 self._contradictions = self._shifts.copy()
-                return self._begin_with_contradictions(self._shift_ns(best))
+                return self._begin_with_contradictions(self._shift_ns(best, self._best_ns))
         self._contradictions.clear()
         self._begun_anew = False
         self._note_excess(burst, best)
@@ -282,16 +282,20 @@ class Estimate:
         # ping might be explained by its delay. It shows as several pings in a row that are off the
         # line, by the same amount or by amounts that grow evenly, while their delays differ by far
         # less.
+        off, best_ns = self._off(ping), self._best_ns
         if self._carried:
-            # The route to the leader before this one was another.
-            return False
-        allowed = chance = self._shift_ns(ping)
-        if alone and ping.delay_ns < self._best_ns:
+            # The route to the leader before this one was another, so only this one's pings count.
+            own = min(list(self._points)[1:], key=operator.attrgetter("delay_ns"), default=None)
+            if own is None:
+                return False
+            off, best_ns = off - self._off(own), own.delay_ns
+        allowed = chance = self._shift_ns(ping, best_ns)
+        if alone and ping.delay_ns < best_ns and not self._carried:
             # If a clock stood still during a ping, its round trip looks shorter than all others,
             # also than those of its burst. It would outweigh the pings before and after it.
             # Therefore it is used only if the next one still agrees with the line.
-            chance -= _SHIFT * (self._best_ns - ping.delay_ns) / 2
-        if abs(self._off(ping)) <= chance:
+            chance -= _SHIFT * (best_ns - ping.delay_ns) / 2
+        if abs(off) <= chance:
             if self.expects(ping):
                 self._points.extend(one for one in self._shifts if one.delay_ns < self._best_ns)
             self._shifts.clear()
@@ -305,8 +309,8 @@ class Estimate:
     def _off(self, ping: Ping) -> int:
         return ping.offset_ns - self.offset_at(ping.local_ns)
 
-    def _shift_ns(self, ping: Ping) -> float:
-        differ = abs(ping.delay_ns - self._best_ns) / 2
+    def _shift_ns(self, ping: Ping, best_ns: int) -> float:
+        differ = abs(ping.delay_ns - best_ns) / 2
         spread = differ + self._deviation(ping.local_ns) + _STAMP_NS
         return _SHIFT * spread + _SHIFT_NS
 

@@ -406,6 +406,22 @@ def test_the_offset_to_another_leader_is_measured_anew(lie: int) -> None:
     assert agent.estimate.frequency / PARTS == pytest.approx(frequency / PARTS, abs=10e-6)
 
 
+@pytest.mark.parametrize("after", [1, 2, 3, 5])
+@pytest.mark.parametrize("jump", [-500_000_000, 500_000_000])
+def test_a_jump_that_is_shorter_than_the_way_to_another_leader_is_noticed(
+    jump: int, after: int
+) -> None:
+    agent = Agent(ppm=100)
+    agent.way_ns = 300_000_000
+    agent.run(60)
+    change_leader(agent, agent.ping())
+    for number in range(after + 10):
+        agent.now += 5 * SECOND
+        agent.burst(lie_ns=jump if number >= after else 0)
+        assert agent.estimate.frequency / PARTS == pytest.approx(1 / agent.rate - 1, abs=50e-6)
+    assert abs(offset_error(agent, jump)) <= 1_000_000
+
+
 def test_one_bad_ping_of_another_leader_does_not_undo_the_offset_so_far() -> None:
     agent = Agent(ppm=100)
     agent.run(60)
