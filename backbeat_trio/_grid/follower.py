@@ -524,7 +524,12 @@ class Follower:
                 grid.adopt(timeline, now_ns)
                 self._next_index = min(self._next_index, self._index_at(now_ns) + 1)
             else:
+                if verdict is Verdict.OUTLYING:
+                    # The estimate is of the cluster time of the other grid.
+                    self._estimate = estimate = Estimate()
+                    verdict = estimate.add(burst)
                 self._lock(reply, timeline, estimate.offset_at(now_ns), now_ns, estimate.frequency)
+                return verdict
         if verdict is Verdict.OUTLYING or not timeline.continues(grid.timeline, apart):
             self.counts.pings_outlying += 1
             self._observer.on_odd("a ping's answer contradicts what is known of cluster time")

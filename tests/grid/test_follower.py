@@ -357,6 +357,23 @@ def test_one_bad_ping_of_another_leader_does_not_move_the_offset_by_its_error(ag
         assert abs(agent.error_ns) <= MS
 
 
+def test_another_grid_of_the_same_epoch_is_followed_in_its_own_time(agent: Agent) -> None:
+    # The server came back with an empty store, so epochs began again.
+    agent.answer(agent.answered())
+    later = 300_000 * SECOND
+    other = Timeline((Segment(1, 0, 0, agent.now + AHEAD + later, 120_000),))
+    for _ in range(2):
+        agent.now += SECOND
+        assert not agent.answer(agent.answered(timeline=other, lie_ns=later))
+    # The clock of the agent jumps, so these answers do not agree with one another.
+    agent.now += 4 * SECOND
+    later -= 3 * SECOND
+    agent.answer(agent.answered(timeline=other, lie_ns=later))
+    assert agent.calls.count("lock") == 2
+    assert agent.grid.index_at(agent.now) == other.index_at(agent.now + AHEAD + later) == 6
+    assert agent.error_ns == later
+
+
 def test_a_frame_from_far_ahead_is_checked_by_pings(agent: Agent) -> None:
     agent.answer(agent.answered())
     assert agent.hear(1000)
