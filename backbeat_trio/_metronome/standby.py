@@ -21,7 +21,7 @@ import msgspec
 import trio
 from msgspec.structs import replace
 
-from .._errors import Logger, NoResponders, TransportBroken
+from .._errors import Logger, NoResponders, TransportBroken, TransportError
 from .._grid.estimate import Ping
 from .._grid.presence import JITTERS, LATE_NS, PROBE_EVERY_NS, Action, Decision, Presence
 from .._grid.recall import Memory, agree
@@ -332,12 +332,12 @@ class Standby(ListenerObserver):
         limit = max(_RECALL_WAIT, _WAYS * self._way_ns / 1e9)
         sent = local_ns()
         self._recalling = trio.move_on_after(limit)
-        failures: list[TransportBroken] = []
+        failures: list[TransportError] = []
 
         async def ask(*, is_first: bool = False) -> None:
             try:
                 await self._ask_for_memories()
-            except TransportBroken as error:
+            except TransportError as error:
                 if not isinstance(error, NoResponders):
                     failures.append(error)
                 elif not is_first:
@@ -353,6 +353,7 @@ class Standby(ListenerObserver):
                     # Somebody may have come back who knows the grid.
                     nursery.start_soon(ask)
         if failures:
+            # Outside of the nursery, so that it is not in an exception group.
             raise failures[0]
         waited = local_ns() - sent
         # A process that was late may have slept all the while, or its clock may have jumped.
