@@ -39,6 +39,10 @@ from .term import MetronomeCounts, Term, wait_for_record
 
 # The seconds between two attempts to open the record.
 _RETRY: Final = 1.0
+# How long a new leader waits after its first frame, in seconds. The thread that writes the frame
+# needs the interpreter for it, and everything that follows would keep it from that thread for
+# milliseconds.
+_HEAD_START: Final = 0.001
 
 
 class MetronomeStatistics(NamedTuple):
@@ -314,6 +318,7 @@ class Metronome:
             leader = self._make_leader(term, ledger)
             # The frame may be overdue, so publish it before anything else is awaited.
             leader.strike()
+            await trio.sleep(_HEAD_START)
             nursery.cancel_scope.cancel()
             return leader, probes
         return None

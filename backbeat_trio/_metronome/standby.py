@@ -25,7 +25,7 @@ from .._errors import Logger, NoResponders, TransportBroken, TransportError
 from .._grid.estimate import Ping
 from .._grid.presence import JITTERS, LATE_NS, PROBE_EVERY_NS, Action, Decision, Presence
 from .._grid.recall import Memory, agree
-from .._grid.steering import Steering
+from .._grid.steering import MIN_STEP_NS, Steering
 from .._grid.timeline import NEVER, Timeline
 from .._time.clock import BeatClock
 from .._time.local import local_ns, seconds_of
@@ -60,6 +60,10 @@ _PROBE_MAX: Final = 0.1
 _RECALL_WAIT: Final = 1.0
 _RECALL_MORE: Final = 0.1
 _WAYS: Final = 3
+# A frame that is still missing so long before it counts as late makes a standby read the record,
+# which it need not read again within the second time.
+_AHEAD_NS: Final = LATE_NS // 2
+_FRESH_NS: Final = 100_000_000
 # While no answer comes, everybody is asked again at this interval.
 _RECALL_EVERY: Final = 0.2
 # For how long an answer to a recall is used.
@@ -132,10 +136,13 @@ class Standby(ListenerObserver):
         # When the next frame is due, in cluster time, and when it is late, in local time. A missing
         # frame of a leader that is alive is excused: it was lost on the way.
         self._excused_ns = self._due_ns = self._late_ns = 0
-        # The epoch of the last probe, the time limit for its answer, and the last round trip.
+        # The epoch of the last probe, the time limit for its answer, and the round trip of the last
+        # answer to a probe or a recall.
         self._probed = -1
         self._patience = _PROBE_MIN
-        self._way_ns = 0
+        self._asked_way_ns = 0
+        # For which missing frame the record was read ahead, and the local time of that.
+        self._ahead_of_ns = self._read_ns = -_FRESH_NS
         self._memories: dict[str, Memory] = {}
         self._recalling = trio.CancelScope()
         self._must_join_anew = False
@@ -227,7 +234,7 @@ class Standby(ListenerObserver):
 
     def _look_around(self) -> None:
         follower, grid, presence = self._follower, self._clock.grid, self._presence
-        presence.measured(max(self._way_ns, self._listener.way_ns))
+        presence.measured(self._way_ns)
         record = None if self._ledger is None else self._ledger.record
         milli = self._clock.segment().milli_bpm if record is None else record.milli_bpm
         held = record is not None and record.epoch > self._seen
@@ -250,16 +257,35 @@ class Standby(ListenerObserver):
         presence.follows(follower.last_due_ns, self._late_ns, lease, alone=follower.is_alone)
 
     async def _wait(self, until_ns: int) -> None:
-        deadline = math.inf if until_ns == NEVER else seconds_of(until_ns)
+        reads = until_ns == self._late_ns and self._may_read_ahead
+        wake_ns = until_ns - _AHEAD_NS if reads else until_ns
+        deadline = math.inf if until_ns == NEVER else seconds_of(wake_ns)
         self._alarm.wake_at(deadline)
         with trio.move_on_at(deadline) as scope:
             await self._news.park()
         if scope.cancelled_caught:
+            if reads:
+                with trio.move_on_at(seconds_of(until_ns)):
+                    await self._read_ahead()
             self._patience = _PROBE_MIN
             lost = local_ns() - until_ns
             if lost > LATE_NS:
                 # This process itself was late.
                 self._presence.lost_time(local_ns(), lost)
+
+    @property
+    def _may_read_ahead(self) -> bool:
+        # Once for each missing frame, and only if the answer can come before the frame is late.
+        is_near = self._way_ns < _AHEAD_NS
+        return self._ledger is not None and is_near and self._ahead_of_ns != self._due_ns
+
+    async def _read_ahead(self) -> None:
+        # If the leader is gone, it is replaced a round trip sooner.
+        self._ahead_of_ns, begun = self._due_ns, local_ns()
+        if self._ledger is not None:
+            with contextlib.suppress(TransportBroken):
+                await self._ledger.read()
+                self._read_ns = begun
 
     @property
     def _followed_epoch(self) -> int:
@@ -302,8 +328,12 @@ class Standby(ListenerObserver):
                 self._excused_ns = self._due_ns
         await self._alarm.sleep_until(begun + PROBE_EVERY_NS / 1e9)
 
+    @property
+    def _way_ns(self) -> int:
+        return max(self._asked_way_ns, self._listener.way_ns)
+
     def _note_way(self, answer: Reply) -> None:
-        self._way_ns = max(0, answer.received_ns - answer.sent_ns)
+        self._asked_way_ns = max(0, answer.received_ns - answer.sent_ns)
 
     async def _recall(self) -> None:
         """Send a recall, and collect the answers of the processes that know the grid."""
@@ -402,7 +432,9 @@ class Standby(ListenerObserver):
         self, decision: Decision, stack: AsyncExitStack, fresh: Term
     ) -> tuple[Term, AsyncIterator[Message]] | None:
         ledger, presence = self._ledger, self._presence
-        record = None if ledger is None else await ledger.read()
+        if ledger is not None and local_ns() - self._read_ns > _FRESH_NS:
+            await ledger.read()
+        record = None if ledger is None else ledger.record
         self._seen = max(self._seen, self._probed, self._followed_epoch)
         if self._epoch_of(record) > self._seen:
             # Another metronome has taken the lead meanwhile.
@@ -413,8 +445,11 @@ class Standby(ListenerObserver):
             return None
         async with AsyncExitStack() as held:
             # Subscribe before the record names this leader, so that nobody finds it without probes.
+            # Without a record the server's confirmation is waited for.
             probes = await held.enter_async_context(
-                self._transport.open_subscription(lead_subject(self._cluster_id, term.epoch))
+                self._transport.open_subscription(
+                    lead_subject(self._cluster_id, term.epoch), confirmed=ledger is None
+                )
             )
             if ledger is not None:
                 try:
@@ -512,6 +547,7 @@ class Standby(ListenerObserver):
         steering.step(offset, at_ns=now, frequency=grid.steering.frequency)
         corrected = abs(now + offset - grid.cluster_at(now))
         timeline = grid.timeline.since(now + offset)
+        uncertainty = follower.uncertainty_ns(now)
         present = Term(
             epoch=self._next_epoch(record),
             timeline=timeline,
@@ -522,6 +558,7 @@ class Standby(ListenerObserver):
             incarnation=follower.incarnation or fresh.incarnation,
             nonce=fresh.nonce,
             announced_seq=grid.timeline.segments[-1].seq,
-            uncertainty_ns=max(0, (follower.uncertainty_ns(now) or 0) - corrected),
+            # A cluster time that only frames have measured is wrong by their time on the way.
+            uncertainty_ns=MIN_STEP_NS if uncertainty is None else max(0, uncertainty - corrected),
         )
         return join_record(present, record, now) or present

@@ -225,6 +225,7 @@ class BaseTransport(abc.ABC):
         capacity: int = SUBSCRIPTION_MESSAGES,
         queue: str = "",
         optional: bool = False,
+        confirmed: bool = True,
     ) -> AsyncGenerator[Subscription, None]:
         """See `Transport.open_subscription`."""
         self._check_open()
@@ -242,8 +243,11 @@ class BaseTransport(abc.ABC):
         self._mailboxes[number] = mailbox
         self._subscribe(number, mailbox)
         try:
-            with contextlib.suppress(TransportBroken):
-                await self.flush()
+            if confirmed:
+                with contextlib.suppress(TransportBroken):
+                    await self.flush()
+            else:
+                await trio.lowlevel.checkpoint()
             yield mailbox
         finally:
             del self._mailboxes[number]

@@ -299,6 +299,7 @@ class Transport(Protocol):
         capacity: int = SUBSCRIPTION_MESSAGES,
         queue: str = "",
         optional: bool = False,
+        confirmed: bool = True,
     ) -> AbstractAsyncContextManager[Subscription]:
         """Subscribe to a subject, and iterate over its messages in a block.
 
@@ -313,6 +314,8 @@ class Transport(Protocol):
             empty string is no group.
           optional: whether it is no error if the server's permissions refuse the subscription. It
             brings no messages then.
+          confirmed: whether the block begins only when the server knows the subscription. If not,
+            the server knows it before anything that the block sends, which saves a round trip.
 
         """
         ...

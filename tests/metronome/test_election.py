@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 import backbeat_trio as backbeat
+from backbeat_trio._grid.steering import MIN_STEP_NS
 from backbeat_trio._grid.timeline import Timeline
 from backbeat_trio._metronome.standby import Standby
 from backbeat_trio._time.local import local_ns
@@ -251,6 +252,29 @@ async def test_a_standby_whose_clock_is_still_corrected_takes_over_in_the_measur
         begun = made.frames[0][0]
         lateness = [at - begun - 15 * frame.beat_index for at, frame in made.frames]
         assert lateness == pytest.approx([0, 0, 0], abs=0.02)
+
+
+async def test_a_standby_that_could_not_measure_cluster_time_says_so_as_leader(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = backbeat.MemoryTransport.request
+
+    async def without_pings(
+        transport: backbeat.MemoryTransport, subject: str, data: bytes, **options: Any
+    ) -> backbeat.Reply:
+        if subject.startswith("backbeat.sync."):
+            raise backbeat.PermissionDenied("no pings")
+        return await request(transport, subject, data, **options)
+
+    monkeypatch.setattr(backbeat.MemoryTransport, "request", without_pings)
+    async with cluster(2) as (made, (one, two)):
+        # It is locked by frames alone.
+        await made.wait_until(lambda: two.metronome.stands_by)
+        one.scope.cancel()
+        await made.wait_until(two.leads_now)
+        leader = two.metronome._leader
+        assert leader is not None
+        assert leader.present_term().uncertainty_ns == MIN_STEP_NS
 
 
 @pytest.mark.parametrize("remembered", [True, False])

@@ -84,6 +84,29 @@ def test_a_dead_leader_is_replaced_and_no_beat_is_lost() -> None:
     assert any("pulse-0#1: stands by" in line for line in result.trace)
 
 
+@pytest.mark.parametrize(("way_ms", "least", "most"), [(0.5, 9.5, 12), (100.0, 607.5, 612)])
+@pytest.mark.parametrize("joins_at", [0.5, 10.0])
+def test_a_takeover_takes_few_round_trips(
+    joins_at: float, way_ms: float, least: float, most: float
+) -> None:
+    # One to learn that the leader is gone, and one to write the record. Before, the record is read:
+    # while the frame is not late yet, if that takes no longer. Standbys that join while somebody
+    # leads know the round trip from pings alone.
+    nodes = (
+        faults.Node("pulse-0"),
+        faults.Node("pulse-1", at=joins_at, up_ms=way_ms, down_ms=way_ms),
+        faults.Node("agent-0", at=1.0),
+    )
+    schedule = make(faults.Kill(15.1, "pulse-0", 9.0))
+    schedule = msgspec.structs.replace(schedule, bpm=30.0, nodes=nodes)
+    result = clusters.run(schedule, keep=True)
+    assert not result.violations
+    line = next(line for line in result.trace if "pulse-1: takes over from pulse-0" in line)
+    assert "its process is gone" in line
+    # After 8 ms a frame is late.
+    assert least < float(line.split(", ")[-1].split()[0]) < most
+
+
 def test_agents_that_hold_their_positions_have_time_until_the_grid_reaches_them() -> None:
     # The leader's clock stops for 15 s, and then the grid is paused before it reaches the agents.
     schedule = make(faults.Suspend(5.0, "pulse-0", 15.0), faults.Pause(19.5, "agent-0"))

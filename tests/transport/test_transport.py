@@ -118,6 +118,20 @@ async def test_message_tells_subject_reply_and_arrival(make: Maker) -> None:
 
 
 @guarded
+async def test_a_subscription_that_is_not_confirmed_precedes_what_is_sent_after_it(
+    make: Maker,
+) -> None:
+    async with running(make()) as transport:
+        for number in range(50):
+            subject = f"a.{number}"
+            async with transport.open_subscription(subject, confirmed=False) as requests:
+                # It would fail at once if nobody were subscribed.
+                with pytest.raises(TransportBroken, match="no answer"):
+                    await transport.request(subject, b"question", timeout=0.001)
+                assert (await anext(requests)).data == b"question"
+
+
+@guarded
 async def test_publisher_hears_itself(make: Maker) -> None:
     async with running(make()) as transport, transport.open_subscription("a") as messages:
         await transport.publish("a", b"")
