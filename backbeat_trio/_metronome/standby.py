@@ -62,7 +62,7 @@ _RECALL_MORE: Final = 0.1
 _WAYS: Final = 3
 # A frame that is still missing so long before it counts as late makes a standby read the record,
 # which it need not read again within the second time.
-_AHEAD_NS: Final = LATE_NS // 2
+_AHEAD_NS: Final = 5_000_000
 _FRESH_NS: Final = 100_000_000
 # While no answer comes, everybody is asked again at this interval.
 _RECALL_EVERY: Final = 0.2
