@@ -27,6 +27,7 @@ no leader was heard                                 recall     no leader is foun
 the holder of the record does not answer a probe    probe      the leader may be stopped
 a standby answers                                   recall     a standby looks after the leader
 ...and there is no leader two leases later          go on      agents remember the grid
+agents answered, but the record is of a later time  recall     the agents' time is too early
 agents answered, and all had enough time to         go on      agents remember the grid
 no answer came, and this metronome led before       go on      this metronome remembers the grid
 no answer came for long enough                      begin      nobody remembers a grid
@@ -135,6 +136,8 @@ class Presence:
         self._agent_ns: int | None = None
         self._standby_ns: int | None = None
         self._believes_agents = True
+        # When the agents' time will have reached that of the record.
+        self._early_ns: int | None = None
 
     # What is known.
 
@@ -212,11 +215,29 @@ class Presence:
         """Report that the agents' answers do not agree, or cannot be right."""
         self._believes_agents = False
 
+    def early(self, until_ns: int) -> bool:
+        """Report that the agents agree on a time that is earlier than that of the record.
+
+        A clock that jumped ahead may have written the record. So the agents' time is awaited, but
+        only once, because an agent can name any time.
+
+        Args:
+          until_ns: when it will have reached that of the record, in local time.
+
+        Returns:
+          Whether it is awaited.
+        """
+        if self._early_ns is not None:
+            return False
+        self._early_ns = until_ns
+        return True
+
     def _forget(self, now_ns: int) -> None:
         self._unled_ns = now_ns
         self._probing_ns, self._is_refused = None, False
         self._recalling_ns = self._agent_ns = self._standby_ns = None
         self._pause_ns, self._believes_agents = _RECALL_MIN_NS, True
+        self._early_ns = None
 
     # What follows from it.
 
@@ -269,6 +290,8 @@ class Presence:
         if self._agent_ns is not None and self._believes_agents:
             if now_ns < self._agent_ns + answer_ns:
                 return Decision(Action.WAIT, "agents answer", self._agent_ns + answer_ns)
+            if self._early_ns is not None and now_ns < self._early_ns:
+                return self._recall(now_ns, "the agents' time is too early", self._early_ns)
             return Decision(Action.GO_ON, "agents remember the grid")
         if now_ns < self._asking_ns + absent_ns:
             return self._recall(now_ns, "no leader is found", self._asking_ns + absent_ns)

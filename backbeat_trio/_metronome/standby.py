@@ -66,8 +66,10 @@ _AHEAD_NS: Final = 5_000_000
 _FRESH_NS: Final = 100_000_000
 # While no answer comes, everybody is asked again at this interval.
 _RECALL_EVERY: Final = 0.2
-# For how long an answer to a recall is used.
+# For how long an answer to a recall is used, and by how much the time on which agents agree may be
+# behind that of the record if it is awaited.
 _MEMORY_NS: Final = 10_000_000_000
+_EARLY_NS: Final = 10_000_000_000
 
 
 @final
@@ -496,18 +498,25 @@ class Standby(ListenerObserver):
         if decision.action is Action.BEGIN:
             return self._begin_again(record, fresh)
         now = local_ns()
-        agreement = agree(
+        written = None if record is None else record.written_ns
+        consult = partial(
+            agree,
             list(self._memories.values()),
             now,
             incarnation=None if record is None else record.incarnation,
             expected_ns=None if record is None else expected_ns(record, time.time_ns()),
-            written_ns=None if record is None else record.written_ns,
         )
+        agreement = consult(written_ns=written)
         if agreement is not None:
             epoch = self._next_epoch(record, agreement.epoch)
             return continue_remembered(
                 agreement, record, replace(fresh, epoch=epoch), now, former=self._former
             )
+        early = consult()
+        if early is not None and written is not None:
+            wait = written - now - early.offset_ns
+            if 0 < wait < _EARLY_NS and self._presence.early(now + wait):
+                return None
         if self._memories:
             self._logger.warning(
                 "%d answers to a recall were dropped: they disagree, or are of another grid, or"

@@ -127,6 +127,14 @@ def remembered() -> Decision:
     return presence.decide(400 * MS)
 
 
+def remembered_early() -> Decision:
+    presence = recalling()
+    presence.answered("agent", 210 * MS)
+    assert presence.decide(400 * MS).action is Action.GO_ON
+    assert presence.early(2 * SECOND)
+    return presence.decide(500 * MS)
+
+
 def remembers_itself() -> Decision:
     return recalling(remembers=True).decide(1300 * MS)
 
@@ -152,6 +160,7 @@ CASES: dict[str, Callable[[], Decision]] = {
     "the holder of the record does not answer a probe": held,
     "a standby answers": stood_by,
     "...and there is no leader two leases later": stood_by_in_vain,
+    "agents answered, but the record is of a later time": remembered_early,
     "agents answered, and all had enough time to": remembered,
     "no answer came, and this metronome led before": remembers_itself,
     "no answer came for long enough": forgotten,
@@ -273,6 +282,18 @@ def test_agents_that_do_not_agree_do_not_keep_a_grid_from_beginning() -> None:
     presence.disbelieved()
     assert presence.decide(400 * MS).action is Action.RECALL
     assert presence.decide(1200 * MS).action is Action.BEGIN
+
+
+def test_the_agents_time_is_awaited_only_once() -> None:
+    presence = recalling()
+    presence.answered("agent", 210 * MS)
+    assert presence.early(2 * SECOND)
+    assert presence.decide(1900 * MS).action is Action.RECALL
+    assert presence.decide(2 * SECOND).action is Action.GO_ON
+    assert not presence.early(4 * SECOND)
+    assert presence.decide(2100 * MS).action is Action.GO_ON
+    presence.led(3 * SECOND)
+    assert presence.early(4 * SECOND)
 
 
 class Anything(RuleBasedStateMachine):

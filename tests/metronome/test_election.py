@@ -645,6 +645,29 @@ async def test_a_lone_agent_that_lies_does_not_change_what_the_record_says(
         assert len({frame.incarnation for frame in frames}) == (2 if lie == "time" else 1)
 
 
+async def test_the_time_of_the_agents_is_awaited_if_that_of_the_record_is_later(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clock of a leader that died jumped ahead, which no agent believed by then.
+    set_wall_clock(monkeypatch)
+    async with cluster(1) as (made, (one,)), open_session(made.bus) as bb:
+        await trio.sleep(20)
+        one.scope.cancel()
+        before, begun = made.frames[-1][1], made.frames[0][0]
+        record = decode_record(made.store.entry.data)
+        assert record.written_ns is not None
+        made.store.entry = Entry(
+            encode(msgspec.structs.replace(record, written_ns=record.written_ns + 12 * 10**9)), 99
+        )
+        nine = await made.start("pulse-9")
+        await trio.sleep(10)
+        assert nine.leads
+        assert bb.statistics().locks == 1
+        assert made.frames[-1][1].incarnation == before.incarnation
+        assert made.indices() == sorted(set(made.indices()))
+        assert made.frames[-1][0] - begun == pytest.approx(made.indices()[-1], abs=1e-3)
+
+
 async def test_a_pause_outlives_its_leader(autojump_clock: Clock) -> None:
     async with cluster(2) as (made, (one, two)), open_session(made.bus) as bb:
         beat = await bb.pause()
