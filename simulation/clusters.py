@@ -365,8 +365,9 @@ class Cluster:
                 self._plan()
                 self.world.run(self._end_ns)
                 self.world.run(self.world.now + self._held_ns())
-                if any(pulse.changes_tempo() for pulse in self.pulses):
-                    # Agents that agree have different tempos for as long as they are apart.
+                while any(pulse.changes_tempo() for pulse in self.pulses):
+                    # Agents that agree have different tempos for as long as they are apart. The
+                    # next step of a ramp may come soon after this one.
                     self.world.run(self.world.now + 2 * _NEAR_NS)
                 self._check()
                 self._leave()

@@ -190,6 +190,7 @@ def test_agents_that_cannot_hear_the_leader_have_time_to_come_back_into_line_aft
         103954,
         202492,
         503222,
+        516234,
     ],
 )
 def test_schedules_that_broke_a_rule_once(seed: int) -> None:
