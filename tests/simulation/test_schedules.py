@@ -89,9 +89,9 @@ def test_a_dead_leader_is_replaced_and_no_beat_is_lost() -> None:
 def test_a_takeover_takes_few_round_trips(
     joins_at: float, way_ms: float, least: float, most: float
 ) -> None:
-    # One to learn that the leader is gone, and one to write the record. Before, the record is read:
-    # while the frame is not late yet, if that takes no longer. Standbys that join while somebody
-    # leads know the round trip from pings alone.
+    # One to learn that the leader is gone, and one to write the record. Reading the record takes a
+    # third one, but a standby near the server does that while the frame is not late yet. A standby
+    # that joins while somebody leads knows the round trip from pings alone.
     nodes = (
         faults.Node("pulse-0"),
         faults.Node("pulse-1", at=joins_at, up_ms=way_ms, down_ms=way_ms),
