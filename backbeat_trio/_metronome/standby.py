@@ -60,15 +60,15 @@ _PROBE_MAX: Final = 0.1
 _RECALL_WAIT: Final = 1.0
 _RECALL_MORE: Final = 0.1
 _WAYS: Final = 3
-# A frame that is still missing so long before it counts as late makes a standby read the record,
-# which it need not read again within the second time.
+# How long before a missing frame counts as late the record is read, in case the leader is gone.
 _AHEAD_NS: Final = 5_000_000
+# For how long that need not be done again.
 _FRESH_NS: Final = 100_000_000
 # While no answer comes, everybody is asked again at this interval.
 _RECALL_EVERY: Final = 0.2
-# For how long an answer to a recall is used, and by how much the time on which agents agree may be
-# behind that of the record if it is awaited.
+# For how long an answer to a recall is used.
 _MEMORY_NS: Final = 10_000_000_000
+# The agents' time is awaited only if it is behind that of the record by less than this.
 _EARLY_NS: Final = 10_000_000_000
 
 
@@ -143,8 +143,10 @@ class Standby(ListenerObserver):
         self._probed = -1
         self._patience = _PROBE_MIN
         self._asked_way_ns = 0
-        # For which missing frame the record was read ahead, and the local time of that.
-        self._ahead_of_ns = self._read_ns = -_FRESH_NS
+        # The due time of the frame for which the record was last read ahead, in cluster time, and
+        # the local time of that reading.
+        self._ahead_of_ns: int | None = None
+        self._read_ns = -_FRESH_NS
         self._memories: dict[str, Memory] = {}
         self._recalling = trio.CancelScope()
         self._must_join_anew = False
@@ -259,16 +261,16 @@ class Standby(ListenerObserver):
         presence.follows(follower.last_due_ns, self._late_ns, lease, alone=follower.is_alone)
 
     async def _wait(self, until_ns: int) -> None:
-        reads = until_ns == self._late_ns and self._may_read_ahead
-        wake_ns = until_ns - _AHEAD_NS if reads else until_ns
+        ledger = self._ledger if until_ns == self._late_ns and self._may_read_ahead else None
+        wake_ns = until_ns if ledger is None else until_ns - _AHEAD_NS
         deadline = math.inf if until_ns == NEVER else seconds_of(wake_ns)
         self._alarm.wake_at(deadline)
         with trio.move_on_at(deadline) as scope:
             await self._news.park()
         if scope.cancelled_caught:
-            if reads:
+            if ledger is not None:
                 with trio.move_on_at(seconds_of(until_ns)):
-                    await self._read_ahead()
+                    await self._read_ahead(ledger)
             self._patience = _PROBE_MIN
             lost = local_ns() - until_ns
             if lost > LATE_NS:
@@ -278,16 +280,14 @@ class Standby(ListenerObserver):
     @property
     def _may_read_ahead(self) -> bool:
         # Once for each missing frame, and only if the answer can come before the frame is late.
-        is_near = self._way_ns < _AHEAD_NS
-        return self._ledger is not None and is_near and self._ahead_of_ns != self._due_ns
+        return self._way_ns < _AHEAD_NS and self._ahead_of_ns != self._due_ns
 
-    async def _read_ahead(self) -> None:
-        # If the leader is gone, it is replaced a round trip sooner.
+    async def _read_ahead(self, ledger: Ledger) -> None:
+        # If the leader turns out to be gone, this has saved a round trip.
         self._ahead_of_ns, begun = self._due_ns, local_ns()
-        if self._ledger is not None:
-            with contextlib.suppress(TransportBroken):
-                await self._ledger.read()
-                self._read_ns = begun
+        with contextlib.suppress(TransportBroken):
+            await ledger.read()
+            self._read_ns = begun
 
     @property
     def _followed_epoch(self) -> int:
@@ -446,11 +446,11 @@ class Standby(ListenerObserver):
         if term is None:
             return None
         async with AsyncExitStack() as held:
-            # Subscribe before the record names this leader, so that nobody finds it without probes.
-            # Without a record the server's confirmation is waited for.
+            # Subscribe before the record or a frame names this leader, so that nobody finds it
+            # without probes. The server takes the subscription first, so do not wait for that.
             probes = await held.enter_async_context(
                 self._transport.open_subscription(
-                    lead_subject(self._cluster_id, term.epoch), confirmed=ledger is None
+                    lead_subject(self._cluster_id, term.epoch), confirmed=False
                 )
             )
             if ledger is not None:
@@ -512,10 +512,13 @@ class Standby(ListenerObserver):
             return continue_remembered(
                 agreement, record, replace(fresh, epoch=epoch), now, former=self._former
             )
-        early = consult()
-        if early is not None and written is not None:
+        if written is not None and (early := consult()) is not None:
             wait = written - now - early.offset_ns
             if 0 < wait < _EARLY_NS and self._presence.early(now + wait):
+                self._logger.warning(
+                    "the record is of a later time than that of the agents: waits %.3g s for it",
+                    wait / 1e9,
+                )
                 return None
         if self._memories:
             self._logger.warning(
